@@ -49,7 +49,7 @@ def config_dataclass(cls: type[T]) -> type[T]:
     """
     settings = pydantic.ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
     checked = cast(type[T], pydantic.dataclasses.dataclass(frozen=True, config=settings)(cls))
-    init: Callable[..., None] = checked.__init__  # type: ignore[misc]
+    init: Callable[..., None] = checked.__init__
 
     @functools.wraps(init)
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -58,5 +58,5 @@ def config_dataclass(cls: type[T]) -> type[T]:
         except pydantic.ValidationError as error:
             raise _translate(cls, error) from None
 
-    checked.__init__ = __init__  # type: ignore[misc, method-assign]
+    checked.__init__ = __init__
     return checked

@@ -1,0 +1,52 @@
+"""Configuration errors name the field, the value and what is accepted."""
+
+from typing import Literal
+
+import pytest
+
+from cpm_jax.common.config import ConfigError, config_dataclass
+
+
+@config_dataclass
+class Example:
+    """A config with one field of each kind."""
+
+    size: int
+    rate: float = 0.1
+    kind: Literal["linear", "cosine"] = "linear"
+    shape: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.size % 2:
+            raise ConfigError(f"Example.size = {self.size}: must be even", field="Example.size")
+
+
+def test_accepts_an_int_for_a_float_and_is_hashable():
+    config = Example(size=2, rate=1, shape=(1, 2))
+    assert config.rate == 1.0
+    assert hash(config) == hash(Example(size=2, rate=1.0, shape=(1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("values", "parts"),
+    [
+        ({"size": "a"}, ["Example.size = 'a'", "integer"]),
+        ({"size": 2.0}, ["Example.size = 2.0", "integer"]),
+        ({"size": 2, "kind": "cubic"}, ["Example.kind = 'cubic'", "'linear' or 'cosine'"]),
+        ({"size": 2, "sise": 3}, ["Example.sise = 3", "unexpected"]),
+        ({}, ["Example.size", "required"]),
+        ({"size": 3}, ["Example.size = 3", "even"]),
+    ],
+)
+def test_errors_name_field_value_and_what_is_accepted(values, parts):
+    with pytest.raises(ConfigError) as error:
+        Example(**values)
+    assert error.value.field.startswith("Example")
+    for part in parts:
+        assert part in str(error.value)
+
+
+def test_fields_cannot_be_changed():
+    config = Example(size=2)
+    with pytest.raises(AttributeError):
+        config.size = 4

@@ -1,0 +1,33 @@
+"""Shared by all tests: CPU only, a small model, and a compilation cache so that repeated programs compile once."""
+
+import os
+import tempfile
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "cpm_jax_test_cache"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+from cpm_jax.modeling.config import ModelConfig
+
+
+@pytest.fixture
+def tiny_config() -> ModelConfig:
+    """A MiniCPM4-shaped model that compiles in a second: GQA, µP multipliers, tied embedding, f32."""
+    return ModelConfig(
+        vocab_size=128,
+        num_layers=2,
+        d_model=64,
+        num_heads=4,
+        num_kv_heads=2,
+        d_ff=128,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        scale_emb=12.0,
+        scale_depth=1.4,
+        dim_model_base=32,
+        initializer_range=0.1,
+        dtype="float32",
+    )
