@@ -58,5 +58,5 @@ def config_dataclass(cls: type[T]) -> type[T]:
         except pydantic.ValidationError as error:
             raise _translate(cls, error) from None
 
-    checked.__init__ = __init__
+    checked.__init__ = __init__  # type: ignore[method-assign]
     return checked
