@@ -1,0 +1,176 @@
+"""From logical axis names to shardings: one mesh, one rule list, one resolver.
+
+Parameters and activations name their dimensions ("embed", "heads", "batch"); only this file knows which mesh axes
+they lie on. The mesh has automatic axes: XLA's partitioner (GSPMD) completes the layout between the few places that
+say it, so results do not depend on the mesh beyond the rounding of sums.
+"""
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from cpm_jax.common.config import ConfigError, config_dataclass
+
+MESH_AXES = ("data", "fsdp", "tensor", "context")
+
+# Logical axis -> mesh axes. Parameters and activations share the names: in an activation "batch" takes "fsdp" first,
+# so that "embed" finds it taken and stays whole there, as fully sharded data parallelism wants.
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "length": ("context",),
+    "layers": (),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv_heads": ("tensor",),
+    "head_dim": (),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    "norm": (),
+}
+
+# With few key and value heads (MiniCPM4 has 2) tensor parallelism is wider than their number: they are then replicated.
+MAY_REPLICATE = frozenset({"kv_heads"})
+
+
+@config_dataclass
+class MeshConfig:
+    """Sizes of the mesh axes, in devices; their product is the number of devices.
+
+    Attributes:
+        data: copies of the parameters, each with its part of the batch. One axis may be -1: all devices that the
+            others leave.
+        fsdp: parts in which parameters and optimizer state are held; the batch is divided over them too.
+        tensor: parts of heads, feed-forward width and vocabulary.
+        context: parts of the sequence.
+    """
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+    context: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = self.sizes
+        for axis, size in zip(MESH_AXES, sizes, strict=True):
+            if size < 1 and size != -1:
+                raise ConfigError(
+                    f"MeshConfig.{axis} = {size}: must be at least 1, or -1 for the devices that are left",
+                    field=f"MeshConfig.{axis}",
+                )
+        if sizes.count(-1) > 1:
+            raise ConfigError(f"MeshConfig{sizes}: only one of {', '.join(MESH_AXES)} may be -1", field="MeshConfig")
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The sizes in the order of MESH_AXES, -1 unresolved."""
+        return (self.data, self.fsdp, self.tensor, self.context)
+
+
+def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
+    """Arranges devices in a mesh with the axes data, fsdp, tensor, context.
+
+    Args:
+        config: sizes of the axes.
+        devices: what to arrange; None takes all devices of all processes.
+
+    Raises:
+        ConfigError: if the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    known = math.prod(size for size in config.sizes if size != -1)
+    sizes = tuple(len(devices) // known if size == -1 else size for size in config.sizes)
+    if math.prod(sizes) != len(devices):
+        given = " x ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, config.sizes, strict=True))
+        raise ConfigError(
+            f"MeshConfig: {given} does not fit {len(devices)} devices: the product of the sizes must be "
+            f"{len(devices)} (one size may be -1)",
+            field="MeshConfig",
+        )
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+def _resolve(
+    axes: tuple[str | None, ...], mesh_shape: dict[str, int], shape: tuple[int, ...] | None, name: str, strict: bool
+) -> PartitionSpec:
+    """Resolves logical axes; `shape` drops (or, when `strict`, refuses) mesh axes that do not divide a dimension."""
+    if shape is not None and len(shape) != len(axes):
+        raise ConfigError(f"{name}: has shape {shape} but {len(axes)} logical axes {axes}", field=name)
+    used: set[str] = set()
+    entries: list[tuple[str, ...] | str | None] = []
+    for dim, axis in enumerate(axes):
+        if axis is not None and axis not in RULES:
+            raise ConfigError(f"{name}: unknown logical axis {axis!r}; known are {', '.join(RULES)}", field=name)
+        # A mesh axis can split one dimension of an array only: the first that asks gets it.
+        mesh_axes = tuple(a for a in RULES[axis] if a not in used and mesh_shape[a] > 1) if axis else ()
+        parts = math.prod(mesh_shape[a] for a in mesh_axes)
+        if shape is not None and shape[dim] % parts:
+            if strict and axis not in MAY_REPLICATE:
+                raise ConfigError(
+                    f"{name}: its dimension {axis!r} of size {shape[dim]} cannot be divided into {parts} parts "
+                    f"(mesh {' x '.join(f'{a} {mesh_shape[a]}' for a in mesh_axes)}); choose mesh sizes that divide "
+                    f"{shape[dim]}",
+                    field=name,
+                )
+            mesh_axes = ()
+        used.update(mesh_axes)
+        entries.append(mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes or None)
+    return PartitionSpec(*entries)
+
+
+def logical_sharding(
+    axes: tuple[str | None, ...], mesh: Mesh, shape: tuple[int, ...] | None = None, name: str = "array"
+) -> NamedSharding:
+    """Resolves the logical axes of an array that is held (a parameter, a batch) to its sharding.
+
+    Args:
+        axes: a logical axis for each dimension; None keeps a dimension whole.
+        mesh: from `make_mesh`.
+        shape: checked for divisibility where given. Dimensions named in MAY_REPLICATE are replicated instead.
+        name: what to call the array in errors.
+
+    Raises:
+        ConfigError: for an unknown logical axis, or a dimension that the mesh does not divide.
+    """
+    return NamedSharding(mesh, _resolve(axes, dict(mesh.shape), shape, name, strict=True))
+
+
+def params_sharding(axes: Any, params: Any, mesh: Mesh) -> Any:
+    """Shardings of a whole parameter tree.
+
+    Args:
+        axes: the tree of logical axes, from `modeling.decoder.param_axes`.
+        params: the same tree of arrays or ShapeDtypeStructs.
+        mesh: from `make_mesh`.
+
+    Returns:
+        The same tree of NamedShardings.
+
+    Raises:
+        ConfigError: naming the parameter, the dimension and the mesh sizes that do not fit.
+    """
+
+    def leaf(path: Any, param: Any, logical: tuple[str | None, ...]) -> NamedSharding:
+        return logical_sharding(
+            logical, mesh, tuple(param.shape), jax.tree_util.keystr(path, simple=True, separator="/")
+        )
+
+    return jax.tree_util.tree_map_with_path(leaf, params, axes)
+
+
+def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """Tells the partitioner how an activation lies; does nothing outside a mesh.
+
+    The mesh is the one in context (`jax.sharding.use_abstract_mesh` inside a jitted function, or `jax.set_mesh`). A
+    dimension that the mesh does not divide, such as a batch of one in decoding, stays whole: an activation's layout
+    changes speed, never values.
+
+    Args:
+        x: the activation.
+        axes: a logical axis for each dimension; None keeps a dimension whole.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or math.prod(mesh.shape.values()) == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, _resolve(axes, dict(mesh.shape), x.shape, "activation", strict=False))
