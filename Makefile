@@ -1,0 +1,68 @@
+# Everything runs inside $(VENV), made from the pinned versions in constraints/. `make help` lists the targets.
+PYTHON ?= python3
+PYTHON_LATEST ?= python3.13
+VENV ?= .venv
+WORKDIR ?= runs/quickstart
+NAME ?=
+EXTRAS ?= data,export
+
+PY_TAG := $(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])' 2>/dev/null)
+CONSTRAINTS = constraints/$(PY_TAG).txt
+RUN = $(VENV)/bin/python
+PYTEST = $(RUN) -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help venv dev quickstart test test-fast test-latest lint format bench results clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
+
+$(CONSTRAINTS):
+	@echo "no pinned constraints for '$(PYTHON)' ($(PY_TAG)): use one of $(notdir $(basename $(wildcard constraints/py*.txt))), \
+for example make PYTHON=python3.11" && exit 2
+
+venv: $(VENV)/.run ## the virtual environment that runs experiments
+$(VENV)/.run: setup.cfg $(CONSTRAINTS)
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)]'
+	@touch $@
+
+dev: $(VENV)/.dev ## the same, with what tests and lint need
+$(VENV)/.dev: $(VENV)/.run
+	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS),dev]'
+	@touch $@
+
+quickstart: $(VENV)/.run ## real text to a trained, measured model: make quickstart [DATA=folder|file.jsonl|…] [WORKDIR=…]
+	$(RUN) -m experiments.run quickstart --gin_file=runs/quickstart.gin --workdir=$(WORKDIR) $(if $(DATA),--gin.DATA=$(DATA))
+
+test: $(VENV)/.dev ## all tests, on CPU
+	$(PYTEST) -n 2 --dist loadfile -m 'not multidevice and not aot'
+	XLA_FLAGS=--xla_force_host_platform_device_count=8 $(PYTEST) -m multidevice
+	$(PYTEST) -m aot
+
+test-fast: $(VENV)/.dev ## the tests to run while working (under 5 minutes)
+	$(PYTEST) -n 2 --dist loadfile -m 'not slow and not multidevice and not aot'
+
+test-latest: ## the fast tests on the newest Python that resolves, without those that compare with torch
+	@command -v $(PYTHON_LATEST) >/dev/null || { echo "$(PYTHON_LATEST) is not installed: set PYTHON_LATEST"; exit 2; }
+	$(MAKE) test-fast PYTHON=$(PYTHON_LATEST) VENV=.venv-latest EXTRAS=data
+
+lint: $(VENV)/.dev ## ruff, mypy, codespell
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(VENV)/bin/codespell
+
+format: $(VENV)/.dev ## let ruff format and fix
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+bench: $(VENV)/.dev ## run one benchmark: make bench NAME=quickstart
+	@test -n "$(NAME)" || { echo "which one? make bench NAME=<one of: $(notdir $(basename $(wildcard benchmarks/[a-z]*.py)))>"; exit 2; }
+	$(RUN) -m benchmarks.$(NAME)
+
+results: $(VENV)/.run ## print all measured figures, unmet goals first
+	$(RUN) -m benchmarks.results
+
+clean: ## remove environments and caches, not runs
+	rm -rf .venv .venv-latest build *.egg-info .pytest_cache .mypy_cache .ruff_cache
