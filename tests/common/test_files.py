@@ -1,0 +1,35 @@
+import hashlib
+import json
+import stat
+
+import pytest
+
+from cpm_jax.common import files
+
+
+def test_write_text_replaces_and_makes_folders(tmp_path):
+    path = tmp_path / "a" / "b.txt"
+    files.write_text(path, "one\r\n")
+    files.write_text(path, "zwölf 模型\n")
+    assert path.read_bytes() == "zwölf 模型\n".encode()
+    assert [p.name for p in path.parent.iterdir()] == ["b.txt"]
+    assert stat.S_IMODE(path.stat().st_mode) & 0o400
+
+
+def test_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    files.write_text(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        files.write_text(path, "x" * 100_000 + "\ud800")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_write_json(tmp_path):
+    files.write_json(tmp_path / "a.json", {"b": 1, "a": "模"})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"b": 1, "a": "模"}
+
+
+def test_sha256(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc" * 100_000)
+    assert files.sha256(tmp_path / "a") == hashlib.sha256(b"abc" * 100_000).hexdigest()
