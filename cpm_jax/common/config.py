@@ -1,12 +1,14 @@
 """Frozen, type-checked configuration dataclasses, and the one error that bad configuration raises."""
 
 import functools
+import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar, cast, dataclass_transform
+from typing import Any, ParamSpec, TypeVar, cast, dataclass_transform
 
 import pydantic
 import pydantic.dataclasses
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -27,10 +29,13 @@ class ConfigError(Exception):
         self.field = field
 
 
-def _translate(cls: type, error: pydantic.ValidationError) -> ConfigError:
+_SETTINGS = pydantic.ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
+
+
+def _translate(name: str, error: pydantic.ValidationError) -> ConfigError:
     lines, first = [], ""
     for item in error.errors(include_url=False):
-        field = ".".join([cls.__name__, *map(str, item["loc"])])
+        field = ".".join([name, *map(str, item["loc"])])
         first = first or field
         value = "" if item["type"] == "missing" else f" = {item['input']!r}"
         lines.append(f"{field}{value}: {item['msg'][0].lower()}{item['msg'][1:]}")
@@ -47,8 +52,7 @@ def config_dataclass(cls: type[T]) -> type[T]:
     Raises:
         ConfigError: from the constructor, naming every field of a wrong type or value.
     """
-    settings = pydantic.ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
-    checked = cast(type[T], pydantic.dataclasses.dataclass(frozen=True, config=settings)(cls))
+    checked = cast(type[T], pydantic.dataclasses.dataclass(frozen=True, config=_SETTINGS)(cls))
     init: Callable[..., None] = checked.__init__
 
     @functools.wraps(init)
@@ -56,7 +60,27 @@ def config_dataclass(cls: type[T]) -> type[T]:
         try:
             init(self, *args, **kwargs)
         except pydantic.ValidationError as error:
-            raise _translate(cls, error) from None
+            raise _translate(cls.__name__, error) from None
 
     checked.__init__ = __init__  # type: ignore[method-assign]
     return checked
+
+
+def config_function(function: Callable[P, T]) -> Callable[P, T]:
+    """Makes a function that builds a config check its arguments as `config_dataclass` does.
+
+    Raises:
+        ConfigError: from the call, naming every argument of a wrong type or value.
+    """
+    checked = pydantic.validate_call(config=_SETTINGS)(function)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return checked(*args, **kwargs)
+        except pydantic.ValidationError as error:
+            raise _translate(function.__name__, error) from None
+
+    # gin reads the names of the arguments from the signature, and does not look through wrappers.
+    call.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
+    return call

@@ -4,7 +4,7 @@ from typing import Literal
 
 import pytest
 
-from cpm_jax.common.config import ConfigError, config_dataclass
+from cpm_jax.common.config import ConfigError, config_dataclass, config_function
 
 
 @config_dataclass
@@ -50,3 +50,18 @@ def test_fields_cannot_be_changed():
     config = Example(size=2)
     with pytest.raises(AttributeError):
         config.size = 4
+
+
+@config_function
+def build(size: int, kind: Literal["linear", "cosine"] = "linear") -> Example:
+    return Example(size=size, kind=kind)
+
+
+def test_functions_check_their_arguments():
+    assert build(size=2) == Example(size=2)
+    with pytest.raises(ConfigError, match=r"build.size = '2': .*integer"):
+        build(size="2")
+    with pytest.raises(ConfigError, match=r"build.sise = 2: .*[uU]nexpected"):
+        build(size=2, sise=2)
+    with pytest.raises(ConfigError, match=r"Example.size = 3: must be even"):
+        build(size=3)
