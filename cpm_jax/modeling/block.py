@@ -1,0 +1,108 @@
+"""One decoder layer, and how a stack of them is declared and run."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from cpm_jax.common.sharding import constrain
+from cpm_jax.modeling.attention import Attend, Attention
+from cpm_jax.modeling.config import ModelConfig
+from cpm_jax.modeling.feed_forward import FeedForward
+from cpm_jax.modeling.layers import RMSNorm
+from cpm_jax.modeling.rotary import Rotation
+from kernels_pallas.attention.api import dot_product_attention
+
+ModuleT = TypeVar("ModuleT", bound=nnx.Module)
+CarryT = TypeVar("CarryT")
+
+
+class Block(nnx.Module):
+    """A pre-norm transformer layer whose two branches are scaled by `config.residual_multiplier`."""
+
+    def __init__(self, config: ModelConfig):
+        self.residual_multiplier = config.residual_multiplier
+        self.input_layernorm = RMSNorm(config)
+        self.self_attn = Attention(config)
+        self.post_attention_layernorm = RMSNorm(config)
+        self.mlp = FeedForward(config)
+
+    def __call__(self, x: Float[Array, "B T D"], angles: Rotation, attend: Attend) -> tuple[Float[Array, "B T D"], Any]:
+        """Applies the layer; returns the new residual stream and what `attend` returned beside its output."""
+        attended, cache = self.self_attn(self.input_layernorm(x), angles, attend)
+        x = constrain(x + attended * self.residual_multiplier, ("batch", "length", "embed"))
+        x = x + self.mlp(self.post_attention_layernorm(x)) * self.residual_multiplier
+        return constrain(x, ("batch", "length", "embed")), cache
+
+
+def causal_attend(segment_ids: jax.Array) -> Attend:
+    """Attention within the row, to earlier tokens of the same segment."""
+
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
+        return dot_product_attention(q, k, v, segment_ids=segment_ids), None
+
+    return attend
+
+
+def stack(layer: ModuleT, num_layers: int) -> ModuleT:
+    """Turns a declared layer into a declared stack: every parameter gets a leading axis "layers"."""
+    for _, param in nnx.iter_graph(layer):
+        if isinstance(param, nnx.Param):
+            declared = param.get_value()
+            param.set_value(jax.ShapeDtypeStruct((num_layers, *declared.shape), declared.dtype))
+            param.set_metadata(axes=("layers", *param.get_metadata("axes")))
+    return layer
+
+
+def select(stacked: ModuleT, index: int) -> ModuleT:
+    """The layer at a static index of a stack."""
+    graphdef, state = nnx.split(stacked)
+    return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf[index], nnx.to_pure_dict(state)))
+
+
+def _remat(config: ModelConfig, step: Callable) -> Callable:
+    if config.remat == "none":
+        return step
+    # Attention scores are products with batch dimensions: "dots" recomputes them and keeps the projections.
+    saved = {
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "full": jax.checkpoint_policies.nothing_saveable,
+    }[config.remat]
+    # A scan already keeps the recomputation apart from the forward pass, so the costly barriers are not needed there.
+    return jax.checkpoint(step, policy=saved, prevent_cse=not config.scan_layers)
+
+
+def run_layers(
+    config: ModelConfig,
+    stacked: ModuleT,
+    body: Callable[[CarryT, ModuleT, jax.Array | int], CarryT],
+    carry: CarryT,
+) -> CarryT:
+    """Runs `carry = body(carry, layer, index)` over a stack of layers.
+
+    Args:
+        config: chooses between `lax.scan` and an unrolled loop, and what the backward pass recomputes.
+        stacked: layers with parameters of shape [L, ...].
+        body: applies one layer, rematerialised as `config.remat` says.
+        carry: the initial carry.
+    """
+    graphdef, state = nnx.split(stacked)
+    params = nnx.to_pure_dict(state)
+
+    def step(carry: CarryT, layer: tuple[Any, Any]) -> tuple[CarryT, None]:
+        layer_params, index = layer
+        with jax.named_scope("layer"):
+            return body(carry, nnx.merge(graphdef, layer_params), index), None
+
+    step = _remat(config, step)
+    leaves, treedef = jax.tree.flatten(params)
+    num_layers = leaves[0].shape[0]
+    if config.scan_layers:
+        return jax.lax.scan(step, carry, (params, jnp.arange(num_layers)))[0]
+    # Unstacked once: the gradient is then one concatenation, not a sum of L arrays that are zero but for one layer.
+    for index, layer_leaves in enumerate(zip(*map(jnp.unstack, leaves), strict=True)):
+        carry, _ = step(carry, (jax.tree.unflatten(treedef, layer_leaves), index))
+    return carry
