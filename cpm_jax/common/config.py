@@ -62,6 +62,12 @@ def config_dataclass(cls: type[T]) -> type[T]:
         except pydantic.ValidationError as error:
             raise _translate(cls.__name__, error) from None
 
+    # gin does not follow wrappers: it looks here for parameters and their defaults.
+    of_class = inspect.signature(checked)
+    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    __init__.__signature__ = of_class.replace(  # type: ignore[attr-defined]
+        parameters=[itself, *of_class.parameters.values()]
+    )
     checked.__init__ = __init__  # type: ignore[method-assign]
     return checked
 
@@ -84,3 +90,7 @@ def config_function(function: Callable[P, T]) -> Callable[P, T]:
     # gin reads the names of the arguments from the signature, and does not look through wrappers.
     call.__signature__ = inspect.signature(function)  # type: ignore[attr-defined]
     return call
+
+
+class InputError(Exception):
+    """Data or a checkpoint that cannot be read or does not fit; the message is meant for the user as it is."""
