@@ -1,0 +1,241 @@
+"""Figures of reports: plain lines and bars in one quiet style, drawn as SVG that lies inside the page."""
+
+import io
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+from cpm_jax.common.report import Figure
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart, darkened for a white page.
+COLORS = ("#1f5fa8", "#d1661c", "#12806a", "#a8487f", "#7a6a00", "#4f9ccf", "#5b6675")
+_INK, _SOFT, _RULE = "#1b2430", "#5b6675", "#dfe4ea"
+_MAX_POINTS = 800
+
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # Text stays text: it is set in the page's font, can be searched, and may be Chinese.
+    "svg.hashsalt": "cpm_jax",  # The same data gives the same bytes.
+    "font.family": "sans-serif",
+    "font.size": 10.0,
+    "text.color": _INK,
+    "axes.edgecolor": "#b9c2cd",
+    "axes.labelcolor": _SOFT,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "axes.spines.left": False,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "grid.color": _RULE,
+    "grid.linewidth": 0.8,
+    "xtick.color": _SOFT,
+    "ytick.color": _SOFT,
+    "ytick.major.size": 0,
+    "xtick.major.size": 3,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+}
+
+
+@dataclass(frozen=True)
+class Series:
+    """One line of a figure.
+
+    Attributes:
+        x: positions, ascending.
+        y: values of the same length; values that are not finite leave a gap.
+        markers: whether each point is marked, for values that were measured seldom.
+        smooth: whether the running mean is drawn in full and the values themselves pale behind it.
+    """
+
+    x: Sequence[float]
+    y: Sequence[float]
+    markers: bool = False
+    smooth: bool = False
+
+
+def human(value: float) -> str:
+    """Writes a number shortly: 1234567 as "1.23M", 12000 as "12,000", 0.0003 as "0.0003"."""
+    for limit, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if abs(value) >= limit:
+            return f"{value / limit:.3g}{suffix}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def human_bytes(value: float) -> str:
+    """Writes a number of bytes with a decimal unit: 1234567 as "1.23 MB"."""
+    for limit, suffix in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if abs(value) >= limit:
+            return f"{value / limit:.3g} {suffix}"
+    return f"{value:.0f} B"
+
+
+def human_seconds(value: float) -> str:
+    """Writes a duration: 59.4 as "59.4 s", 125 as "2 min 05 s", 7325 as "2 h 02 min"."""
+    if value < 60:
+        return f"{value:.3g} s"
+    if value < 3600:
+        return f"{int(value) // 60} min {int(value) % 60:02d} s"
+    return f"{int(value) // 3600} h {int(value) % 3600 // 60:02d} min"
+
+
+def _to_svg(canvas: Canvas) -> str:
+    buffer = io.StringIO()
+    with warnings.catch_warnings():
+        # Matplotlib only measures the text here; the reader's browser draws it, with a font that has the glyph.
+        warnings.filterwarnings("ignore", message=r"Glyph \d+ .* missing from font", category=UserWarning)
+        canvas.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)  # it inherits the page's
+    # The page scales the drawing; a fixed size in points would not fit a phone.
+    head, body = svg.split(">", 1)
+    return re.sub(r' (?:width|height)="[^"]*"', "", head) + ">" + body
+
+
+def _thin(series: Series) -> tuple[np.ndarray, np.ndarray]:
+    """Averages neighbours until a line has at most `_MAX_POINTS` points, which is more than a page can show."""
+    x, y = np.asarray(series.x, float), np.asarray(series.y, float)
+    width = -(-len(x) // _MAX_POINTS)
+    if width <= 1:
+        return x, y
+    starts = np.arange(0, len(x), width)
+    counts = np.diff(np.append(starts, len(x)))
+    return np.add.reduceat(x, starts) / counts, np.add.reduceat(y, starts) / counts
+
+
+def _running_mean(y: np.ndarray) -> np.ndarray:
+    """Centred mean over about a thirtieth of the line."""
+    half = max(1, len(y) // 60)
+    finite = np.isfinite(y)
+    total, count = np.cumsum(np.append(0.0, np.where(finite, y, 0.0))), np.cumsum(np.append(0, finite))
+    low = np.maximum(np.arange(len(y)) - half, 0)
+    high = np.minimum(np.arange(len(y)) + half + 1, len(y))
+    seen = count[high] - count[low]
+    return np.where(seen > 0, (total[high] - total[low]) / np.maximum(seen, 1), np.nan)
+
+
+def _label(axes: Axes, xlabel: str, ylabel: str) -> None:
+    axes.set_xlabel(xlabel)
+    # Above the axis and level, where it is read first and takes no width from the curve.
+    axes.set_title(ylabel, loc="left", fontsize=10, color=_SOFT, pad=10)
+
+
+def line_figure(
+    lines: Mapping[str, Series],
+    *,
+    xlabel: str,
+    ylabel: str,
+    caption: str = "",
+    from_zero: bool = False,
+    wide: bool = True,
+) -> Figure:
+    """Draws lines over a common axis.
+
+    Args:
+        lines: by the name that the legend shows.
+        xlabel: name and unit of x.
+        ylabel: name and unit of y, written above the axis.
+        caption: a sentence below the figure.
+        from_zero: whether the y axis starts at zero.
+        wide: whether the figure takes the page's width, or half of it.
+
+    Returns:
+        A block for a report's section.
+    """
+    with matplotlib.rc_context(_STYLE):
+        canvas = Canvas(figsize=(8.6, 3.4) if wide else (4.4, 2.6), layout="constrained")
+        axes = canvas.add_subplot()
+        for color, (name, series) in zip(_cycle(len(lines)), lines.items(), strict=True):
+            x, y = _thin(series)
+            # A smoothed line shows as many steps as it has, or there is nothing to smooth.
+            if series.smooth and len(y) >= 30:
+                axes.plot(x, y, color=color, alpha=0.28, linewidth=0.8)
+                y = _running_mean(y)
+            marker: dict[str, Any] = (
+                {"marker": "o", "markersize": 4.5, "markeredgecolor": "white"} if series.markers else {}
+            )
+            axes.plot(x, y, color=color, label=name, **marker)
+        _label(axes, xlabel, ylabel)
+        axes.margins(x=0.015)
+        if from_zero:
+            axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda value, _: human(value)))
+            axis.set_minor_formatter(NullFormatter())
+        if len(lines) > 1:
+            axes.legend(loc="best", fontsize=9.5, handlelength=1.6)
+        return Figure(
+            svg=_to_svg(canvas), caption=caption, alt=f"{ylabel} over {xlabel}: {', '.join(lines)}", wide=wide
+        )
+
+
+def bar_figure(
+    bars: Mapping[str, float],
+    *,
+    ylabel: str,
+    caption: str = "",
+    strong: Sequence[str] = (),
+    errors: Mapping[str, float] | None = None,
+    format_value: Any = None,
+    wide: bool = True,
+) -> Figure:
+    """Draws horizontal bars, each with its value written at the end.
+
+    Args:
+        bars: by name, from top to bottom.
+        ylabel: what the bars measure, with its unit.
+        caption: a sentence below the figure.
+        strong: names of the bars to stress.
+        errors: standard error by name, drawn as a whisker.
+        format_value: function that writes a value; None takes three decimals.
+        wide: whether the figure takes the page's width, or half of it.
+
+    Returns:
+        A block for a report's section.
+    """
+    write = format_value or (lambda value: f"{value:.3f}")
+    with matplotlib.rc_context({**_STYLE, "axes.grid.axis": "x", "axes.spines.bottom": False}):
+        height = 0.75 + 0.42 * len(bars)
+        canvas = Canvas(figsize=(8.6, height) if wide else (4.4, height), layout="constrained")
+        axes = canvas.add_subplot()
+        top = max(bars.values(), default=1.0) or 1.0
+        for place, (name, value) in enumerate(bars.items()):
+            stressed = not strong or name in strong
+            axes.barh(place, value, height=0.62, color=COLORS[0] if stressed else "#b9c2cd")
+            error = (errors or {}).get(name, 0.0)
+            if error:
+                axes.errorbar(value, place, xerr=error, color=_INK, capsize=3, linewidth=1)
+            axes.annotate(
+                write(value),
+                (value + error, place),
+                xytext=(6, 0),
+                textcoords="offset points",
+                va="center",
+                color=_INK,
+                weight="bold" if name in strong else "normal",
+            )
+        axes.set_yticks(range(len(bars)), list(bars), color=_INK)
+        axes.invert_yaxis()
+        axes.set_xlim(0, top * (1.15 if wide else 1.35))
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: write(value) if format_value else f"{value:g}"))
+        axes.tick_params(axis="x", length=0)
+        axes.set_title(ylabel, loc="left", fontsize=10, color=_SOFT, pad=8)
+        alt = f"{ylabel}: " + ", ".join(f"{name} {write(value)}" for name, value in bars.items())
+        return Figure(svg=_to_svg(canvas), caption=caption, alt=alt, wide=wide)
+
+
+def _cycle(count: int) -> list[str]:
+    return [COLORS[index % len(COLORS)] for index in range(count)]
