@@ -1,8 +1,10 @@
 """Frozen, type-checked configuration dataclasses, and the one error that bad configuration raises."""
 
+import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar, cast, dataclass_transform
 
 import pydantic
@@ -94,3 +96,36 @@ def config_function(function: Callable[P, T]) -> Callable[P, T]:
 
 class InputError(Exception):
     """Data or a checkpoint that cannot be read or does not fit; the message is meant for the user as it is."""
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """The fields of a config dataclass, nested ones too, as JSON has them (tuples become lists)."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def config_from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
+    """Builds a config from what `config_to_dict` gave and a JSON file kept.
+
+    Raises:
+        ConfigError: naming the fields that `cls` does not have, misses, or does not accept.
+    """
+    try:
+        return pydantic.TypeAdapter(cls).validate_json(json.dumps(values))
+    except pydantic.ValidationError as error:
+        raise _translate(cls.__name__, error) from None
+
+
+def config_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """Compares two dicts from `config_to_dict`.
+
+    Returns:
+        The dotted names of the fields that differ, each with the old and the new value; None where one lacks it.
+    """
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in sorted(old.keys() | new.keys()):
+        a, b = old.get(name), new.get(name)
+        if isinstance(a, Mapping) and isinstance(b, Mapping):
+            found |= config_differences(a, b, f"{prefix}{name}.")
+        elif a != b:
+            found[prefix + name] = (a, b)
+    return found

@@ -1,10 +1,18 @@
 """Configuration errors name the field, the value and what is accepted."""
 
+import json
 from typing import Literal
 
 import pytest
 
-from cpm_jax.common.config import ConfigError, config_dataclass, config_function
+from cpm_jax.common.config import (
+    ConfigError,
+    config_dataclass,
+    config_differences,
+    config_from_dict,
+    config_function,
+    config_to_dict,
+)
 
 
 @config_dataclass
@@ -65,3 +73,27 @@ def test_functions_check_their_arguments():
         build(size=2, sise=2)
     with pytest.raises(ConfigError, match=r"Example.size = 3: must be even"):
         build(size=3)
+
+
+@config_dataclass
+class Outer:
+    """A config within a config."""
+
+    inner: Example
+    name: str = "a"
+
+
+def test_a_config_comes_back_from_json():
+    config = Outer(Example(size=4, shape=(1, 2)))
+    values = json.loads(json.dumps(config_to_dict(config)))
+    assert values == {"inner": {"size": 4, "rate": 0.1, "kind": "linear", "shape": [1, 2]}, "name": "a"}
+    assert config_from_dict(Outer, values) == config
+    with pytest.raises(ConfigError, match="colour"):
+        config_from_dict(Outer, values | {"colour": "red"})
+
+
+def test_differences_name_the_field():
+    old, new = config_to_dict(Outer(Example(size=4))), config_to_dict(Outer(Example(size=6), name="b"))
+    assert config_differences(old, new) == {"inner.size": (4, 6), "name": ("a", "b")}
+    assert config_differences(old, old) == {}
+    assert config_differences({"a": 1}, {}) == {"a": (1, None)}
