@@ -20,7 +20,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from pydantic import NonNegativeInt, PositiveInt
 
 from cpm_jax.checkpoints import integrity
-from cpm_jax.common.config import config_dataclass
+from cpm_jax.common.config import InputError, config_dataclass
 
 CHECKPOINTS_DIR = "checkpoints"  # within a workdir
 UNREADABLE_DIR = "unreadable"  # within the checkpoints' directory
@@ -28,7 +28,7 @@ UNREADABLE_DIR = "unreadable"  # within the checkpoints' directory
 logger = logging.getLogger(__name__)
 
 
-class CheckpointError(Exception):
+class CheckpointError(InputError):
     """A checkpoint that cannot be written, read, or does not fit what is to be restored; says which and why."""
 
 
