@@ -90,8 +90,8 @@ class GinFile:
         name: how messages call it, as short as is clear.
         header: its leading comment.
         imports: its import statements, without gin's own.
-        settings: its assignments in order.
-        includes: names of the files it includes.
+        settings: its assignments in order, without those of included files.
+        includes: names of the files it includes, each with the number of settings that stand before it.
     """
 
     path: Path
@@ -99,7 +99,7 @@ class GinFile:
     header: str
     imports: tuple[config_parser.ImportStatement, ...]
     settings: tuple[Setting, ...]
-    includes: tuple[str, ...]
+    includes: tuple[tuple[int, str], ...]
 
 
 def _references(value: Any) -> Iterator[Reference]:
@@ -212,7 +212,7 @@ def read_gin_text(text: str, path: Path = Path("config.gin")) -> GinFile:
                 if not item.module.startswith("__gin__"):
                     imports.append(item)
             elif isinstance(item, config_parser.IncludeStatement):
-                includes.append(item.filename)
+                includes.append((len(settings), item.filename))
     except SyntaxError as error:
         raise ConfigError(f"{name}:{error.lineno}: {error.msg}\n  {(error.text or '').strip()}") from None
     except tokenize.TokenError as error:
@@ -222,9 +222,14 @@ def read_gin_text(text: str, path: Path = Path("config.gin")) -> GinFile:
 
 
 def with_includes(path: Path) -> list[GinFile]:
-    """Returns a file and what it includes, included files first."""
+    """Returns a file and what it includes, cut into pieces that are in the order in which gin reads them."""
     file = read_gin_file(path)
-    return [f for name in file.includes for f in with_includes(find_gin_file(name))] + [file]
+    pieces, done = [], 0
+    for count, name in file.includes:
+        pieces.append(dataclasses.replace(file, settings=file.settings[done:count]))
+        pieces += with_includes(find_gin_file(name))
+        done = count
+    return [*pieces, dataclasses.replace(file, settings=file.settings[done:])]
 
 
 def parse_flag(flag: str) -> Setting:

@@ -39,7 +39,7 @@ class Settings:
     Gin keeps its state in the process: parsing a second time forgets the first.
 
     Attributes:
-        files: every file read, included ones first.
+        files: every file read, in pieces where files include others.
         settings: every assignment in order; a later one of the same key wins.
     """
 

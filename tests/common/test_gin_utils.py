@@ -264,6 +264,10 @@ def test_no_file_for_the_config(here):
 def test_include(here):
     (here / "both.gin").write_text('include "arch.gin"\ninclude "size.gin"\nNUM_LAYERS = 6\n')
     assert build(files=["both.gin"]).num_layers == 6
+    (here / "both.gin").write_text('include "arch.gin"\nNUM_LAYERS = 6\ninclude "size.gin"\n')
+    settings = Settings(["both.gin"], [], ModelConfig)
+    assert [s.value for s in settings.settings if s.name == "NUM_LAYERS"] == [2, 6, 3]
+    assert settings.build().num_layers == 3
 
 
 def test_reading_a_file_as_text(here):
