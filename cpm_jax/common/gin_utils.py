@@ -16,9 +16,9 @@ import gin
 
 from cpm_jax.common.config import ConfigError
 from cpm_jax.common.gin_files import (
-    GIN_ROOT,
     REQUIRED,
     GinFile,
+    Reference,
     Setting,
     find_gin_file,
     list_gin_files,
@@ -69,13 +69,11 @@ class Settings:
         self._check_macros()
 
         gin.clear_config()
-        if str(GIN_ROOT) not in _search_path:
-            gin.add_config_file_search_path(str(GIN_ROOT))
-            _search_path.add(str(GIN_ROOT))
         _register(root)
         with _as_config_error():
-            for path in paths:
-                gin.parse_config_file(str(path))
+            # As text of ours, not as files: gin would look for includes along a path of its own.
+            for file in self.files:
+                gin.parse_config([*_import_lines(file), *map(_as_gin, file.settings)])
             gin.parse_config([_as_gin(setting) for setting in flag_settings])
             gin.finalize()
 
@@ -145,12 +143,19 @@ class Settings:
         used = {r.name: s for s in self.settings for r in s.references if r.is_macro and r != REQUIRED}
         problems = []
         for name, setting in macros.items():
-            if name not in used:
+            # A file may offer an object that this job does not need: the model, to a job without one.
+            offered = not setting.from_flag and isinstance(setting.value, Reference) and not setting.value.is_macro
+            if name not in used and not offered:
                 shown = setting.where if setting.from_flag else f"{setting.where}: {name}"
                 problems.append(f"{shown}: no gin file uses the macro {name}{suggest(name, list(used))}")
+        undefined: dict[tuple[str, str], list[str]] = {}
         for name, user in used.items():
             if name not in macros:
-                problems.append(f"{name} is not set: {user.where} uses %{name}{_definers(name)}")
+                undefined.setdefault((user.where.rpartition(":")[0], _definers(name)), []).append(name)
+        for (user_file, hint), names in undefined.items():
+            problems.append(
+                f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} not set, but used by {user_file}{hint}"
+            )
         for name, setting in macros.items():
             if setting.value != REQUIRED or name not in used:
                 continue
@@ -227,14 +232,16 @@ class Settings:
         return gin.operative_config_str(max_line_length=_MAX_LINE) + "\n"
 
 
-_search_path: set[str] = set()  # gin's own list cannot be read back
-
-
 def _register(cls: type) -> None:
     try:
         gin.get_configurable(cls)
     except ValueError:  # no file named it yet in this process
         gin.register(module=cls.__module__)(cls)
+
+
+def _import_lines(file: GinFile) -> list[str]:
+    lines = [statement.format() for statement in file.imports]
+    return ["from __gin__ import dynamic_registration", *lines] if lines else []
 
 
 def _as_gin(setting: Setting) -> str:
@@ -247,7 +254,7 @@ def _definers(macro: str) -> str:
     """Names the gin files that give a macro a value, as a hint."""
     files = [read_gin_file(path) for path in list_gin_files()]
     names = [f.name for f in files if any(s.is_macro and s.name == macro and s.value != REQUIRED for s in f.settings)]
-    return f"; these files do: {', '.join(names)}" if names else ""
+    return f"; set by {', '.join(names)}" if names else ""
 
 
 def _public(module: Any) -> list[str]:

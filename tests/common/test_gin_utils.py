@@ -210,7 +210,14 @@ def test_required_because_of_the_order_of_files():
 
 def test_a_macro_that_nothing_defines(here):
     (here / "arch.gin").write_text(ARCH.replace("d_ff = 96", "d_ff = %HIDDEN"))
-    assert "HIDDEN is not set: arch.gin:17 uses %HIDDEN" in message()
+    assert "HIDDEN is not set, but used by arch.gin" in message()
+
+
+def test_a_missing_layer_is_one_line():
+    text = message(files=["arch/minicpm4.gin"])
+    assert "VOCAB_SIZE, NUM_LAYERS, D_MODEL" in text
+    assert "are not set, but used by arch/llama.gin; set by size/150m.gin" in text
+    assert len(text.splitlines()) <= 3
 
 
 def test_a_wrong_type_is_traced_through_the_macro():
