@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 
-def make_batch(seed: int = 0, rows: int = 4, length: int = 32, vocab: int = 128, sources: int = 2) -> dict[str, Any]:
+def _make_batch(seed: int = 0, rows: int = 4, length: int = 32, vocab: int = 128, sources: int = 2) -> dict[str, Any]:
     """Two packed documents and some padding in each row, of lengths that differ by row."""
     rng = np.random.default_rng(seed)
     stream = rng.integers(0, vocab, (rows, length + 1)).astype(np.int32)
@@ -26,5 +26,10 @@ def make_batch(seed: int = 0, rows: int = 4, length: int = 32, vocab: int = 128,
 
 
 @pytest.fixture
+def make_batch():
+    return _make_batch
+
+
+@pytest.fixture
 def batch() -> dict[str, Any]:
-    return make_batch()
+    return _make_batch()
