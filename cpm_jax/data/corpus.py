@@ -1,0 +1,182 @@
+"""One pass over a corpus: documents cleaned, exact duplicates dropped, each assigned to a split."""
+
+import collections
+import dataclasses
+import hashlib
+import os
+import re
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+from cpm_jax.data.errors import DataError
+from cpm_jax.data.sources import ACCEPTED, Document, Format, Reject, read_documents
+
+_NEWLINES = re.compile("\r\n|[\r\x85\u2028\u2029]")
+
+
+def clean_text(text: str) -> str:
+    """Writes all line ends as a line feed and leaves out NUL characters."""
+    return _NEWLINES.sub("\n", text).replace("\0", "")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CleanDocument:
+    """A document that belongs to the corpus.
+
+    Attributes:
+        document: with its clean text.
+        num_bytes: of the text in UTF-8.
+        digest: of the text, 16 bytes.
+        position: where the hash of its id lies in [0, 1); below the validation fraction it is held out.
+    """
+
+    document: Document
+    num_bytes: int
+    digest: bytes
+    position: float
+
+
+class _SeenTexts:
+    """A set of digests that spills to disk: a corpus may have more documents than fit in memory."""
+
+    def __init__(self, path: Path):
+        path.unlink(missing_ok=True)
+        self._path = path
+        # Its users take turns, but not always in one thread: the trainer of tokenizers reads from its own.
+        self._database = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        # It is built anew by every pass, so it need not survive a kill.
+        self._database.execute("PRAGMA journal_mode = OFF")
+        self._database.execute("PRAGMA synchronous = OFF")
+        self._database.execute("CREATE TABLE seen (digest BLOB PRIMARY KEY) WITHOUT ROWID")
+        self._database.execute("BEGIN")
+
+    def add(self, digest: bytes) -> bool:
+        """Adds a digest; whether it is new."""
+        return self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest,)).rowcount == 1
+
+    def close(self) -> None:
+        self._database.close()
+        self._path.unlink(missing_ok=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Corpus:
+    """What is read, and how.
+
+    Attributes:
+        sources: source strings, read one after another.
+        format: of the documents.
+        text_field: as in `read_documents`.
+        extensions: as in `read_documents`.
+        tfds_data_dir: as in `read_documents`.
+        seed: of the assignment to splits.
+        work_dir: an existing folder for the set of the texts that were seen.
+    """
+
+    sources: tuple[str, ...]
+    format: Format
+    text_field: str
+    extensions: tuple[str, ...] | None
+    tfds_data_dir: str | None
+    seed: int
+    work_dir: Path
+
+    def read(self) -> "CorpusPass":
+        """Begins a pass from the first document."""
+        return CorpusPass(self)
+
+    def validation_threshold(self, fraction: float) -> float:
+        """The position below which documents are held out.
+
+        This is `fraction`, unless the corpus is so small that nothing would be held out; then it is just above the
+        smallest position, so that the validation split is one document.
+
+        Raises:
+            DataError: the corpus is empty, or is one document, which cannot be split.
+        """
+        smallest, count = 1.0, 0
+        for item in self.read():
+            if isinstance(item, CleanDocument):
+                count += 1
+                smallest = min(smallest, item.position)
+                # Two documents are needed, so that one is left to train on.
+                if count > 1 and (fraction == 0 or smallest < fraction):
+                    return fraction
+        if count == 0:
+            raise DataError(f"no document found in {', '.join(self.sources)}; accepted: {ACCEPTED}")
+        if fraction == 0:
+            return fraction
+        if count == 1:
+            raise DataError(
+                f"{', '.join(self.sources)} holds only one document, which cannot be split: give more documents or "
+                "set validation_fraction = 0"
+            )
+        return max(fraction, smallest + 2.0**-53)
+
+    def total_bytes(self) -> int | None:
+        """About how many bytes of text a pass will read, or None where that is not known beforehand."""
+        sizes = [_source_bytes(source) for source in self.sources]
+        return None if None in sizes else sum(size for size in sizes if size is not None)
+
+
+def _source_bytes(source: str) -> int | None:
+    if os.path.isfile(source) and not source.endswith((".gz", ".zst", ".parquet", ".array_record")):
+        return os.path.getsize(source)
+    return None
+
+
+class CorpusPass:
+    """An iterator over the corpus that counts what it drops.
+
+    Attributes:
+        duplicates: documents dropped so far because the text had been seen.
+        rejects: rejects so far, by reason.
+        documents: documents so far, by source.
+    """
+
+    def __init__(self, corpus: Corpus):
+        self._corpus = corpus
+        self.duplicates = 0
+        self.rejects: collections.Counter[str] = collections.Counter()
+        self.documents: collections.Counter[str] = collections.Counter(dict.fromkeys(corpus.sources, 0))
+
+    def __iter__(self) -> Iterator[CleanDocument | Reject]:
+        corpus = self._corpus
+        seen = _SeenTexts(corpus.work_dir / "seen.sqlite")
+        try:
+            for source in corpus.sources:
+                for found in read_documents(
+                    source,
+                    format=corpus.format,
+                    text_field=corpus.text_field,
+                    extensions=corpus.extensions,
+                    tfds_data_dir=corpus.tfds_data_dir,
+                ):
+                    item = self._clean(found) if isinstance(found, Document) else found
+                    if isinstance(item, Reject):
+                        self.rejects[item.reason] += 1
+                    elif seen.add(item.digest):
+                        self.documents[source] += 1
+                    else:
+                        self.duplicates += 1
+                        continue
+                    yield item
+        finally:
+            seen.close()
+
+    def _clean(self, document: Document) -> CleanDocument | Reject:
+        text = document.text if self._corpus.format == "chat" else clean_text(document.text)
+        if not text.strip():
+            return Reject("empty text", document.id, document.source)
+        try:
+            data = text.encode()
+        except UnicodeEncodeError as error:
+            return Reject("invalid unicode", document.id, document.source, f"character {error.start}: {error.reason}")
+        key = hashlib.blake2b(f"{self._corpus.seed}:{document.id}".encode(errors="replace"), digest_size=8).digest()
+        return CleanDocument(
+            document=dataclasses.replace(document, text=text),
+            num_bytes=len(data),
+            digest=hashlib.blake2b(data, digest_size=16).digest(),
+            position=(int.from_bytes(key) >> 11) * 2.0**-53,
+        )

@@ -1,0 +1,106 @@
+"""Turns the text of documents into tokens and loss masks; what the processes of `prepare` do."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from cpm_jax.data.chat import ChatError, Conversation
+from cpm_jax.data.errors import DataError
+from cpm_jax.data.packing import TokenizedDocuments
+from cpm_jax.data.sources import Format
+from cpm_jax.data.tokenizer import Tokenizer
+
+LongConversations = Literal["reject", "truncate"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Encoded:
+    """Documents that were tokenised together.
+
+    Attributes:
+        documents: the tokens; a rejected document has length 0.
+        rejects: (index of the document, reason, detail).
+        truncated: how many conversations were cut to fit a record.
+    """
+
+    documents: TokenizedDocuments
+    rejects: tuple[tuple[int, str, str], ...] = ()
+    truncated: int = 0
+
+
+class Encoder:
+    """Tokenises documents of one format."""
+
+    def __init__(self, tokenizer: Tokenizer, format: Format, seq_len: int, long_conversations: LongConversations):
+        """Checks that the tokenizer has what the format needs.
+
+        Raises:
+            DataError: it has no end-of-document token, or no chat template.
+        """
+        self._tokenizer = tokenizer
+        self._format = format
+        self._max_tokens = seq_len + 1
+        self._long_conversations = long_conversations
+        if format == "chat":
+            tokenizer.require_chat_template()
+        elif tokenizer.eos_id is None:
+            raise DataError(
+                "the tokenizer has no eos_token, with which documents end: give the folder of its "
+                "tokenizer_config.json, and name one there"
+            )
+
+    @classmethod
+    def load(cls, folder: Path, format: Format, seq_len: int, long_conversations: LongConversations) -> "Encoder":
+        """An encoder with the tokenizer of a folder."""
+        return cls(Tokenizer.load(folder), format, seq_len, long_conversations)
+
+    def __call__(self, texts: Sequence[str]) -> Encoded:
+        """Tokenises documents, as `Document.text` holds them."""
+        return self._encode_chat(texts) if self._format == "chat" else self._encode_text(texts)
+
+    def _encode_text(self, texts: Sequence[str]) -> Encoded:
+        before = [self._tokenizer.bos_id] if self._tokenizer.add_bos else []
+        after = [self._tokenizer.eos_id]
+        pieces = [np.array(before + ids + after, np.uint32) for ids in self._tokenizer.encode_batch(texts)]
+        lengths = np.array([len(piece) for piece in pieces], np.uint32)
+        return Encoded(TokenizedDocuments(np.concatenate([*pieces, np.zeros(0, np.uint32)]), lengths))
+
+    def _encode_chat(self, texts: Sequence[str]) -> Encoded:
+        pieces, masks, rejects, truncated = [], [], [], 0
+        for index, text in enumerate(texts):
+            try:
+                tokens, mask = self.encode_conversation(Conversation.from_record(json.loads(text)))
+                if len(tokens) > self._max_tokens:
+                    if self._long_conversations == "reject":
+                        raise ChatError("longer than a record", f"{len(tokens)} tokens, at most {self._max_tokens}")
+                    tokens, mask = tokens[: self._max_tokens], mask[: self._max_tokens]
+                    truncated += 1
+                if not mask[1:].any():
+                    raise ChatError("no assistant turn", "no token to learn within the record")
+            except ChatError as error:
+                rejects.append((index, error.reason, error.detail))
+                tokens, mask = np.zeros(0, np.uint32), np.zeros(0, np.bool_)
+            pieces.append(tokens)
+            masks.append(mask)
+        lengths = np.array([len(piece) for piece in pieces], np.uint32)
+        tokens = np.concatenate([*pieces, np.zeros(0, np.uint32)])
+        mask = np.concatenate([*masks, np.zeros(0, np.bool_)])
+        return Encoded(TokenizedDocuments(tokens, lengths, mask), tuple(rejects), truncated)
+
+    def encode_conversation(self, conversation: Conversation) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens of a conversation (uint32), and for each whether the assistant says any of its characters.
+
+        Raises:
+            ChatError: the chat template refuses the conversation.
+        """
+        text, spans = self._tokenizer.require_chat_template().render_with_spans(conversation)
+        ids, offsets = self._tokenizer.encode_with_offsets(text)
+        begins, ends = np.array(offsets, np.int64).reshape(-1, 2).T
+        mask = np.zeros(len(ids), np.bool_)
+        for begin, end in spans:
+            mask[np.searchsorted(ends, begin, side="right") : np.searchsorted(begins, end, side="left")] = True
+        return np.array(ids, np.uint32), mask
