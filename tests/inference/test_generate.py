@@ -1,0 +1,213 @@
+"""Text generation: streams, stop strings, ends, errors and checkpoints."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from cpm_jax.checkpoints.averaging import write_average
+from cpm_jax.checkpoints.manager import CheckpointConfig, Checkpointer
+from cpm_jax.common.config import ConfigError, InputError
+from cpm_jax.data.tokenizer import Tokenizer
+from cpm_jax.inference import generate
+from cpm_jax.inference.decode_loop import NO_TOKEN
+from cpm_jax.inference.generate import Completion, Generator, collect
+from cpm_jax.inference.sampling import SamplingConfig
+from cpm_jax.modeling.config import ModelConfig, RopeConfig
+from cpm_jax.modeling.decoder import Params, init_params
+
+GREEDY = SamplingConfig(temperature=0.0)
+HOT = SamplingConfig(temperature=3.0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.train(["the quick brown fox jumps over the lazy dog, über 日本語 🙂"] * 3, vocab_size=290)
+
+
+@pytest.fixture
+def config(tiny_config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
+    return dataclasses.replace(tiny_config, vocab_size=tokenizer.vocab_size)
+
+
+@pytest.fixture
+def params(config: ModelConfig) -> Params:
+    return init_params(config, jax.random.key(0))
+
+
+@pytest.fixture
+def generator(config, params, tokenizer) -> Generator:
+    return Generator(config, params, tokenizer, tokens_per_call=5, prefill_chunk=16)
+
+
+def complete(generator: Generator, prompts: list[str], **options) -> list[Completion]:
+    ids = [generator.tokenizer.encode_prompt(prompt) for prompt in prompts]
+    return collect(generator.stream(ids, **{"sampling": HOT, "max_new_tokens": 40} | options))
+
+
+PROMPTS = ["the quick", "a", "jumps over the lazy dog, and over the quick brown fox", "日本"]
+
+
+def test_text_is_the_decoded_tokens(generator):
+    for completion in complete(generator, PROMPTS):
+        ids = [token for token in completion.token_ids if token != generator.tokenizer.eos_id]
+        # A random model makes many broken characters.
+        assert completion.text == generator.tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_a_character_is_not_shown_before_it_is_complete(generator, monkeypatch):
+    ids = generator.tokenizer.encode("x🙂é")
+    pieces = run_scripted(generator, monkeypatch, ids, tokens_per_call=1)
+    assert [piece.text for piece in pieces if piece.text] == ["x", "🙂", "é"]
+
+
+def run_scripted(generator, monkeypatch, ids, *, tokens_per_call=3, **options):
+    """What the host makes of given tokens, whatever the model says."""
+    script = iter([*ids, *[NO_TOKEN] * 100])
+
+    def extend(params, state, end_ids, *, num_tokens, config, sampling):
+        new = [next(script) for _ in range(num_tokens)]
+        ends = [place for place, token in enumerate(new) if token in np.asarray(end_ids)]
+        if ends:
+            new[ends[0] + 1 :] = [NO_TOKEN] * (num_tokens - ends[0] - 1)
+        return state, np.array([new])
+
+    monkeypatch.setattr(generate, "extend", extend)
+    generator._tokens_per_call = tokens_per_call
+    return list(generator.stream([[1, 2]], **{"max_new_tokens": len(ids)} | options))
+
+
+@pytest.mark.parametrize("tokens_per_call", [1, 2, 3, 50])
+class TestEnds:
+    def test_a_stop_string_across_tokens_is_trimmed_exactly(self, generator, monkeypatch, tokens_per_call):
+        ids = generator.tokenizer.encode("the fox. Then more") + [0] * 60
+        (done,) = collect(
+            run_scripted(generator, monkeypatch, ids, tokens_per_call=tokens_per_call, stop=["x. T", "never"])
+        )
+        assert (done.text, done.finish_reason) == ("the fo", "stop")
+        assert generator.tokenizer.decode(done.token_ids).startswith("the fox. T")
+        assert len(done.token_ids) < len(ids)
+
+    def test_held_back_text_comes_out_at_the_end(self, generator, monkeypatch, tokens_per_call):
+        ids = generator.tokenizer.encode("the EN")
+        (done,) = collect(run_scripted(generator, monkeypatch, ids, tokens_per_call=tokens_per_call, stop=["END"]))
+        assert (done.text, done.finish_reason) == ("the EN", "length")
+
+    def test_eos(self, generator, monkeypatch, tokens_per_call):
+        ids = [*generator.tokenizer.encode("the"), generator.tokenizer.eos_id, *generator.tokenizer.encode("dog")]
+        ids += [0] * 50
+        (done,) = collect(run_scripted(generator, monkeypatch, ids, tokens_per_call=tokens_per_call))
+        assert (done.text, done.finish_reason) == ("the", "eos")
+        assert done.token_ids[-1] == generator.tokenizer.eos_id
+
+    def test_a_special_token_as_stop_string(self, generator, monkeypatch, tokens_per_call):
+        ids = generator.tokenizer.encode("the<|im_end|>dog") + [0] * 50
+        (done,) = collect(
+            run_scripted(generator, monkeypatch, ids, tokens_per_call=tokens_per_call, stop=["<|im_end|>"])
+        )
+        assert (done.text, done.finish_reason) == ("the", "stop")
+
+    def test_length(self, generator, monkeypatch, tokens_per_call):
+        ids = generator.tokenizer.encode("the quick brown fox")
+        (done,) = collect(run_scripted(generator, monkeypatch, ids, tokens_per_call=tokens_per_call))
+        assert (done.text, done.finish_reason) == ("the quick brown fox", "length")
+
+
+def test_a_stop_string_ends_its_own_row_only(generator):
+    free = complete(generator, PROMPTS, sampling=HOT)
+    stop = free[0].text[10:13]
+    for before, after in zip(free, complete(generator, PROMPTS, sampling=HOT, stop=[stop]), strict=True):
+        text, found, _ = before.text.partition(stop)
+        assert after.text == text
+        if found:
+            assert after.finish_reason == "stop"
+            assert before.token_ids[: len(after.token_ids)] == after.token_ids
+        else:
+            assert after == before
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingConfig(temperature=1.0, top_p=0.9)])
+def test_batches_and_their_order_do_not_matter(generator, sampling):
+    together = complete(generator, PROMPTS, sampling=sampling)
+    alone = [complete(generator, [p], sampling=sampling, first_index=i)[0] for i, p in enumerate(PROMPTS)]
+    assert together == alone
+
+
+def test_mtp_layers_change_nothing(config, tokenizer, generator):
+    with_mtp = dataclasses.replace(config, num_nextn_predict_layers=1)
+    params = init_params(with_mtp, jax.random.key(0))  # A parameter's value depends on its path alone.
+    assert "mtp_layers" in params
+    other = Generator(with_mtp, params, tokenizer, tokens_per_call=5, prefill_chunk=16)
+    assert complete(other, PROMPTS) == complete(generator, PROMPTS)
+
+
+def test_parameters_are_held_in_the_compute_dtype(config, params, tokenizer):
+    half = dataclasses.replace(config, dtype="bfloat16")
+    held = Generator(half, params, tokenizer)._params
+    assert held["layers"]["mlp"]["up_proj"]["kernel"].dtype == "bfloat16"
+    assert held["norm"]["scale"].dtype == "float32"
+
+
+def test_longrope_rows_of_both_kinds_in_one_batch(config, tokenizer):
+    rope = RopeConfig(short_factor=(1.0,) * 8, long_factor=tuple(range(2, 10)), original_max_position_embeddings=64)
+    config = dataclasses.replace(config, rope=rope)
+    generator = Generator(config, init_params(config, jax.random.key(0)), tokenizer)
+    prompts = [[5] * 3, [6] * 100, [7] * 24, [8] * 25]
+    options = {"sampling": GREEDY, "max_new_tokens": 40}
+    together = collect(generator.stream(prompts, **options))
+    for index, prompt in enumerate(prompts):
+        assert collect(generator.stream([prompt], first_index=index, **options)) == [together[index]]
+
+
+class TestErrors:
+    def test_prompt_too_long(self, generator):
+        with pytest.raises(ConfigError, match=r"prompt 1 has 230 tokens and max_new_tokens = 27.*= 256"):
+            next(generator.stream([[1], [1] * 230], max_new_tokens=27))
+
+    def test_the_longest_prompt_that_fits(self, generator):
+        (done,) = collect(generator.stream([[7] * 230], max_new_tokens=26, sampling=HOT))
+        assert done.finish_reason == "eos" or len(done.token_ids) == 26
+
+    @pytest.mark.parametrize(
+        ("prompts", "options", "error", "message"),
+        [
+            ([[1], []], {}, InputError, "prompt 1 is empty"),
+            ([[1, 290]], {}, InputError, "prompt 0 has token ids from 1 to 290"),
+            ([[-1]], {}, InputError, "prompt 0 has token ids from -1"),
+            ([[1]], {"stop": [""]}, ConfigError, "stop string cannot be empty"),
+            ([[1]], {"max_new_tokens": 0}, ConfigError, "max_new_tokens = 0"),
+        ],
+    )
+    def test_bad_requests(self, generator, prompts, options, error, message):
+        with pytest.raises(error, match=message):
+            next(generator.stream(prompts, **{"max_new_tokens": 5} | options))
+
+    def test_a_tokenizer_that_does_not_fit(self, tiny_config, tokenizer):
+        with pytest.raises(InputError, match="the tokenizer has 290 tokens and the model's vocab_size is 128"):
+            Generator(tiny_config, init_params(tiny_config, jax.random.key(0)), tokenizer)
+
+
+@pytest.fixture
+def workdir(tmp_path, config, params, tokenizer):
+    """A run of two steps, as `pretrain` leaves it."""
+    with Checkpointer(tmp_path / "checkpoints", CheckpointConfig(every=1)) as checkpointer:
+        for step in (1, 2):
+            state = {"step": jax.numpy.int32(step), "params": params}
+            checkpointer.save(step, state, {"model": dataclasses.asdict(config)})
+    tokenizer.save(tmp_path / "tokenizer")
+    return tmp_path
+
+
+class TestFromCheckpoint:
+    def test_workdir_checkpoints_step_and_average(self, workdir, generator):
+        expected = complete(generator, PROMPTS)
+        averaged = write_average(workdir, workdir / "averaged", last=2)
+        for path in (workdir, workdir / "checkpoints", workdir / "checkpoints" / "1", averaged, averaged.parent):
+            assert complete(Generator.from_checkpoint(path), PROMPTS) == expected
+
+    def test_another_tokenizer(self, workdir, tokenizer, tmp_path):
+        (workdir / "tokenizer").rename(workdir / "elsewhere")
+        with pytest.raises(InputError, match=r"has no tokenizer: looked for .*checkpoints/tokenizer and .*/tokenizer"):
+            Generator.from_checkpoint(workdir)
+        assert Generator.from_checkpoint(workdir, workdir / "elsewhere").tokenizer.vocab_size == tokenizer.vocab_size
