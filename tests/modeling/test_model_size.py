@@ -1,32 +1,20 @@
 """Counts against published totals, against real arrays, and against XLA's own count of operations."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from cpm_jax.common.config import config_dataclass
-from cpm_jax.common.gin_utils import Settings
 from cpm_jax.modeling.config import ModelConfig
 from cpm_jax.modeling.decoder import bind, init_params
 from cpm_jax.modeling.model_size import count_params, train_flops_per_token, train_state_bytes
 
 GIN_CONFIGS = Path(__file__).resolve().parents[2] / "gin_configs"
+ReadModel = Callable[[str, str], ModelConfig]
 SIZES = sorted(path.stem for path in (GIN_CONFIGS / "size").glob("*.gin"))
-
-
-@config_dataclass
-class Job:
-    """What a verb's config would hold."""
-
-    model: ModelConfig
-
-
-def read_model(arch: str, size: str) -> ModelConfig:
-    """MODEL of an architecture and a size."""
-    return Settings([f"arch/{arch}.gin", f"size/{size}.gin"], ["--gin.Job.model=%MODEL"], Job).build().model
 
 
 # Totals as published: model cards and reports to the digits they give; that of SmolLM2 is exact.
@@ -36,18 +24,18 @@ def read_model(arch: str, size: str) -> ModelConfig:
         ("minicpm4", "minicpm4_0p5b", 434e6, 0.5e6),
         ("minicpm4", "minicpm4_8b", 8.19e9, 0.01e9),
         ("minicpm4_128k", "minicpm4_8b", 8.19e9, 0.01e9),
-        ("mimo", "mimo_7b", 7.83e9, 0.01e9),
+        ("mimo", "mimo_7b", 7.8e9, 0.05e9),
         ("internlm2", "internlm2_1p8b", 1.89e9, 0.005e9),
         ("internlm2", "internlm2_7b", 7.74e9, 0.005e9),
         ("internlm2", "internlm2_20b", 19.86e9, 0.005e9),
         ("llama", "smollm2_135m", 134_515_008, 0),
     ],
 )
-def test_published_totals(arch: str, size: str, published: float, tolerance: float) -> None:
+def test_published_totals(read_model: ReadModel, arch: str, size: str, published: float, tolerance: float) -> None:
     assert abs(count_params(read_model(arch, size)).total - published) <= tolerance
 
 
-def test_mimo_without_its_mtp_layer_is_7_6b() -> None:
+def test_mimo_without_its_mtp_layer_is_7_6b(read_model: ReadModel) -> None:
     counts = count_params(read_model("mimo", "mimo_7b"))
     assert round((counts.total - counts.mtp) / 1e9, 1) == 7.6
 
@@ -55,7 +43,9 @@ def test_mimo_without_its_mtp_layer_is_7_6b() -> None:
 @pytest.mark.parametrize(
     ("size", "named"), [("5m", 5e6), ("15m", 15e6), ("36m", 36e6), ("150m", 150e6), ("360m", 360e6), ("700m", 700e6)]
 )
-def test_small_family_has_the_size_of_its_name_without_embeddings(size: str, named: float) -> None:
+def test_small_family_has_the_size_of_its_name_without_embeddings(
+    read_model: ReadModel, size: str, named: float
+) -> None:
     assert abs(count_params(read_model("minicpm4", size)).non_embedding / named - 1) < 0.02
 
 
@@ -79,17 +69,17 @@ def test_counts_equal_the_real_tree(tiny_config: ModelConfig, tied: bool) -> Non
 
 def test_flops_are_those_of_the_compiled_program(tiny_config: ModelConfig) -> None:
     """XLA counts the whole T×T of the reference attention, hence a second causal half; the rest is small change."""
-    config = dataclasses.replace(tiny_config, d_model=128, d_ff=512, num_nextn_predict_layers=1, scan_layers=False)
-    tokens = jnp.zeros((1, 128), jnp.int32)
-    positions, segment_ids = jnp.arange(128)[None], jnp.ones_like(tokens)
+    config = dataclasses.replace(tiny_config, vocab_size=1024, num_nextn_predict_layers=1, scan_layers=False)
+    tokens = jnp.zeros((1, 256), jnp.int32)
+    positions, segment_ids = jnp.arange(256)[None], jnp.ones_like(tokens)
 
     def loss(params: dict) -> jax.Array:
         model = bind(config, params)
         hidden = model(tokens, positions, segment_ids)
         ahead = model.mtp(hidden, tokens, positions, segment_ids, 0)
-        return model.logits(hidden).sum() + (model.logits(ahead) ** 2).sum()
+        return (model.logits(hidden) ** 2).sum() + (model.logits(ahead) ** 2).sum()
 
     params = init_params(config, jax.random.key(0))
     counted = jax.jit(jax.grad(loss)).lower(params).compile().cost_analysis()["flops"] / tokens.size
-    masked_half = 6 * 3 * config.num_heads * config.head_size * 128
-    assert counted == pytest.approx(train_flops_per_token(config, 128) + masked_half, rel=0.06)
+    masked_half = 6 * 3 * config.num_heads * config.head_size * 256
+    assert counted == pytest.approx(train_flops_per_token(config, 256) + masked_half, rel=0.03)

@@ -1,6 +1,7 @@
 """The decoder against `transformers`, on random weights and with every parameter random."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from cpm_jax.modeling.config import ModelConfig
+from cpm_jax.modeling.config import ModelConfig, RopeConfig
 from cpm_jax.modeling.decoder import Params, bind, init_params
 
 BASE = ModelConfig(
@@ -103,12 +104,54 @@ def tokens_of(config: ModelConfig, batch: int = 2, length: int = 24) -> np.ndarr
     return np.random.default_rng(1).integers(0, config.vocab_size, (batch, length))
 
 
+def check(model_class: type, config: ModelConfig, hf_config: "transformers.PretrainedConfig", length: int = 24) -> None:
+    params, tokens = random_params(config), tokens_of(config, length=length)
+    theirs = hf_logits(model_class(hf_config), config, params, tokens)
+    np.testing.assert_allclose(our_logits(config, params, tokens), theirs, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("num_kv_heads", [8, 4, 1])
-def test_equals_llama(tied: bool, num_kv_heads: int) -> None:
+def test_llama(tied: bool, num_kv_heads: int) -> None:
+    """Groups of 1 (plain multi-head), 2 and 8 (multi-query)."""
     config = dataclasses.replace(BASE, tie_word_embeddings=tied, num_kv_heads=num_kv_heads)
-    params, tokens = random_params(config), tokens_of(config)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**hf_arguments(config)))
-    np.testing.assert_allclose(
-        our_logits(config, params, tokens), hf_logits(model, config, params, tokens), rtol=1e-5, atol=1e-5
+    check(transformers.LlamaForCausalLM, config, transformers.LlamaConfig(**hf_arguments(config)))
+
+
+def test_llama_with_heads_wider_than_the_model() -> None:
+    """N·H is not d_model; another RoPE base."""
+    config = dataclasses.replace(BASE, head_dim=16, num_heads=16, num_kv_heads=2, rope=RopeConfig(rope_theta=640_000.0))
+    check(transformers.LlamaForCausalLM, config, transformers.LlamaConfig(**hf_arguments(config)))
+
+
+def test_qwen2() -> None:
+    """Biases on q, k and v, as in MiMo."""
+    config = dataclasses.replace(BASE, attention_bias=True)
+    check(transformers.Qwen2ForCausalLM, config, transformers.Qwen2Config(**hf_arguments(config)))
+
+
+LONGROPE = RopeConfig(
+    short_factor=(1.0, 1.1, 1.3),
+    long_factor=(1.2, 2.0, 5.0),
+    original_max_position_embeddings=16,
+)
+
+
+@pytest.mark.parametrize(
+    ("rope", "length"),
+    [(RopeConfig(), 24), (LONGROPE, 16), (LONGROPE, 17), (LONGROPE, 64)],
+    ids=["plain", "short", "long", "longer"],
+)
+def test_granite(rope: RopeConfig, length: int) -> None:
+    """MiniCPM's multipliers under Granite's names, with plain RoPE and both regimes of LongRoPE."""
+    config = dataclasses.replace(
+        BASE, tie_word_embeddings=True, scale_emb=12.0, scale_depth=1.4, dim_model_base=16, rope=rope
     )
+    hf_config = transformers.GraniteConfig(
+        **hf_arguments(config),
+        embedding_multiplier=config.scale_emb,
+        residual_multiplier=config.scale_depth / math.sqrt(config.num_layers),
+        logits_scaling=config.d_model / config.dim_model_base,
+        attention_multiplier=1 / math.sqrt(config.head_size),
+    )
+    check(transformers.GraniteForCausalLM, config, hf_config, length)
