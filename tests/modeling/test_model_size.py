@@ -69,7 +69,9 @@ def test_counts_equal_the_real_tree(tiny_config: ModelConfig, tied: bool) -> Non
 
 def test_flops_are_those_of_the_compiled_program(tiny_config: ModelConfig) -> None:
     """XLA counts the whole T×T of the reference attention, hence a second causal half; the rest is small change."""
-    config = dataclasses.replace(tiny_config, vocab_size=1024, num_nextn_predict_layers=1, scan_layers=False)
+    config = dataclasses.replace(
+        tiny_config, vocab_size=2048, d_model=256, d_ff=1024, num_nextn_predict_layers=1, scan_layers=False
+    )
     tokens = jnp.zeros((1, 256), jnp.int32)
     positions, segment_ids = jnp.arange(256)[None], jnp.ones_like(tokens)
 
@@ -82,4 +84,4 @@ def test_flops_are_those_of_the_compiled_program(tiny_config: ModelConfig) -> No
     params = init_params(config, jax.random.key(0))
     counted = jax.jit(jax.grad(loss)).lower(params).compile().cost_analysis()["flops"] / tokens.size
     masked_half = 6 * 3 * config.num_heads * config.head_size * 256
-    assert counted == pytest.approx(train_flops_per_token(config, 256) + masked_half, rel=0.03)
+    assert counted == pytest.approx(train_flops_per_token(config, 256) + masked_half, rel=0.02)
