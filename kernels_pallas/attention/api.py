@@ -6,10 +6,10 @@ from typing import Literal, get_args
 import jax
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.attention import reference
+from kernels_pallas.attention import reference, xla
 from kernels_pallas.dispatch import UnsupportedError, log_choice
 
-Implementation = Literal["reference"]
+Implementation = Literal["reference", "xla"]
 
 
 def dot_product_attention(
@@ -34,7 +34,7 @@ def dot_product_attention(
             any other (0 by convention), so that its rows are finite. None means one document.
         scale: factor on the scores; None takes 1/sqrt(H).
         window: how many keys a query sees at most, itself included; None means all before it.
-        implementation: None chooses; "reference" materialises all scores.
+        implementation: None chooses; "xla" works in blocks on any device; "reference" materialises all scores.
 
     Returns:
         The attended values, in the type of `q`.
@@ -46,8 +46,10 @@ def dot_product_attention(
     _check_arguments(q, k, v, segment_ids, window)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     if implementation is None:
-        implementation = "reference"
+        implementation = "xla"
         log_choice("attention", implementation, f"backend {jax.default_backend()}")
+    if implementation == "xla":
+        return xla.dot_product_attention(q, k, v, segment_ids, scale, window)
     if implementation == "reference":
         return reference.dot_product_attention(q, k, v, segment_ids, scale, window)
     accepted = ", ".join(map(repr, get_args(Implementation)))

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.dispatch import UnsupportedError, log_choice
-from kernels_pallas.linear_cross_entropy import reference
+from kernels_pallas.linear_cross_entropy import reference, xla
 
-Implementation = Literal["reference"]
+Implementation = Literal["reference", "xla"]
 
 
 def linear_cross_entropy(
@@ -30,7 +30,7 @@ def linear_cross_entropy(
         kernel: the head.
         targets: target ids, in [0, V).
         weights: factor on each token's loss; a token of weight 0 contributes exactly nothing.
-        implementation: None chooses; "reference" holds all logits.
+        implementation: None takes "xla", which holds the logits of one chunk of tokens; "reference" holds all.
 
     Returns:
         The weighted sum of losses (divide by sum(weights) for the mean), and the loss of each token without gradient
@@ -51,8 +51,10 @@ def linear_cross_entropy(
         )
     weights = jax.lax.stop_gradient(weights.astype(jnp.float32))
     if implementation is None:
-        implementation = "reference"
-        log_choice("linear_cross_entropy", implementation, "the only one")
+        implementation = "xla"
+        log_choice("linear_cross_entropy", implementation, f"backend {jax.default_backend()}")
+    if implementation == "xla":
+        return xla.linear_cross_entropy(hidden, kernel, targets, weights)
     if implementation == "reference":
         return reference.linear_cross_entropy(hidden, kernel, targets, weights)
     accepted = ", ".join(map(repr, get_args(Implementation)))
