@@ -1,0 +1,152 @@
+"""Proves that a Hugging Face folder computes what we do: `transformers` loads it, and both read the same real text."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from cpm_jax.common.config import ConfigError
+from cpm_jax.data.tokenizer import Tokenizer
+from cpm_jax.modeling.config import ModelConfig
+from cpm_jax.modeling.decoder import bind
+
+
+class ExportError(Exception):
+    """A Hugging Face folder does not give what our model gives."""
+
+
+@dataclass(frozen=True)
+class HfCheck:
+    """How close `transformers` comes.
+
+    Attributes:
+        architecture: class that `transformers` loaded.
+        max_error: largest absolute difference between two logits, both computed in float32.
+        tokens: number of positions compared.
+        greedy_tokens: number of greedily chosen tokens that agree.
+    """
+
+    architecture: str
+    max_error: float
+    tokens: int
+    greedy_tokens: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.architecture}: {self.tokens} positions, largest difference of logits {self.max_error:.2g}; "
+            f"{self.greedy_tokens} greedy tokens agree"
+        )
+
+
+def _load(folder: Path) -> tuple[Any, Any, Any]:
+    try:
+        import torch
+        import transformers
+    except ImportError as error:
+        raise ConfigError(f"checking against transformers needs {error.name}: pip install 'cpm_jax[export]'") from error
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, local_files_only=True
+    )
+    model, info = loaded
+    problems = {name: sorted(map(str, found)) for name, found in info.items() if found}
+    if problems:
+        raise ExportError(f"transformers loads {folder} with {problems}")
+    return torch, model.eval(), transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(config: ModelConfig, params: Any, tokens: jax.Array) -> jax.Array:
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    decoder = bind(config, params)
+    return decoder.logits(decoder(tokens, positions, jnp.ones_like(tokens)))
+
+
+def check_hf(
+    folder: Path,
+    params: dict[str, Any],
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    *,
+    max_tokens: int = 256,
+    greedy_tokens: int = 32,
+    tolerance: float = 1e-4,
+) -> HfCheck:
+    """Compares tokens, logits and greedy text of a folder with ours.
+
+    Both sides compute in float32, from the weights as they are stored in the folder.
+
+    Args:
+        folder: written by `export.hf.export_hf`.
+        params: our tree.
+        config: its model.
+        tokenizer: ours.
+        texts: what to compare on.
+        max_tokens: how much of each text is used.
+        greedy_tokens: how many tokens each text is continued by.
+        tolerance: largest difference of two logits that is allowed.
+
+    Returns:
+        The largest difference found.
+
+    Raises:
+        ExportError: token ids, logits or greedy text differ.
+        ConfigError: torch or transformers is not installed, or the texts have no tokens.
+    """
+    torch, model, hf_tokenizer = _load(Path(folder))
+    stored = json.loads((Path(folder) / "config.json").read_text("utf-8"))["dtype"]
+    params = jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(stored).astype(jnp.float32), params)
+    config = dataclasses.replace(config, dtype="float32", param_dtype="float32", fp8=False, remat="none")
+    max_error, positions, agreed = 0.0, 0, 0
+    for text in texts:
+        ids = tokenizer.encode(text)
+        theirs = hf_tokenizer(text, add_special_tokens=False)["input_ids"]
+        if ids != theirs:
+            raise ExportError(f"token ids differ on {text[:60]!r}: ours {ids[:8]}…, transformers {theirs[:8]}…")
+        if not (ids := ids[:max_tokens]):
+            continue
+        with torch.no_grad():
+            expected = model(torch.tensor([ids])).logits[0].numpy()
+        ours = np.asarray(_logits(config, params, jnp.asarray([ids])))[0]
+        max_error = max(max_error, float(np.abs(ours - expected).max()))
+        positions += len(ids)
+        if greedy_tokens:
+            agreed += _greedy(torch, model, config, params, ids, greedy_tokens, tolerance)
+    if not positions:
+        raise ConfigError("texts: none of them has a token to compare on", field="texts")
+    if not max_error <= tolerance:
+        raise ExportError(f"logits of {folder} differ from ours by {max_error:.3g}, more than {tolerance:g}")
+    return HfCheck(type(model).__name__, max_error, positions, agreed)
+
+
+def _greedy(
+    torch: Any, model: Any, config: ModelConfig, params: Any, ids: list[int], count: int, tolerance: float
+) -> int:
+    """Continues `ids` greedily on both sides; returns how many tokens agree.
+
+    Raises:
+        ExportError: they choose different tokens though ours is not a tie within the tolerance.
+    """
+    prompt = torch.tensor([ids])
+    with torch.no_grad():
+        out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, do_sample=False)
+    theirs = out[0, len(ids) :].tolist()
+    # One row of fixed length, so that it compiles once; what follows a position is not seen by it.
+    row = np.zeros((1, len(ids) + count), np.int32)
+    row[0, : len(ids)] = ids
+    for step, token in enumerate(theirs):
+        place = len(ids) + step
+        logits = np.asarray(_logits(config, params, jnp.asarray(row)))[0, place - 1]
+        if (ours := int(logits.argmax())) != token:
+            if logits[ours] - logits[token] <= 2 * tolerance:
+                return step  # a tie: what follows has nothing in common
+            raise ExportError(f"greedy token {step} is {ours} for us and {token} for transformers")
+        row[0, place] = token
+    return len(theirs)
