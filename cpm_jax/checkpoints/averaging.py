@@ -19,12 +19,15 @@ from cpm_jax.checkpoints.manager import (
 )
 
 
-def average_params(directory: str | os.PathLike[str], steps: Sequence[int]) -> tuple[Any, dict[str, Any]]:
+def average_params(
+    directory: str | os.PathLike[str], steps: Sequence[int], abstract_params: Any = None
+) -> tuple[Any, dict[str, Any]]:
     """Averages parameters, holding two trees at a time; the mean is taken in f32.
 
     Args:
         directory: a workdir, or its checkpoints directory.
         steps: the checkpoints to average.
+        abstract_params: the tree of ShapeDtypeStructs with shardings; None takes the saved shapes, on one device.
 
     Returns:
         The averaged parameters, in the dtypes of the last step's, and that checkpoint's metadata with `averaged_steps`.
@@ -40,7 +43,7 @@ def average_params(directory: str | os.PathLike[str], steps: Sequence[int]) -> t
         if step not in list_steps(directory):
             present = ", ".join(map(str, list_steps(directory))) or "none"
             raise CheckpointError(f"{directory} has no checkpoint of step {step}; it has: {present}")
-        params, meta = restore_params(directory / str(step))
+        params, meta = restore_params(directory / str(step), abstract_params)
         params_f32 = jax.tree.map(lambda x: x.astype(jnp.float32), params)
         if mean is None:
             mean = params_f32
@@ -56,6 +59,7 @@ def write_average(
     *,
     last: int | None = None,
     steps: Sequence[int] = (),
+    abstract_params: Any = None,
 ) -> Path:
     """Writes the average of some checkpoints as a checkpoint of its own, for `generate`, `export` and `sft`.
 
@@ -66,6 +70,7 @@ def write_average(
         output_dir: folder to write to; an average of the same last step there is replaced.
         last: averages this many of the newest.
         steps: averages these instead.
+        abstract_params: as in `average_params`.
 
     Returns:
         The folder of the averaged checkpoint.
@@ -78,7 +83,7 @@ def write_average(
         steps = list_steps(source)[-last:]
         if len(steps) < last:
             raise CheckpointError(f"{source} has {len(steps)} checkpoints, {last} are to be averaged")
-    params, meta = average_params(source, steps)
+    params, meta = average_params(source, steps, abstract_params)
     if jax.process_index() == 0:
         shutil.rmtree(output / str(max(steps)), ignore_errors=True)
     with Checkpointer(output, CheckpointConfig(every=1, keep_last=1, asynchronous=False)) as checkpointer:

@@ -239,6 +239,21 @@ def restore_params(path: str | os.PathLike[str], abstract_params: Any = None) ->
     return _restore_state(step_dir, {"params": abstract_params}, meta)["params"], meta
 
 
+def restore_state(path: str | os.PathLike[str], abstract_state: Any) -> Restored:
+    """Restores a whole training state from another run, to go on with its optimizer and its count of steps.
+
+    Args:
+        path: as in `restore_params`.
+        abstract_state: the state's pytree of ShapeDtypeStructs with shardings.
+
+    Raises:
+        CheckpointError: if there is no checkpoint, none is whole, or it is of another model or optimizer.
+    """
+    step_dir = find_checkpoint(path)
+    meta = read_meta(step_dir)
+    return Restored(meta["step"], _restore_state(step_dir, abstract_state, meta), meta)
+
+
 def find_checkpoint(path: str | os.PathLike[str]) -> Path:
     """Finds the checkpoint that a path means.
 
