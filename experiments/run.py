@@ -125,6 +125,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         return exit_codes.BAD_CONFIG if isinstance(error, ConfigError) else exit_codes.BAD_INPUT
+    except exit_codes.Stop as stop:
+        print(stop, file=sys.stderr)
+        return stop.code
     return exit_codes.OK
 
 

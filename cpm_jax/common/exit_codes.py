@@ -7,3 +7,15 @@ BAD_INPUT = 3  # data or a checkpoint cannot be read, or does not fit
 PREEMPTED = 75  # SIGTERM or SIGINT: state was saved
 STUCK = 76  # the watchdog saw no step in time; stacks are in the log
 NON_FINITE = 77  # too many non-finite steps in a row
+
+
+class Stop(Exception):
+    """Ends the process with an exit code, after all was saved that can be; the message is meant for the user.
+
+    Attributes:
+        code: one of the codes above.
+    """
+
+    def __init__(self, code: int, message: str):
+        super().__init__(message)
+        self.code = code
