@@ -1,0 +1,277 @@
+"""Batches of a mixture of packed datasets, addressed by global step; nothing here imports jax.
+
+Row r of batch(step) is example step · batch_size + r of the run (`mixture.py` says which record that is), so a batch
+depends on the mixture, the seed, the batch size and the step alone. Each process reads a contiguous slice of rows:
+the slices of any number of processes, put together, are the same global batch. Opening at a step reads nothing before.
+"""
+
+import dataclasses
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grain
+import numpy as np
+from absl import flags
+from array_record.python import array_record_module
+
+from cpm_jax.common.config import ConfigError
+from cpm_jax.data.errors import DataError
+from cpm_jax.data.manifest import Manifest
+from cpm_jax.data.mixture import ExampleOrder, MixtureConfig, Stage
+from cpm_jax.data.records import decode_record, to_example
+
+Batch = dict[str, np.ndarray]
+
+# Elements are whole batches: a few being read at a time keep a training step fed.
+_READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
+_MAX_STEPS = 1 << 40
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A dataset folder that was checked.
+
+    Attributes:
+        name: of the mixture component.
+        path: the folder.
+        manifest: what it holds.
+    """
+
+    name: str
+    path: str
+    manifest: Manifest
+
+    @property
+    def tokenizer_path(self) -> Path:
+        """The folder of its tokenizer."""
+        return Path(self.path) / "tokenizer"
+
+
+def open_datasets(config: MixtureConfig) -> tuple[Dataset, ...]:
+    """Opens the components of a mixture and checks that they fit together; all have equal `manifest.seq_len`.
+
+    Raises:
+        DataError: naming a folder that is no dataset, a shard that is missing, cut off or holds another number of
+            records than the manifest says, or two components with different tokenizers or sequence lengths.
+    """
+    datasets = tuple(Dataset(c.name, c.path, Manifest.load(c.path)) for c in config.components)
+    first = datasets[0]
+    for dataset in datasets:
+        for field, what in (("seq_len", "seq_len"), ("tokenizer_sha256", "a tokenizer of sha256")):
+            theirs, ours = getattr(first.manifest, field), getattr(dataset.manifest, field)
+            if theirs != ours:
+                raise DataError(
+                    f"mixture: {first.path} has {what} {theirs} but {dataset.path} has {ours}: prepare all components "
+                    "with the same tokenizer and seq_len"
+                )
+        for split in dataset.manifest.splits.values():
+            for shard in split.shards:
+                _check_shard(Path(dataset.path) / shard.path, shard.records)
+    return datasets
+
+
+def _check_shard(path: Path, records: int) -> None:
+    try:
+        reader = array_record_module.ArrayRecordReader(str(path))
+        found = reader.num_records()
+        reader.close()
+    except (RuntimeError, ValueError) as error:
+        raise DataError(f"shard {path} cannot be read ({error}): prepare the dataset again") from error
+    if found != records:
+        raise DataError(f"shard {path} holds {found} records where the manifest says {records}: prepare it again")
+
+
+def _open_split(dataset: Dataset, split: str) -> grain.MapDataset:
+    """The records of a split in their order, undecoded."""
+    # With the numbers of records given, opening reads no file.
+    shards = dataset.manifest.splits[split].shards
+    paths = dataset.manifest.shard_paths(dataset.path, split)
+    instructions = [f"{path}[0:{shard.records}]" for path, shard in zip(paths, shards, strict=True)]
+    return grain.MapDataset.source(grain.sources.ArrayRecordDataSource(instructions))
+
+
+@dataclasses.dataclass(frozen=True)
+class _ReadExample:
+    """Reads one example: a row of a batch with its `source_ids`. Travels to worker processes."""
+
+    datasets: tuple[Dataset, ...]
+    records: tuple[grain.MapDataset, ...]
+
+    def __call__(self, component: int, position: int) -> dict[str, Any]:
+        dataset = self.datasets[component]
+        try:
+            example = to_example(decode_record(self.records[component][position]), dataset.manifest.seq_len)
+        except (DataError, RuntimeError, ValueError) as error:
+            raise DataError(
+                f"{dataset.path}: a record cannot be read ({error}); a shard is damaged, prepare the dataset again"
+            ) from error
+        return example | {"source_ids": np.int32(component)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _TrainExample:
+    """Example `index` of a process, counting only the rows it reads."""
+
+    order: ExampleOrder
+    read: _ReadExample
+    batch_size: int
+    first_row: int
+    num_rows: int
+
+    def __call__(self, index: int) -> dict[str, Any]:
+        step, row = divmod(index, self.num_rows)
+        return self.read(*self.order.place(step * self.batch_size + self.first_row + row))
+
+
+@dataclasses.dataclass(frozen=True)
+class _ValidationExample:
+    """The same for one pass over all records in order; past the last one, rows of padding."""
+
+    sizes: tuple[int, ...]
+    read: _ReadExample
+    batch_size: int
+    first_row: int
+    num_rows: int
+
+    def __call__(self, index: int) -> dict[str, Any]:
+        step, row = divmod(index, self.num_rows)
+        position = step * self.batch_size + self.first_row + row
+        for component, size in enumerate(self.sizes):
+            if position < size:
+                return self.read(component, position)
+            position -= size
+        template = self.read(next(i for i, size in enumerate(self.sizes) if size), 0)
+        return {key: np.zeros_like(value) for key, value in template.items()}
+
+
+def _stack(examples: list[dict[str, Any]]) -> Batch:
+    return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
+
+
+class Loader(Iterator[Batch]):
+    """Iterates over batches, one per step; `close` ends its worker processes."""
+
+    def __init__(self, example: Callable[[int], dict[str, Any]], steps: range, num_rows: int, num_workers: int):
+        batches = (
+            grain.MapDataset.range(steps.start * num_rows, steps.stop * num_rows)
+            .map(example)
+            .batch(num_rows, batch_fn=_stack)
+            .to_iter_dataset(_READ_OPTIONS)
+        )
+        if num_workers:
+            # Grain's workers read absl flags, which a program that is not an absl app never parses.
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()
+            batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+        self._iterator = iter(batches)
+
+    def __next__(self) -> Batch:
+        return next(self._iterator)
+
+    def close(self) -> None:
+        """Ends reading; a loader that was closed gives no more batches."""
+        self._iterator.close()
+
+    def __enter__(self) -> "Loader":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _rows(batch_size: int, process_index: int, process_count: int) -> dict[str, int]:
+    """The slice of rows that a process reads."""
+    if batch_size % process_count:
+        raise ConfigError(
+            f"batch_size = {batch_size}: must be a multiple of the number of processes, {process_count}",
+            field="batch_size",
+        )
+    num_rows = batch_size // process_count
+    return {"batch_size": batch_size, "first_row": process_index * num_rows, "num_rows": num_rows}
+
+
+def make_loader(
+    config: MixtureConfig,
+    batch_size: int,
+    *,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_workers: int = 0,
+) -> Loader:
+    """Opens the training split of a mixture at a step.
+
+    Each component is shuffled as a whole, differently in each epoch, and repeated without end.
+
+    Args:
+        config: the mixture.
+        batch_size: rows of the global batch.
+        seed: of the order of records.
+        start_step: global step of the first batch.
+        process_index: which process this is.
+        process_count: of how many; each gets batch_size / process_count rows.
+        num_workers: processes that read and decode; 0 reads in threads of this one. Batches do not depend on it.
+
+    Returns:
+        An endless iterator of this process's rows of batch(start_step), batch(start_step + 1), …, as in
+        docs/architecture.md.
+
+    Raises:
+        DataError: as `open_datasets`.
+        ConfigError: if the processes cannot share the batch equally.
+    """
+    rows = _rows(batch_size, process_index, process_count)
+    datasets = open_datasets(config)
+    sizes = tuple(float(dataset.manifest.splits["train"].records) for dataset in datasets)
+    records = tuple(
+        # A component's order depends on its own name: adding another one leaves it as it is.
+        _open_split(dataset, "train").shuffle(seed=zlib.crc32(f"{seed} {dataset.name}".encode())).repeat()
+        for dataset in datasets
+    )
+    example = _TrainExample(
+        ExampleOrder(config.stages or (Stage(start_step=0, weights=sizes),), batch_size),
+        _ReadExample(datasets, records),
+        **rows,
+    )
+    return Loader(example, range(start_step, _MAX_STEPS), rows["num_rows"], num_workers)
+
+
+def make_validation_loader(
+    config: MixtureConfig, batch_size: int, *, process_index: int = 0, process_count: int = 1, num_workers: int = 0
+) -> Loader:
+    """Opens the validation splits of a mixture for one pass in order, one component after the other.
+
+    The last batch is filled up with rows of padding, whose loss weights are 0; all processes get the same number of
+    batches and nothing is left out.
+
+    Args:
+        config: the mixture; its stages do not matter.
+        batch_size: rows of the global batch.
+        process_index: which process this is.
+        process_count: of how many.
+        num_workers: as in `make_loader`.
+
+    Raises:
+        DataError: as `open_datasets`, or if no component has a validation split.
+        ConfigError: if the processes cannot share the batch equally.
+    """
+    rows = _rows(batch_size, process_index, process_count)
+    datasets = open_datasets(config)
+    if not any("validation" in dataset.manifest.splits for dataset in datasets):
+        raise DataError(
+            f"no validation split in {', '.join(dataset.path for dataset in datasets)}: prepare with a "
+            "validation_fraction above 0, or train without evaluation"
+        )
+    held_out = tuple("validation" in dataset.manifest.splits for dataset in datasets)
+    sizes = tuple(
+        d.manifest.splits["validation"].records if has else 0 for d, has in zip(datasets, held_out, strict=True)
+    )
+    records = tuple(
+        _open_split(dataset, "validation") if has else grain.MapDataset.source([])
+        for dataset, has in zip(datasets, held_out, strict=True)
+    )
+    example = _ValidationExample(sizes, _ReadExample(datasets, records), **rows)
+    return Loader(example, range(-(-sum(sizes) // batch_size)), rows["num_rows"], num_workers)
