@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
-from pydantic import NonNegativeFloat, NonNegativeInt
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
-from cpm_jax.common.config import config_dataclass
+from cpm_jax.common.config import config_dataclass, config_function
 from cpm_jax.modeling.decoder import Decoder
 from kernels_pallas.linear_cross_entropy.api import linear_cross_entropy
 
@@ -21,12 +21,18 @@ class LossConfig:
     Attributes:
         mtp_weight: factor on the mean loss of the MTP layers.
         mtp_final_weight: the factor from step `mtp_final_step` on.
-        mtp_final_step: MiMo changes after 10.3T of its 23.8T tokens; None keeps `mtp_weight`.
+        mtp_final_step: step of the change; None keeps `mtp_weight`.
     """
 
     mtp_weight: NonNegativeFloat = 0.3
     mtp_final_weight: NonNegativeFloat = 0.1
     mtp_final_step: NonNegativeInt | None = None
+
+
+@config_function
+def mimo(train_steps: PositiveInt) -> LossConfig:
+    """MiMo-7B's weights (§2.3): 0.3 for the first 10.3T of 23.784T tokens, then 0.1, in proportion to `train_steps`."""
+    return LossConfig(mtp_final_step=round(train_steps * 10.3 / 23.784))
 
 
 def mtp_weight(config: LossConfig, step: Int[Array, ""]) -> Float[Array, ""]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cpm_jax.modeling import decoder
-from cpm_jax.training.losses import LossConfig, loss_sums, loss_weights, mtp_targets, mtp_weight
+from cpm_jax.training.losses import LossConfig, loss_sums, loss_weights, mimo, mtp_targets, mtp_weight
 
 
 def row(tokens, segments):
@@ -98,3 +98,7 @@ def test_mtp_weight_falls_at_its_step(step, expected):
     config = LossConfig(mtp_final_step=10)
     assert float(jax.jit(lambda s: mtp_weight(config, s))(jnp.int32(step))) == pytest.approx(expected)
     assert float(mtp_weight(LossConfig(), jnp.int32(step))) == pytest.approx(0.3)
+
+
+def test_mimo_changes_the_weight_after_its_10_trillion_tokens():
+    assert mimo(train_steps=1134110).mtp_final_step == pytest.approx(10.3e12 / (2560 * 8192), abs=1)
