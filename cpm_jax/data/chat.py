@@ -76,7 +76,9 @@ class Conversation:
             if not isinstance(turn, dict):
                 raise ChatError("malformed conversation", f"message {number} is {type(turn).__name__}, not an object")
             if "from" in turn:
-                turn = {"role": _ROLE_OF_SPEAKER.get(turn["from"], turn["from"]), "content": turn.get("value")}
+                speaker = turn["from"]
+                role = _ROLE_OF_SPEAKER.get(speaker, speaker) if isinstance(speaker, str) else None
+                turn = {"role": role, "content": turn.get("value")}
             if not isinstance(turn.get("role"), str):
                 raise ChatError("malformed conversation", f"message {number} has no role")
             if not isinstance(turn.get("content"), str) and not turn.get("tool_calls"):

@@ -3,14 +3,13 @@
 import collections
 import dataclasses
 import hashlib
-import os
 import re
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
 
 from cpm_jax.data.errors import DataError
-from cpm_jax.data.sources import ACCEPTED, Document, Format, Reject, read_documents
+from cpm_jax.data.sources import ACCEPTED, Document, Format, Reject, estimate_bytes, read_documents
 
 _NEWLINES = re.compile("\r\n|[\r\x85\u2028\u2029]")
 
@@ -116,14 +115,8 @@ class Corpus:
 
     def total_bytes(self) -> int | None:
         """About how many bytes of text a pass will read, or None where that is not known beforehand."""
-        sizes = [_source_bytes(source) for source in self.sources]
+        sizes = [estimate_bytes(source, self.extensions) for source in self.sources]
         return None if None in sizes else sum(size for size in sizes if size is not None)
-
-
-def _source_bytes(source: str) -> int | None:
-    if os.path.isfile(source) and not source.endswith((".gz", ".zst", ".parquet", ".array_record")):
-        return os.path.getsize(source)
-    return None
 
 
 class CorpusPass:

@@ -1,11 +1,11 @@
 """What a dataset folder holds: the manifest that `prepare` writes and everything else reads."""
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
+from cpm_jax.common.files import sha256, write_json
 from cpm_jax.data.errors import DataError
 
 VERSION = 1
@@ -98,7 +98,7 @@ class Manifest:
         content = dataclasses.asdict(self)
         for name, split in self.splits.items():
             content["splits"][name] = {total: getattr(split, total) for total in totals} | content["splits"][name]
-        write_atomically(Path(folder) / FILE_NAME, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        write_json(Path(folder) / FILE_NAME, content)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Manifest":
@@ -152,23 +152,5 @@ class Manifest:
         """
         for split in self.splits.values():
             for shard in split.shards:
-                if (found := file_sha256(Path(folder) / shard.path)) != shard.sha256:
+                if (found := sha256(Path(folder) / shard.path)) != shard.sha256:
                     raise DataError(f"shard {Path(folder) / shard.path}: sha256 {found} is not {shard.sha256}")
-
-
-def file_sha256(path: str | Path) -> str:
-    """The SHA-256 of a file's content, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a file so that after a kill it has its old content or its new one, never a part."""
-    import os
-
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sqlite3
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,10 +19,11 @@ from typing import IO, Any
 from tqdm import tqdm
 
 from cpm_jax.common.config import ConfigError, config_dataclass
+from cpm_jax.common.files import write_json
 from cpm_jax.data.corpus import CleanDocument, Corpus, CorpusPass
 from cpm_jax.data.encoding import Encoded, Encoder, LongConversations
 from cpm_jax.data.errors import DataError
-from cpm_jax.data.manifest import FILE_NAME, Manifest, Split, write_atomically
+from cpm_jax.data.manifest import FILE_NAME, Manifest, Split
 from cpm_jax.data.packing import BestFitDecreasing, ConcatThenSplit
 from cpm_jax.data.shards import Chunk, FinishedShard, ShardWriter, find_finished, group_documents
 from cpm_jax.data.sources import Format, Reject
@@ -40,8 +42,9 @@ class PrepareConfig:
     Attributes:
         sources: what to read: one source string or several (`sources.read_documents` says what they may be).
         seq_len: tokens per row of a batch.
-        tokenizer: path of a tokenizer.json or its folder; or None to train one on the training split.
-        vocab_size: size of the tokenizer to train; None when `tokenizer` is given.
+        tokenizer: path of a tokenizer.json or its folder; None to train one on the training split.
+        vocab_size: size of the tokenizer to train; if `tokenizer` is given, the most tokens that it may have (what
+            the model has room for), None for any number.
         format: "text", or "chat" for conversations.
         text_field: the field or column of the text in jsonl, parquet, ArrayRecord and TFDS.
         extensions: endings of the file names to take from folders, such as (".py", ".md"); all if None.
@@ -72,10 +75,9 @@ class PrepareConfig:
         """Checks what the types do not say."""
         if not self.source_list:
             raise ConfigError("PrepareConfig.sources = (): at least one source is needed", "PrepareConfig.sources")
-        if (self.tokenizer is None) == (self.vocab_size is None):
+        if self.tokenizer is None and self.vocab_size is None:
             raise ConfigError(
-                f"PrepareConfig: either tokenizer (a path) or vocab_size (of one to train) must be given; found "
-                f"tokenizer = {self.tokenizer!r}, vocab_size = {self.vocab_size!r}",
+                "PrepareConfig.tokenizer = None: give a tokenizer (a path), or vocab_size to train one",
                 "PrepareConfig.tokenizer",
             )
         for name, least in [("seq_len", 1), ("shard_bytes", 1), ("num_workers", 0)]:
@@ -120,10 +122,13 @@ def prepare(config: PrepareConfig, output_dir: str | Path, *, progress: bool = T
     """
     output_dir = Path(output_dir)
     arguments = config.arguments()
+    if config.tokenizer is not None:
+        arguments["tokenizer_sha256"] = Tokenizer.load(config.tokenizer).sha256
     _check_not_inside_source(config, output_dir)
     if (output_dir / FILE_NAME).exists():
         manifest = Manifest.load(output_dir)
         _check_same_arguments(manifest.arguments, arguments, output_dir)
+        shutil.rmtree(output_dir / PROGRESS_DIR, ignore_errors=True)  # a kill at the very end may have left it
         return manifest
     with _full_disk_as_data_error(output_dir):
         work_dir = output_dir / PROGRESS_DIR
@@ -148,7 +153,7 @@ def _prepare(
         work_dir=work_dir,
     )
     threshold = corpus.validation_threshold(config.validation_fraction)
-    write_atomically(arguments_file, json.dumps(arguments))
+    write_json(arguments_file, arguments)
     tokenizer_dir = output_dir / "tokenizer"
     tokenizer = _make_tokenizer(config, corpus, threshold, tokenizer_dir, work_dir)
     make_encoder = functools.partial(
@@ -241,7 +246,8 @@ def _finish(
         arguments=arguments,
     )
     shutil.copyfile(work_dir / REJECTS_FILE, output_dir / REJECTS_FILE)
-    manifest.save(output_dir)
+    manifest.save(work_dir)
+    os.replace(work_dir / FILE_NAME, output_dir / FILE_NAME)
     shutil.rmtree(work_dir)
     return manifest
 
@@ -252,6 +258,11 @@ def _make_tokenizer(config: PrepareConfig, corpus: Corpus, threshold: float, fol
         return Tokenizer.load(folder)
     if config.tokenizer is not None:
         tokenizer = Tokenizer.load(config.tokenizer)
+        if config.vocab_size is not None and tokenizer.vocab_size > config.vocab_size:
+            raise DataError(
+                f"tokenizer {config.tokenizer!r} has {tokenizer.vocab_size} tokens, more than vocab_size "
+                f"{config.vocab_size}: set vocab_size to at least that"
+            )
     else:
         assert config.vocab_size is not None
         tokenizer = Tokenizer.train(_training_texts(corpus, threshold), config.vocab_size)
@@ -277,19 +288,17 @@ def _training_texts(corpus: Corpus, threshold: float) -> Iterator[str]:
 
 def _write_reject(file: IO[str], reject: Reject) -> None:
     line = {"reason": reject.reason, "source": reject.source, "id": reject.id, "detail": reject.detail}
-    # File names may hold bytes that are not UTF-8, which Python shows as lone surrogates; JSON escapes them.
-    file.write(json.dumps(line, ensure_ascii=not all(map(_is_unicode, line.values()))) + "\n")
-
-
-def _is_unicode(text: str) -> bool:
-    return not any("\ud800" <= c <= "\udfff" for c in text)
+    file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 class _ProgressBar:
     """Bytes of text done, with tokens and documents per second, and the time left where the total is known."""
 
     def __init__(self, total: int | None, show: bool):
-        self._bar = tqdm(total=total, unit="B", unit_scale=True, desc="prepare", disable=not show, smoothing=0.1)
+        interval = 0.1 if sys.stderr.isatty() else 30.0  # seconds; a log file is not to be filled with bars
+        self._bar = tqdm(
+            total=total, unit="B", unit_scale=True, desc="prepare", disable=not show, mininterval=interval, miniters=1
+        )
         self._begin = time.monotonic()
         self._tokens = self._documents = 0
 

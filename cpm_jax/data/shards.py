@@ -14,9 +14,10 @@ from typing import Any
 
 from array_record.python import array_record_module
 
+from cpm_jax.common.files import sha256, write_json
 from cpm_jax.data.corpus import CleanDocument
 from cpm_jax.data.encoding import Encoded
-from cpm_jax.data.manifest import Shard, file_sha256, write_atomically
+from cpm_jax.data.manifest import Shard
 from cpm_jax.data.packing import BestFitDecreasing, ConcatThenSplit
 from cpm_jax.data.records import encode_record
 from cpm_jax.data.sources import Reject
@@ -179,7 +180,7 @@ class ShardWriter:
             os.fsync(file.fileno())
         shard = Shard(
             path=f"{self._path.parent.name}/{self._path.name}",
-            sha256=file_sha256(self._temporary),
+            sha256=sha256(self._temporary),
             file_bytes=self._temporary.stat().st_size,
             records=self._records,
             tokens=self._tokens,
@@ -189,7 +190,7 @@ class ShardWriter:
         finished = FinishedShard(last.split, shard, last.input_digest, tuple(self._rejects), self._truncated)
         os.replace(self._temporary, self._path)
         # Only a shard with this note counts as finished, so it is written last.
-        write_atomically(self._path.with_suffix(".json"), json.dumps(dataclasses.asdict(finished), ensure_ascii=False))
+        write_json(self._path.with_suffix(".json"), dataclasses.asdict(finished))
         return finished
 
     def abandon(self) -> None:
@@ -205,7 +206,7 @@ def find_finished(output_dir: Path, work_dir: Path) -> dict[str, FinishedShard]:
         shard = Shard(**content["shard"])
         # An earlier call may have been killed while it gave the shards their final names.
         for path in [output_dir / shard.path, *output_dir.glob(f"{note.stem}-of-*.array_record")]:
-            if path.is_file() and path.stat().st_size == shard.file_bytes and file_sha256(path) == shard.sha256:
+            if path.is_file() and path.stat().st_size == shard.file_bytes and sha256(path) == shard.sha256:
                 finished[note.stem] = FinishedShard(
                     split=content["split"],
                     shard=dataclasses.replace(shard, path=path.relative_to(output_dir).as_posix()),

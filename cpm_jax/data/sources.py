@@ -1,6 +1,7 @@
 """Reads documents from anything a source string can name, and sets aside what cannot be read."""
 
 import dataclasses
+import functools
 import glob
 import json
 import os
@@ -20,8 +21,10 @@ ACCEPTED = (
     "a folder, a text file, .jsonl, .parquet or .array_record (.gz and .zst too, but for the last two), "
     "a glob pattern, tfds:NAME[/CONFIG][:SPLIT], or stdlib"
 )
+_CHAT_FIELDS = ("messages", "conversations", "tools")
+_COMPRESSED = {".gz", ".zst", ".parquet", ".array_record"}
 _READ_SIZE = 1 << 16
-_STDLIB_LEFT_OUT = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+_STDLIB_LEFT_OUT = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -66,7 +69,13 @@ class _Unusable(Exception):
         self.detail = detail
 
 
+class _RawText(str):
+    """Text that is a whole record, not a field of one."""
+
+
 def _text_of(record: Any, field: str) -> str:
+    if isinstance(record, _RawText):
+        return str(record)
     if not isinstance(record, dict):
         raise _Unusable("not a JSON object", f"found {type(record).__name__}")
     if field not in record:
@@ -84,7 +93,7 @@ def _conversation_of(record: Any) -> str:
         raise _Unusable("not a JSON object", f"found {type(record).__name__}")
     if not ("messages" in record or "conversations" in record):
         raise _Unusable("missing field", f"no 'messages' or 'conversations' among {sorted(map(str, record))[:20]}")
-    kept = {key: record[key] for key in ("messages", "conversations", "tools") if record.get(key) is not None}
+    kept = {key: record[key] for key in _CHAT_FIELDS if record.get(key) is not None}
     try:
         return json.dumps(kept, ensure_ascii=False)
     except TypeError as error:
@@ -102,7 +111,7 @@ def _decode(data: bytes) -> str:
 
 def _parse_json(line: bytes) -> Any:
     try:
-        return json.loads(line)
+        return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise _Unusable("invalid UTF-8", f"at byte {error.start}: {error.reason}") from None
     except (ValueError, RecursionError) as error:
@@ -166,14 +175,22 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 @dataclasses.dataclass(frozen=True)
 class _Reader:
-    """Opens files of every kind for one source; `extract` turns a record into a document's text."""
+    """Opens files of every kind for one source.
+
+    Attributes:
+        source: the source string.
+        extract: turns a record into a document's text.
+        fields: the fields of a record that `extract` uses.
+        extensions: endings of the file names to take from folders.
+    """
 
     source: str
     extract: Callable[[Any], str]
+    fields: tuple[str, ...]
     extensions: tuple[str, ...] | None = None
 
     def reject(self, reason: str, id: str, detail: str = "") -> Reject:
-        return Reject(reason, id, self.source, detail)
+        return Reject(reason, id, self.source, _printable(detail))
 
     def one(self, record: Any, id: str, parse: Callable[[Any], Any] = lambda record: record) -> Document | Reject:
         """One record, as `parse` makes it of what was read, as a document or a reject."""
@@ -203,8 +220,13 @@ class _Reader:
         parquet = _import_extra("pyarrow.parquet")
         number = 0
         try:
-            with parquet.ParquetFile(path) as file:
-                for batch in file.iter_batches(batch_size=256):
+            with parquet.ParquetFile(path, page_checksum_verification=True) as file:
+                columns = [column for column in self.fields if column in file.schema_arrow.names]
+                if not columns:
+                    found = f"no column {' or '.join(self.fields)} among {file.schema_arrow.names[:20]}"
+                    yield self.reject("missing field", name, f"{found}; {file.metadata.num_rows} rows")
+                    return
+                for batch in file.iter_batches(batch_size=256, columns=columns):
                     for row in batch.to_pylist():
                         number += 1
                         yield self.one(row, f"{name}:{number}")
@@ -244,12 +266,20 @@ class _Reader:
             yield self.reject("cannot be read", name, str(error))
 
     def folder(self, root: Path, left_out: frozenset[str] = frozenset()) -> Iterator[Document | Reject]:
-        """All files below `root` in the order of their paths, but for folders of a name in `left_out`."""
+        """The documents of all files that `walk` finds."""
+        for found in self.walk(root, left_out):
+            if isinstance(found, Reject):
+                yield found
+            else:
+                yield from self.file(*found)
+
+    def walk(self, root: Path, left_out: frozenset[str]) -> Iterator[tuple[Path, str] | Reject]:
+        """All files below `root` with their names, ordered, but for folders of a name in `left_out`."""
         for folder, subfolders, files in os.walk(root, onerror=_raise):
             subfolders.sort()
             inside = Path(folder)
             for subfolder in list(subfolders):
-                name = (inside / subfolder).relative_to(root).as_posix()
+                name = _printable((inside / subfolder).relative_to(root).as_posix())
                 reason = ""
                 if subfolder.startswith("."):
                     reason = "hidden"
@@ -261,13 +291,18 @@ class _Reader:
                     subfolders.remove(subfolder)
             for file in sorted(files):
                 path = inside / file
-                name = path.relative_to(root).as_posix()
+                name = _printable(path.relative_to(root).as_posix())
                 if file.startswith("."):
                     yield self.reject("hidden", name)
                 elif self.extensions is not None and not file.endswith(self.extensions):
                     yield self.reject("other extension", name)
                 else:
-                    yield from self.file(path, name)
+                    yield path, name
+
+
+def _printable(text: str) -> str:
+    """Names of files need not be UTF-8; Python has lone surrogates for such bytes, which no text file can hold."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _raise(error: OSError) -> None:
@@ -282,10 +317,6 @@ def _array_record_value(data: bytes) -> Any:
         except _Unusable:
             pass
     return _RawText(_decode(data))
-
-
-class _RawText(str):
-    """Text that is a whole record, not a field of one."""
 
 
 def _import_extra(module: str) -> Any:
@@ -309,8 +340,31 @@ def _read_tfds(reader: _Reader, name: str, data_dir: str | None) -> Iterator[Doc
             f"tfds:{name}: cannot open split {split!r} of {dataset!r} in {place}; the data set must have been "
             f"prepared with file_format='array_record' ({error})"
         ) from error
+
+    def read(number: int) -> Any:
+        try:
+            return records[number]
+        except Exception as error:  # as above
+            raise _Unusable("damaged record", str(error)) from None
+
     for number in range(len(records)):
-        yield reader.one(number, f"{dataset}:{split}:{number + 1}", records.__getitem__)
+        yield reader.one(number, f"{dataset}:{split}:{number + 1}", read)
+
+
+def _make_reader(source: str, format: Format, text_field: str, extensions: Sequence[str] | None) -> _Reader:
+    if source == "stdlib":
+        extensions = (".py",)
+    endings = None if extensions is None else tuple(extensions)
+    if format == "chat":
+        return _Reader(source, _conversation_of, _CHAT_FIELDS, endings)
+    return _Reader(source, functools.partial(_text_of, field=text_field), (text_field,), endings)
+
+
+def _stdlib(reader: _Reader) -> Iterator[tuple[Path, str]]:
+    """The standard library is by definition its .py files outside of tests: the rest of its folder is no reject."""
+    for found in reader.walk(Path(sysconfig.get_path("stdlib")), _STDLIB_LEFT_OUT):
+        if not isinstance(found, Reject):
+            yield found
 
 
 def read_documents(
@@ -339,19 +393,10 @@ def read_documents(
     Raises:
         DataError: the source does not exist, or needs a package that is not installed.
     """
-    if format == "chat":
-        extract: Callable[[Any], str] = _conversation_of
-    else:
-
-        def extract(record: Any) -> str:
-            return str(record) if isinstance(record, _RawText) else _text_of(record, text_field)
-
-    reader = _Reader(source, extract, None if extensions is None else tuple(extensions))
+    reader = _make_reader(source, format, text_field, extensions)
     if source == "stdlib":
-        reader = dataclasses.replace(reader, extensions=(".py",))
-        for item in reader.folder(Path(sysconfig.get_path("stdlib")), frozenset(_STDLIB_LEFT_OUT)):
-            if not (isinstance(item, Reject) and item.reason == "other extension"):
-                yield item
+        for path, name in _stdlib(reader):
+            yield from reader.file(path, name)
     elif source.startswith("tfds:"):
         yield from _read_tfds(reader, source.removeprefix("tfds:"), tfds_data_dir)
     elif os.path.isdir(source):
@@ -365,3 +410,21 @@ def read_documents(
                 yield from reader.file(Path(match), Path(match).relative_to(base).as_posix())
     else:
         raise DataError(f"source {source!r} does not exist; accepted: {ACCEPTED}")
+
+
+def estimate_bytes(source: str, extensions: Sequence[str] | None = None) -> int | None:
+    """About how many bytes of text `read_documents` will yield; None where only reading can tell."""
+    reader = _make_reader(source, "text", "", extensions)
+    files: Iterable[Path]
+    if source == "stdlib":
+        files = [path for path, _ in _stdlib(reader)]
+    elif os.path.isdir(source):
+        files = [found[0] for found in reader.walk(Path(source), frozenset()) if not isinstance(found, Reject)]
+    else:
+        files = [Path(match) for match in glob.glob(source, recursive=True) if os.path.isfile(match)]
+    total = 0
+    for file in files:
+        if file.suffix in _COMPRESSED or not file.is_file():
+            return None
+        total += file.stat().st_size
+    return total or None
