@@ -1,0 +1,168 @@
+"""Held-out loss as bits per byte of text, which models with different tokenizers, and compressors, can be compared by.
+
+Definition: the sum over all documents of -log2 p(document), divided by the bytes of the documents' original text in
+UTF-8. p(document) is the product over all tokens of p(token | the tokens of the document before it). It includes the
+token that ends a document. A BOS is given, not predicted, so that the first token of the text is predicted from it;
+where a tokenizer has no BOS, nothing precedes the first token, and it is charged log2(vocabulary size).
+
+A document longer than the window is read in windows that overlap by half: each token is predicted once, and past the
+first window from at least half a window of its own document.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+
+from cpm_jax.common.progress import Progress
+from cpm_jax.evaluation.documents import Documents
+from cpm_jax.modeling.config import ModelConfig
+from cpm_jax.training.train_step import make_eval_step
+
+_BATCH_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class BitsPerByte:
+    """A score of some text.
+
+    Attributes:
+        value: bits per byte.
+        standard_error: of the value, as an estimate for the documents' source: documents are taken as independent
+            draws, and the value as a ratio of their sums (linearised).
+        bits: total.
+        num_bytes: of the original text.
+        tokens: predicted tokens.
+        documents: number of documents.
+    """
+
+    value: float
+    standard_error: float
+    bits: float
+    num_bytes: int
+    tokens: int
+    documents: int
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f} ± {self.standard_error:.4f} bits per byte ({self.documents} documents)"
+
+
+def summarise(document_bits: Float[np.ndarray, "n"], documents: Documents) -> BitsPerByte:
+    """The score of a split from the bits of each of its documents."""
+    bits, sizes, num_bytes = document_bits, documents.document_bytes, documents.text_bytes
+    value = float(bits.sum() / num_bytes)
+    n = len(bits)
+    deviations = bits - value * sizes
+    error = math.sqrt(float((deviations**2).sum()) * n / (n - 1)) / num_bytes if n > 1 else math.nan
+    tokens = sum(len(tokens) - 1 for tokens in documents.tokens)
+    return BitsPerByte(value, error, float(bits.sum()), num_bytes, tokens, n)
+
+
+def first_token_bits(documents: Documents, bos_id: int | None, vocab_size: int) -> Float[np.ndarray, "n"]:
+    """Bits charged for tokens that nothing precedes: none for a BOS, log2(vocab_size) for any other."""
+    charged = [bool(len(tokens)) and int(tokens[0]) != bos_id for tokens in documents.tokens]
+    return np.array(charged, np.float64) * math.log2(vocab_size)
+
+
+@dataclass(frozen=True)
+class _Window:
+    document: int
+    begin: int
+    end: int  # of the inputs: targets are begin + 1 … end
+    first_scored: int  # index of the first target that counts
+
+
+def _windows(lengths: Sequence[int], size: int) -> Iterator[_Window]:
+    stride = max(1, size // 2)
+    for document, length in enumerate(lengths):
+        begin, scored = 0, 1
+        while scored < length:
+            end = min(begin + size, length - 1)
+            yield _Window(document, begin, end, scored)
+            scored = end + 1
+            begin += stride
+
+
+def _row_length(window: _Window, size: int) -> int:
+    """The next power of two, so that few programs are compiled and little is padding."""
+    return min(size, 1 << max(5, (window.end - window.begin - 1).bit_length()))
+
+
+def _batch(windows: Sequence[_Window], documents: Documents, rows: int, length: int) -> dict[str, np.ndarray]:
+    zeros = np.zeros((rows, length), np.int32)
+    batch: dict[str, np.ndarray] = {name: zeros.copy() for name in ("tokens", "targets", "segment_ids", "positions")}
+    batch["loss_weights"] = np.zeros((rows, length), np.float32)
+    # The evaluation step sums by source: a source for each row gives the loss of each.
+    batch["source_ids"] = np.arange(rows, dtype=np.int32)
+    for row, window in enumerate(windows):
+        tokens, size = documents.tokens[window.document], window.end - window.begin
+        batch["tokens"][row, :size] = tokens[window.begin : window.end]
+        batch["targets"][row, :size] = tokens[window.begin + 1 : window.end + 1]
+        batch["segment_ids"][row, :size] = 1
+        batch["positions"][row, :size] = np.arange(size)
+        batch["loss_weights"][row, window.first_scored - window.begin - 1 : size] = 1
+    return batch
+
+
+def document_bits(
+    params: dict[str, Any], config: ModelConfig, documents: Documents, window: int, *, progress: bool = False
+) -> Float[np.ndarray, "n"]:
+    """The bits that a model needs for each document, without those of `first_token_bits`.
+
+    Args:
+        params: the model's parameters; MTP layers are not used.
+        config: the model.
+        documents: what to score.
+        window: longest row in tokens, the length that the model was trained with.
+        progress: whether to show how far it is.
+    """
+    config = dataclasses.replace(config, num_nextn_predict_layers=0)
+    params = {name: value for name, value in params.items() if name != "mtp_layers"}
+    windows = sorted(
+        _windows([len(tokens) for tokens in documents.tokens], window), key=lambda item: _row_length(item, window)
+    )
+    bits = np.zeros(len(documents), np.float64)
+    steps: dict[int, Any] = {}
+    with Progress("evaluate", len(windows), enabled=progress, tokens_per_step=window // 2) as bar:
+        place = 0
+        while place < len(windows):
+            length = _row_length(windows[place], window)
+            rows = max(1, _BATCH_TOKENS // length)
+            chosen = [item for item in windows[place : place + rows] if _row_length(item, window) == length]
+            step = steps.setdefault(rows, make_eval_step(config, num_sources=rows))
+            sums = step(params, _batch(chosen, documents, rows, length))
+            nll = np.asarray(sums.source_nll, np.float64)[: len(chosen)]
+            np.add.at(bits, [item.document for item in chosen], nll / math.log(2))
+            place += len(chosen)
+            bar.update(place)
+    return bits
+
+
+def evaluate(
+    params: dict[str, Any],
+    config: ModelConfig,
+    documents: Documents,
+    *,
+    window: int,
+    bos_id: int | None,
+    progress: bool = False,
+) -> BitsPerByte:
+    """Bits per byte of a model on documents.
+
+    Args:
+        params: the model's parameters.
+        config: the model.
+        documents: what to score, from `documents.read_split`.
+        window: longest row in tokens.
+        bos_id: the token that begins a document, if there is one.
+        progress: whether to show how far it is.
+
+    Returns:
+        The score; `value` is not finite where the model gives a token no probability.
+    """
+    bits = document_bits(params, config, documents, window, progress=progress)
+    return summarise(bits + first_token_bits(documents, bos_id, config.vocab_size), documents)
