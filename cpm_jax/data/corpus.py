@@ -95,7 +95,8 @@ class Corpus:
             DataError: the corpus is empty, or is one document, which cannot be split.
         """
         smallest, count = 1.0, 0
-        for item in self.read():
+        reading = self.read()
+        for item in reading:
             if isinstance(item, CleanDocument):
                 count += 1
                 smallest = min(smallest, item.position)
@@ -103,7 +104,10 @@ class Corpus:
                 if count > 1 and (fraction == 0 or smallest < fraction):
                     return fraction
         if count == 0:
-            raise DataError(f"no document found in {', '.join(self.sources)}; accepted: {ACCEPTED}")
+            raise DataError(
+                f"no document found in {', '.join(self.sources)} (rejected: {dict(reading.rejects) or 'nothing'}); "
+                f"accepted: {ACCEPTED}"
+            )
         if fraction == 0:
             return fraction
         if count == 1:

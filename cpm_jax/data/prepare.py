@@ -155,7 +155,7 @@ def _prepare(
     threshold = corpus.validation_threshold(config.validation_fraction)
     write_json(arguments_file, arguments)
     tokenizer_dir = output_dir / "tokenizer"
-    tokenizer = _make_tokenizer(config, corpus, threshold, tokenizer_dir, work_dir)
+    tokenizer = _make_tokenizer(config, corpus, threshold, tokenizer_dir, progress)
     make_encoder = functools.partial(
         Encoder.load, tokenizer_dir, config.format, config.seq_len, config.long_conversations
     )
@@ -252,7 +252,7 @@ def _finish(
     return manifest
 
 
-def _make_tokenizer(config: PrepareConfig, corpus: Corpus, threshold: float, folder: Path, work_dir: Path) -> Tokenizer:
+def _make_tokenizer(config: PrepareConfig, corpus: Corpus, threshold: float, folder: Path, show: bool) -> Tokenizer:
     """Loads or trains the tokenizer and puts it into the data set; takes the one that an earlier call put there."""
     if (folder / "tokenizer.json").exists():
         return Tokenizer.load(folder)
@@ -265,15 +265,17 @@ def _make_tokenizer(config: PrepareConfig, corpus: Corpus, threshold: float, fol
             )
     else:
         assert config.vocab_size is not None
-        tokenizer = Tokenizer.train(_training_texts(corpus, threshold), config.vocab_size)
-    temporary = work_dir / "tokenizer"
+        total = corpus.total_bytes()
+        with _bar("tokenizer", None if total is None else min(total, _TOKENIZER_BYTES), show) as bar:
+            tokenizer = Tokenizer.train(_training_texts(corpus, threshold, bar), config.vocab_size)
+    temporary = corpus.work_dir / "tokenizer"
     shutil.rmtree(temporary, ignore_errors=True)
     tokenizer.save(temporary)
     os.replace(temporary, folder)
     return tokenizer
 
 
-def _training_texts(corpus: Corpus, threshold: float) -> Iterator[str]:
+def _training_texts(corpus: Corpus, threshold: float, bar: tqdm) -> Iterator[str]:
     """Training documents from the beginning of every source, an equal share of bytes of each."""
     share = _TOKENIZER_BYTES // len(corpus.sources)
     for source in corpus.sources:
@@ -281,9 +283,15 @@ def _training_texts(corpus: Corpus, threshold: float) -> Iterator[str]:
         for item in dataclasses.replace(corpus, sources=(source,)).read():
             if isinstance(item, CleanDocument) and item.position >= threshold:
                 yield item.document.text
+                bar.update(item.num_bytes)
                 taken += item.num_bytes
                 if taken >= share:
                     break
+
+
+def _bar(name: str, total: int | None, show: bool) -> tqdm:
+    interval = 0.1 if sys.stderr.isatty() else 30.0  # seconds; a log file is not to be filled with bars
+    return tqdm(desc=name, total=total, unit="B", unit_scale=True, disable=not show, mininterval=interval, miniters=1)
 
 
 def _write_reject(file: IO[str], reject: Reject) -> None:
@@ -295,10 +303,7 @@ class _ProgressBar:
     """Bytes of text done, with tokens and documents per second, and the time left where the total is known."""
 
     def __init__(self, total: int | None, show: bool):
-        interval = 0.1 if sys.stderr.isatty() else 30.0  # seconds; a log file is not to be filled with bars
-        self._bar = tqdm(
-            total=total, unit="B", unit_scale=True, desc="prepare", disable=not show, mininterval=interval, miniters=1
-        )
+        self._bar = _bar("prepare", total, show)
         self._begin = time.monotonic()
         self._tokens = self._documents = 0
 
