@@ -1,6 +1,7 @@
 """The compiled loop against the full forward pass, and what must not change its results."""
 
 import dataclasses
+import functools
 import logging
 
 import jax
@@ -18,8 +19,14 @@ RANDOM = SamplingConfig(temperature=1.0, top_k=50, top_p=0.95, repetition_penalt
 
 
 @pytest.fixture
-def params(tiny_config: ModelConfig) -> Params:
-    return init_params(tiny_config, jax.random.key(0))
+def config(tiny_config: ModelConfig) -> ModelConfig:
+    """A random model with a tied head would repeat its last token for ever."""
+    return dataclasses.replace(tiny_config, tie_word_embeddings=False, initializer_range=0.3)
+
+
+@pytest.fixture
+def params(config: ModelConfig) -> Params:
+    return init_params(config, jax.random.key(0))
 
 
 def random_prompts(config: ModelConfig, lengths: list[int]) -> list[list[int]]:
@@ -59,23 +66,27 @@ def decode(
     return rows
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _full_logits(config: ModelConfig, params: Params, tokens: jax.Array) -> jax.Array:
+    model = bind(config, params)
+    return model.logits(model(tokens, jnp.arange(tokens.shape[1])[None], jnp.ones_like(tokens)))
+
+
 def full_logits(config: ModelConfig, params: Params, tokens: list[int]) -> np.ndarray:
     """Logits of all positions in one pass, without a cache."""
-    row = jnp.asarray([tokens])
-    model = bind(config, params)
-    return np.asarray(model.logits(model(row, jnp.arange(len(tokens))[None], jnp.ones_like(row))))[0]
+    return np.asarray(_full_logits(config, params, jnp.asarray([tokens])))[0]
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 16, 64])
-def test_cached_logits_equal_the_full_forward_at_every_position(tiny_config, params, chunk):
-    prompts = random_prompts(tiny_config, [1, 3, 16, 17, 40])
+def test_cached_logits_equal_the_full_forward_at_every_position(config, params, chunk):
+    prompts = random_prompts(config, [1, 3, 16, 17, 40])
     total = 50
-    follow = random_prompts(tiny_config, [total] * len(prompts))
+    follow = random_prompts(config, [total] * len(prompts))
     rows = [prompt + more[: total - len(prompt)] for prompt, more in zip(prompts, follow, strict=True)]
     state = start(
         params,
         prompts,
-        config=tiny_config,
+        config=config,
         sampling=GREEDY,
         max_new_tokens=total,
         seed=0,
@@ -83,75 +94,80 @@ def test_cached_logits_equal_the_full_forward_at_every_position(tiny_config, par
         prefill_chunk=chunk,
     )
     cache, positions = state.cache, np.asarray(state.positions)
-    step = jax.jit(lambda params, *args: bind(tiny_config, params).decode(*args))
-    expected = [full_logits(tiny_config, params, row) for row in rows]
+
+    @jax.jit
+    def step(params, *arguments):
+        hidden, cache = bind(config, params).decode(*arguments)
+        return bind(config, params).logits(hidden)[:, 0], cache
+
+    expected = [full_logits(config, params, row) for row in rows]
     for _ in range(total - 1):
         tokens = np.array([row[min(position, total - 1)] for row, position in zip(rows, positions, strict=True)])
-        hidden, cache = step(params, tokens[:, None], positions[:, None], cache)
-        logits = np.asarray(bind(tiny_config, params).logits(hidden))[:, 0]
+        logits, cache = step(params, tokens[:, None], positions[:, None], cache)
         for row, position in enumerate(positions):
             if position < total:
                 np.testing.assert_allclose(logits[row], expected[row][position], rtol=1e-4, atol=1e-4)
         positions = positions + 1
 
 
-def test_greedy_tokens_are_the_argmax_of_the_full_forward(tiny_config, params):
-    prompts = random_prompts(tiny_config, [1, 9, 30])
-    for prompt, new in zip(prompts, decode(tiny_config, params, prompts), strict=True):
-        logits = full_logits(tiny_config, params, prompt + new)
+def test_greedy_tokens_are_the_argmax_of_the_full_forward(config, params):
+    prompts = random_prompts(config, [1, 9, 30])
+    for prompt, new in zip(prompts, decode(config, params, prompts), strict=True):
+        assert len(set(new)) > 5
+        logits = full_logits(config, params, prompt + new)
         np.testing.assert_array_equal(logits[len(prompt) - 1 : -1].argmax(-1), new)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, RANDOM])
-def test_a_batch_gives_what_each_prompt_gives_alone(tiny_config, params, sampling):
-    prompts = random_prompts(tiny_config, [2, 40, 11, 1, 23])
-    together = decode(tiny_config, params, prompts, sampling)
+def test_a_batch_gives_what_each_prompt_gives_alone(config, params, sampling):
+    prompts = random_prompts(config, [2, 40, 11, 1, 23])
+    together = decode(config, params, prompts, sampling)
     for index, prompt in enumerate(prompts):
-        assert decode(tiny_config, params, [prompt], sampling, indices=[index]) == [together[index]]
+        assert decode(config, params, [prompt], sampling, indices=[index]) == [together[index]]
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 20, 64])
 @pytest.mark.parametrize("prefill_chunk", [4, 256])
-def test_the_cut_into_calls_changes_nothing(tiny_config, params, num_tokens, prefill_chunk):
-    prompts = random_prompts(tiny_config, [5, 19])
-    once = decode(tiny_config, params, prompts, RANDOM)
-    assert decode(tiny_config, params, prompts, RANDOM, num_tokens=num_tokens, prefill_chunk=prefill_chunk) == once
+def test_the_cut_into_calls_changes_nothing(config, params, num_tokens, prefill_chunk):
+    prompts = random_prompts(config, [5, 19])
+    once = decode(config, params, prompts, RANDOM)
+    assert decode(config, params, prompts, RANDOM, num_tokens=num_tokens, prefill_chunk=prefill_chunk) == once
 
 
-def test_seeds_reproduce_and_differ(tiny_config, params):
-    prompts = random_prompts(tiny_config, [5, 5])
-    first = decode(tiny_config, params, prompts, RANDOM, seed=1)
-    assert decode(tiny_config, params, prompts, RANDOM, seed=1) == first
-    assert decode(tiny_config, params, prompts, RANDOM, seed=2) != first
+def test_seeds_reproduce_and_differ(config, params):
+    prompts = random_prompts(config, [5, 5])
+    first = decode(config, params, prompts, RANDOM, seed=1)
+    assert decode(config, params, prompts, RANDOM, seed=1) == first
+    assert decode(config, params, prompts, RANDOM, seed=2) != first
 
 
-def test_equal_prompts_get_different_draws(tiny_config, params):
-    (prompt,) = random_prompts(tiny_config, [5])
-    one, two = decode(tiny_config, params, [prompt, prompt], RANDOM)
+def test_equal_prompts_get_different_draws(config, params):
+    (prompt,) = random_prompts(config, [5])
+    one, two = decode(config, params, [prompt, prompt], RANDOM)
     assert one != two
 
 
-def test_sequences_end_at_eos_and_at_their_limit(tiny_config, params):
-    prompts = random_prompts(tiny_config, [4, 12, 20])
-    free = decode(tiny_config, params, prompts)
+def test_sequences_end_at_eos_and_at_their_limit(config, params):
+    prompts = random_prompts(config, [4, 12, 20])
+    free = decode(config, params, prompts)
     assert [len(row) for row in free] == [20, 20, 20]
     eos = free[0][6]
-    for whole, row in zip(free, decode(tiny_config, params, prompts, eos_ids=(eos, 127)), strict=True):
+    for whole, row in zip(free, decode(config, params, prompts, eos_ids=(eos, 127)), strict=True):
         ends = [place for place, token in enumerate(whole) if token in (eos, 127)]
         assert row == whole[: ends[0] + 1 if ends else None]
 
 
-def test_the_repetition_penalty_sees_prompt_and_output(tiny_config, params):
-    (prompt,) = random_prompts(tiny_config, [30])
+def test_the_repetition_penalty_sees_prompt_and_output(config, params):
+    (prompt,) = random_prompts(config, [30])
     strong = SamplingConfig(temperature=0.0, repetition_penalty=1e6)
-    (row,) = decode(tiny_config, params, [prompt], strong, max_new_tokens=60)
+    (row,) = decode(config, params, [prompt], strong, max_new_tokens=60)
     # While unseen tokens with a positive logit are left, no token comes twice.
     assert len(set(row[:30])) == 30
     assert not set(row[:30]) & set(prompt)
 
 
-def test_one_program_serves_all_prompts_and_calls_of_a_bucket(tiny_config, params, caplog):
-    config = dataclasses.replace(tiny_config, vocab_size=120)  # A model that no other test has compiled.
+def test_one_program_serves_all_prompts_and_calls_of_a_bucket(config, params, caplog):
+    config = dataclasses.replace(config, vocab_size=120)  # A model that no other test has compiled.
     params = init_params(config, jax.random.key(0))
     with jax.log_compiles(), caplog.at_level(logging.WARNING, logger="jax"):
         for lengths in ([3, 50], [70, 1], [100, 100]):
@@ -162,25 +178,25 @@ def test_one_program_serves_all_prompts_and_calls_of_a_bucket(tiny_config, param
 
 
 class TestCacheLength:
-    def test_powers_of_two_within_the_context(self, tiny_config):
-        config = dataclasses.replace(tiny_config, max_position_embeddings=1000)
+    def test_powers_of_two_within_the_context(self, config):
+        config = dataclasses.replace(config, max_position_embeddings=1000)
         assert [cache_length(config, n) for n in (1, 128, 129, 256, 512, 513, 1000)] == [
             128, 128, 256, 256, 512, 1000, 1000
         ]  # fmt: skip
 
-    def test_longrope_picks_its_factors_by_the_length_of_the_sequence(self, tiny_config):
+    def test_longrope_picks_its_factors_by_the_length_of_the_sequence(self, config):
         rope = RopeConfig(short_factor=(1.0,) * 8, long_factor=(4.0,) * 8, original_max_position_embeddings=150)
-        config = dataclasses.replace(tiny_config, rope=rope, max_position_embeddings=600)
+        config = dataclasses.replace(config, rope=rope, max_position_embeddings=600)
         assert [cache_length(config, n) for n in (100, 129, 150, 151, 300, 600)] == [128, 150, 150, 256, 512, 600]
 
 
 @pytest.mark.parametrize("length", [140, 150, 151, 200])
-def test_longrope_equals_the_full_forward_on_both_sides_of_the_switch(tiny_config, length):
+def test_longrope_equals_the_full_forward_on_both_sides_of_the_switch(config, length):
     factors = np.random.default_rng(0).uniform(1, 8, (2, 8))
     rope = RopeConfig(
         short_factor=tuple(factors[0]), long_factor=tuple(factors[1]), original_max_position_embeddings=150
     )
-    config = dataclasses.replace(tiny_config, rope=rope, max_position_embeddings=600)
+    config = dataclasses.replace(config, rope=rope, max_position_embeddings=600)
     params = init_params(config, jax.random.key(0))
     (prompt,) = random_prompts(config, [length - 30])
     (new,) = decode(config, params, [prompt], max_new_tokens=30)
