@@ -22,14 +22,14 @@ BASE = ModelConfig(
     d_ff=80,
     max_position_embeddings=128,
     rms_norm_eps=1e-5,
-    initializer_range=0.2,
+    initializer_range=0.1,
     dtype="float32",
 )
 
 
 def random_params(config: ModelConfig, seed: int = 0) -> Params:
     """Every leaf random, norm scales and biases too, so that none of them could be forgotten unnoticed."""
-    params = init_params(config, jax.random.key(seed))
+    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(seed))
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda leaf: leaf + 0.1 * rng.standard_normal(leaf.shape).astype(np.float32), params)
 
