@@ -72,7 +72,15 @@ class Decoder(nnx.Module):
             positions: as in `__call__`.
             segment_ids: as in `__call__`.
             depth: which MTP layer, from 0.
+
+        Raises:
+            IndexError: if there is no such layer (JAX itself would take the last one).
         """
+        if not 0 <= depth < self.config.num_nextn_predict_layers:
+            raise IndexError(
+                f"depth = {depth}: must be below ModelConfig.num_nextn_predict_layers = "
+                f"{self.config.num_nextn_predict_layers}"
+            )
         with jax.named_scope(f"mtp_{depth}"):
             angles = rotation(self.config, positions, length=hidden.shape[1])
             return select(self.mtp_layers, depth).predict(hidden, self._embed(next_tokens), angles, segment_ids)

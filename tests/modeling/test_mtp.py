@@ -145,3 +145,11 @@ def test_multipliers_apply_to_the_mtp_layer(config: ModelConfig) -> None:
         rtol=1e-5,
         atol=1e-5,
     )
+
+
+@pytest.mark.parametrize("depth", [-1, 2])
+def test_layers_that_do_not_exist_are_refused(config: ModelConfig, depth: int) -> None:
+    params, tokens, positions, segment_ids = make(config)
+    hidden = jnp.zeros((2, LENGTH, config.d_model))
+    with pytest.raises(IndexError, match=f"depth = {depth}: must be below ModelConfig.num_nextn_predict_layers = 2"):
+        bind(config, params).mtp(hidden, tokens, positions, segment_ids, depth)
