@@ -23,6 +23,8 @@ def summary(manifest: Manifest, workdir: Path) -> str:
     lines.append(f"  exact duplicates dropped: {manifest.duplicates:,}")
     if manifest.truncated:
         lines.append(f"  conversations cut: {manifest.truncated:,}")
+    if not manifest.complete:
+        lines.append(f"  left unread beyond max_bytes = {manifest.arguments['max_bytes']:,}: the rest of the sources")
     rejects = json.dumps(manifest.rejects) if manifest.rejects else "none"
     lines.append(f"  rejects ({REJECTS_FILE}): {rejects}")
     return "\n".join(lines)

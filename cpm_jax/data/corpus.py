@@ -71,6 +71,7 @@ class Corpus:
         tfds_data_dir: as in `read_documents`.
         seed: of the assignment to splits.
         work_dir: an existing folder for the set of the texts that were seen.
+        max_bytes: reading ends before the text that would go beyond it; None reads all.
     """
 
     sources: tuple[str, ...]
@@ -80,6 +81,7 @@ class Corpus:
     tfds_data_dir: str | None
     seed: int
     work_dir: Path
+    max_bytes: int | None = None
 
     def read(self) -> "CorpusPass":
         """Begins a pass from the first document."""
@@ -120,7 +122,10 @@ class Corpus:
     def total_bytes(self) -> int | None:
         """About how many bytes of text a pass will read, or None where that is not known beforehand."""
         sizes = [estimate_bytes(source, self.extensions) for source in self.sources]
-        return None if None in sizes else sum(size for size in sizes if size is not None)
+        if None in sizes:
+            return self.max_bytes
+        total = sum(size for size in sizes if size is not None)
+        return total if self.max_bytes is None else min(total, self.max_bytes)
 
 
 class CorpusPass:
@@ -130,17 +135,20 @@ class CorpusPass:
         duplicates: documents dropped so far because the text had been seen.
         rejects: rejects so far, by reason.
         documents: documents so far, by source.
+        complete: whether nothing was left unread because of `Corpus.max_bytes`.
     """
 
     def __init__(self, corpus: Corpus):
         self._corpus = corpus
         self.duplicates = 0
         self.rejects: collections.Counter[str] = collections.Counter()
+        self.complete = True
         self.documents: collections.Counter[str] = collections.Counter(dict.fromkeys(corpus.sources, 0))
 
     def __iter__(self) -> Iterator[CleanDocument | Reject]:
         corpus = self._corpus
         seen = _SeenTexts(corpus.work_dir / "seen.sqlite")
+        num_bytes = 0
         try:
             for source in corpus.sources:
                 for found in read_documents(
@@ -154,6 +162,10 @@ class CorpusPass:
                     if isinstance(item, Reject):
                         self.rejects[item.reason] += 1
                     elif seen.add(item.digest):
+                        num_bytes += item.num_bytes
+                        if corpus.max_bytes is not None and num_bytes > corpus.max_bytes:
+                            self.complete = False
+                            return
                         self.documents[source] += 1
                     else:
                         self.duplicates += 1

@@ -77,6 +77,7 @@ class Manifest:
         truncated: number of conversations cut to the length of a record.
         sources: what was read: the source strings with their numbers of documents.
         arguments: the arguments of `prepare`, without those that do not change the result.
+        complete: whether the sources were read to their end; False where `max_bytes` ended the reading.
         version: of this format.
     """
 
@@ -90,6 +91,7 @@ class Manifest:
     truncated: int
     sources: dict[str, int]
     arguments: dict[str, Any]
+    complete: bool = True
     version: int = VERSION
 
     def save(self, folder: str | Path) -> None:

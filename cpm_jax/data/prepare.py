@@ -53,6 +53,8 @@ class PrepareConfig:
             at least one document. 0 for no validation split.
         long_conversations: what to do with a conversation that is longer than a record.
         shard_bytes: text per shard in bytes; also what is done again at most after a kill.
+        max_bytes: reading ends before the document that would take the text beyond it; None reads all. The manifest
+            says when something was left unread.
         seed: of the choice of held-out documents.
         num_workers: processes that tokenise; None for one per core, 0 for none but this one.
     """
@@ -68,6 +70,7 @@ class PrepareConfig:
     validation_fraction: float = 0.01
     long_conversations: LongConversations = "reject"
     shard_bytes: int = 1 << 26
+    max_bytes: int | None = None
     seed: int = 0
     num_workers: int | None = None
 
@@ -80,7 +83,7 @@ class PrepareConfig:
                 "PrepareConfig.tokenizer = None: give a tokenizer (a path), or vocab_size to train one",
                 "PrepareConfig.tokenizer",
             )
-        for name, least in [("seq_len", 1), ("shard_bytes", 1), ("num_workers", 0)]:
+        for name, least in [("seq_len", 1), ("shard_bytes", 1), ("max_bytes", 1), ("num_workers", 0)]:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"PrepareConfig.{name} = {value}: must be at least {least}", f"PrepareConfig.{name}")
@@ -151,6 +154,7 @@ def _prepare(
         tfds_data_dir=config.tfds_data_dir,
         seed=config.seed,
         work_dir=work_dir,
+        max_bytes=config.max_bytes,
     )
     threshold = corpus.validation_threshold(config.validation_fraction)
     write_json(arguments_file, arguments)
@@ -244,6 +248,7 @@ def _finish(
         truncated=sum(shard.truncated for shard in finished),
         sources=dict(corpus_pass.documents),
         arguments=arguments,
+        complete=corpus_pass.complete,
     )
     shutil.copyfile(work_dir / REJECTS_FILE, output_dir / REJECTS_FILE)
     manifest.save(work_dir)

@@ -153,6 +153,18 @@ def test_a_small_corpus_still_has_a_validation_split(tmp_path):
     assert (manifest.splits["train"].documents, manifest.splits["validation"].documents) == (4, 1)
 
 
+def test_reading_ends_at_the_limit_and_the_manifest_says_so(folder, tmp_path):
+    whole = prepare(settings(folder), tmp_path / "whole", progress=False)
+    total = sum(split.text_bytes for split in whole.splits.values())
+    assert whole.complete
+    cut = prepare(settings(folder, max_bytes=total // 2), tmp_path / "cut", progress=False)
+    assert not cut.complete
+    assert not Manifest.load(tmp_path / "cut").complete
+    assert 0 < sum(split.text_bytes for split in cut.splits.values()) <= total // 2
+    assert sum(cut.sources.values()) < sum(whole.sources.values())
+    assert prepare(settings(folder, max_bytes=total), tmp_path / "all", progress=False).complete
+
+
 def test_what_cannot_be_prepared_is_named(tmp_path):
     def refused(match, source, **changes):
         with pytest.raises(DataError, match=match):
