@@ -20,6 +20,7 @@ from cpm_jax.modeling.kv_cache import KVCache, init_cache
 
 NO_TOKEN = -1
 SMALLEST_CACHE = 128
+PREFILL_CHUNKS = (256, 32)
 
 
 @jax.tree_util.register_dataclass
@@ -76,9 +77,9 @@ def start(
     max_new_tokens: int,
     seed: int,
     indices: Sequence[int],
-    prefill_chunk: int,
+    prefill_chunks: Sequence[int] = PREFILL_CHUNKS,
 ) -> DecodeState:
-    """Writes all but the last token of each prompt into a new cache, `prefill_chunk` positions per call.
+    """Writes all but the last token of each prompt into a new cache, a chunk of positions per call.
 
     Args:
         params: parameters of the model.
@@ -88,7 +89,8 @@ def start(
         max_new_tokens: most tokens that a sequence gets.
         seed: of the random keys.
         indices: index of each sequence among all prompts of the run, for its random key.
-        prefill_chunk: C; prefill attention is never larger than C times the length of the cache.
+        prefill_chunks: sizes of chunks, from large to small: a call takes the largest that is filled, else the last.
+            Attention is never larger than the first times the length of the cache, and padding less than the last.
 
     Returns:
         The state from which `extend` goes on with the last token of each prompt.
@@ -96,13 +98,15 @@ def start(
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     slots = cache_length(config, int(lengths.max()) + max_new_tokens)
     # Padding may run over the end of the cache: it is not written there.
-    tokens = np.zeros((len(prompts), -(-int(lengths.max()) // prefill_chunk) * prefill_chunk), np.int32)
+    tokens = np.zeros((len(prompts), int(lengths.max()) + prefill_chunks[-1]), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
     cache = init_cache(config, len(prompts), slots)
-    for first in range(0, int(lengths.max()) - 1, prefill_chunk):
-        chunk = tokens[:, first : first + prefill_chunk]
-        cache = _prefill(params, chunk, np.int32(first), cache, config=config)
+    first, end = 0, int(lengths.max()) - 1
+    while first < end:
+        size = next((size for size in prefill_chunks if size <= end - first), prefill_chunks[-1])
+        cache = _prefill(params, tokens[:, first : first + size], np.int32(first), cache, config=config)
+        first += size
     seen = None
     if sampling.repetition_penalty != 1:
         seen = np.zeros((len(prompts), config.vocab_size), bool)

@@ -12,7 +12,7 @@ import numpy as np
 from cpm_jax.checkpoints.manager import find_checkpoint, restore_params
 from cpm_jax.common.config import ConfigError, InputError, config_from_dict
 from cpm_jax.data.tokenizer import StreamDecoder, Tokenizer
-from cpm_jax.inference.decode_loop import NO_TOKEN, DecodeState, extend, start
+from cpm_jax.inference.decode_loop import NO_TOKEN, PREFILL_CHUNKS, DecodeState, extend, start
 from cpm_jax.inference.sampling import SamplingConfig
 from cpm_jax.inference.stop_strings import StopStringFilter
 from cpm_jax.modeling.config import ModelConfig
@@ -100,7 +100,7 @@ class Generator:
         tokenizer: Tokenizer,
         *,
         tokens_per_call: int = 16,
-        prefill_chunk: int = 256,
+        prefill_chunks: Sequence[int] = PREFILL_CHUNKS,
     ):
         """Prepares the parameters for decoding: without MTP layers, and cast to the compute dtype once.
 
@@ -110,7 +110,7 @@ class Generator:
             tokenizer: turns tokens to text.
             tokens_per_call: tokens that the compiled loop makes before the host looks for stop strings and passes
                 text on.
-            prefill_chunk: prompt tokens that are read per call.
+            prefill_chunks: prompt tokens that are read per call, see `decode_loop.start`.
 
         Raises:
             InputError: if the tokenizer has more tokens than the model.
@@ -124,7 +124,7 @@ class Generator:
         self.tokenizer = tokenizer
         self._params = _decoding_params(config, params)
         self._tokens_per_call = tokens_per_call
-        self._prefill_chunk = prefill_chunk
+        self._prefill_chunks = prefill_chunks
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, tokenizer: str | Path | None = None) -> Self:
@@ -196,7 +196,7 @@ class Generator:
                 max_new_tokens=max_new_tokens,
                 seed=seed,
                 indices=[first_index + row for row in rows],
-                prefill_chunk=self._prefill_chunk,
+                prefill_chunks=self._prefill_chunks,
             )
             yield from self._run(state, [first_index + row for row in rows], sampling, max_new_tokens, stop)
 

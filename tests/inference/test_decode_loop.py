@@ -42,7 +42,7 @@ def decode(
     *,
     max_new_tokens: int = 20,
     num_tokens: int = 7,
-    prefill_chunk: int = 16,
+    prefill_chunks: tuple[int, ...] = (16, 4),
     eos_ids: tuple[int, ...] = (),
     indices: list[int] | None = None,
     seed: int = 0,
@@ -55,7 +55,7 @@ def decode(
         max_new_tokens=max_new_tokens,
         seed=seed,
         indices=indices if indices is not None else list(range(len(prompts))),
-        prefill_chunk=prefill_chunk,
+        prefill_chunks=prefill_chunks,
     )
     rows: list[list[int]] = [[] for _ in prompts]
     while not np.asarray(state.finished).all():
@@ -77,8 +77,8 @@ def full_logits(config: ModelConfig, params: Params, tokens: list[int]) -> np.nd
     return np.asarray(_full_logits(config, params, jnp.asarray([tokens])))[0]
 
 
-@pytest.mark.parametrize("chunk", [1, 5, 16, 64])
-def test_cached_logits_equal_the_full_forward_at_every_position(config, params, chunk):
+@pytest.mark.parametrize("chunks", [(1,), (5,), (16, 3), (64,)])
+def test_cached_logits_equal_the_full_forward_at_every_position(config, params, chunks):
     prompts = random_prompts(config, [1, 3, 16, 17, 40])
     total = 50
     follow = random_prompts(config, [total] * len(prompts))
@@ -91,7 +91,7 @@ def test_cached_logits_equal_the_full_forward_at_every_position(config, params, 
         max_new_tokens=total,
         seed=0,
         indices=range(len(prompts)),
-        prefill_chunk=chunk,
+        prefill_chunks=chunks,
     )
     cache, positions = state.cache, np.asarray(state.positions)
 
@@ -127,11 +127,11 @@ def test_a_batch_gives_what_each_prompt_gives_alone(config, params, sampling):
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 20, 64])
-@pytest.mark.parametrize("prefill_chunk", [4, 256])
-def test_the_cut_into_calls_changes_nothing(config, params, num_tokens, prefill_chunk):
+@pytest.mark.parametrize("prefill_chunks", [(4,), (256,), (16, 4, 1)])
+def test_the_cut_into_calls_changes_nothing(config, params, num_tokens, prefill_chunks):
     prompts = random_prompts(config, [5, 19])
     once = decode(config, params, prompts, RANDOM)
-    assert decode(config, params, prompts, RANDOM, num_tokens=num_tokens, prefill_chunk=prefill_chunk) == once
+    assert decode(config, params, prompts, RANDOM, num_tokens=num_tokens, prefill_chunks=prefill_chunks) == once
 
 
 def test_seeds_reproduce_and_differ(config, params):
@@ -174,7 +174,7 @@ def test_one_program_serves_all_prompts_and_calls_of_a_bucket(config, params, ca
             decode(config, params, random_prompts(config, lengths), RANDOM, max_new_tokens=28)
     names = [record.args[0] for record in caplog.records if str(record.msg).startswith("Compiling")]
     assert names.count("jit(extend)") == 1
-    assert names.count("jit(_prefill)") == 1
+    assert names.count("jit(_prefill)") == 2  # one for each size of chunk
 
 
 class TestCacheLength:

@@ -41,7 +41,7 @@ def params(config: ModelConfig) -> Params:
 
 @pytest.fixture
 def generator(config, params, tokenizer) -> Generator:
-    return Generator(config, params, tokenizer, tokens_per_call=5, prefill_chunk=16)
+    return Generator(config, params, tokenizer, tokens_per_call=5, prefill_chunks=(16, 4))
 
 
 def complete(generator: Generator, prompts: list[str], **options) -> list[Completion]:
@@ -141,7 +141,7 @@ def test_mtp_layers_change_nothing(config, tokenizer, generator):
     with_mtp = dataclasses.replace(config, num_nextn_predict_layers=1)
     params = init_params(with_mtp, jax.random.key(0))  # A parameter's value depends on its path alone.
     assert "mtp_layers" in params
-    other = Generator(with_mtp, params, tokenizer, tokens_per_call=5, prefill_chunk=16)
+    other = Generator(with_mtp, params, tokenizer, tokens_per_call=5, prefill_chunks=(16, 4))
     assert complete(other, PROMPTS) == complete(generator, PROMPTS)
 
 

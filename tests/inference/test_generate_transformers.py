@@ -105,7 +105,7 @@ def our_tokens(
         max_new_tokens=NEW_TOKENS,
         seed=0,
         indices=range(len(prompts)),
-        prefill_chunk=32,
+        prefill_chunks=(32, 8),
     )
     rows: list[list[int]] = [[] for _ in prompts]
     while not np.asarray(state.finished).all():
