@@ -3,6 +3,8 @@
 import functools
 import logging
 
+import jax
+
 logger = logging.getLogger("kernels_pallas")
 
 
@@ -11,6 +13,16 @@ class UnsupportedError(ValueError):
 
     The message names the argument, its value and what is accepted.
     """
+
+
+def target_platform() -> str:
+    """Returns the platform that a function being traced will run on: "cpu", "tpu" or that of a GPU.
+
+    That of the mesh in scope, so that a program compiled here for a TPU that is elsewhere is the one that the TPU
+    would run; without a mesh the default backend's.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 @functools.cache

@@ -159,18 +159,25 @@ def params_sharding(axes: Any, params: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, params, axes)
 
 
-def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
-    """Tells the partitioner how an activation lies; does nothing outside a mesh.
+def activation_spec(axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec | None:
+    """Resolves the logical axes of an activation on the mesh in scope; None outside a mesh.
 
     The mesh is the one in context (`jax.sharding.use_abstract_mesh` inside a jitted function, or `jax.set_mesh`). A
     dimension that the mesh does not divide, such as a batch of one in decoding, stays whole: an activation's layout
     changes speed, never values.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or math.prod(mesh.shape.values()) == 1:
+        return None
+    return _resolve(axes, dict(mesh.shape), shape, "activation", strict=False)
+
+
+def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:
+    """Tells the partitioner how an activation lies; does nothing outside a mesh (see `activation_spec`).
 
     Args:
         x: the activation.
         axes: a logical axis for each dimension; None keeps a dimension whole.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or math.prod(mesh.shape.values()) == 1:
-        return x
-    return jax.lax.with_sharding_constraint(x, _resolve(axes, dict(mesh.shape), x.shape, "activation", strict=False))
+    spec = activation_spec(axes, x.shape)
+    return x if spec is None else jax.lax.with_sharding_constraint(x, spec)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from cpm_jax.common.sharding import constrain
+from cpm_jax.common.sharding import activation_spec, constrain
 from cpm_jax.modeling.attention import Attend, Attention
 from cpm_jax.modeling.config import ModelConfig
 from cpm_jax.modeling.feed_forward import FeedForward
@@ -42,7 +42,8 @@ def causal_attend(segment_ids: jax.Array) -> Attend:
     """Attention within the row, to earlier tokens of the same segment."""
 
     def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-        return dot_product_attention(q, k, v, segment_ids=segment_ids), None
+        spec = activation_spec(("batch", None, "heads", None), q.shape)
+        return dot_product_attention(q, k, v, segment_ids=segment_ids, partition_spec=spec), None
 
     return attend
 

@@ -3,13 +3,19 @@
 import math
 from typing import Literal, get_args
 
-import jax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.attention import reference, xla
-from kernels_pallas.dispatch import UnsupportedError, log_choice
+from kernels_pallas.attention import pallas_tpu, reference, xla
+from kernels_pallas.attention.per_device import attend_per_device
+from kernels_pallas.dispatch import UnsupportedError, log_choice, target_platform
 
-Implementation = Literal["reference", "xla"]
+Implementation = Literal["reference", "xla", "pallas_tpu"]
+_IMPLEMENTATIONS = {
+    "reference": reference.dot_product_attention,
+    "xla": xla.dot_product_attention,
+    "pallas_tpu": pallas_tpu.dot_product_attention,
+}
 
 
 def dot_product_attention(
@@ -20,6 +26,7 @@ def dot_product_attention(
     segment_ids: Int[Array, "B T"] | None = None,
     scale: float | None = None,
     window: int | None = None,
+    partition_spec: PartitionSpec | None = None,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B T N H"]:
     """Computes softmax(scale · q kᵀ + mask) v, where a query sees itself and what came before it.
@@ -34,7 +41,12 @@ def dot_product_attention(
             any other (0 by convention), so that its rows are finite. None means one document.
         scale: factor on the scores; None takes 1/sqrt(H).
         window: how many keys a query sees at most, itself included; None means all before it.
-        implementation: None chooses; "xla" works in blocks on any device; "reference" materialises all scores.
+        partition_spec: how [B, T, N, H] lies on the mesh in scope. Batch and heads may be divided, length and head
+            width not: each device then attends with its own part, without communication. None leaves the layout to
+            the partitioner, which cannot divide the TPU kernel.
+        implementation: "xla" works in blocks on any device; "pallas_tpu" is JAX's splash attention, for TPU;
+            "reference" materialises all scores. None takes "pallas_tpu" where the program is for a TPU and the kernel
+            supports the arguments, else "xla", and logs its choice once.
 
     Returns:
         The attended values, in the type of `q`.
@@ -45,15 +57,21 @@ def dot_product_attention(
     """
     _check_arguments(q, k, v, segment_ids, window)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
+    unsupported = pallas_tpu.unsupported_reason(q, partition_spec)
     if implementation is None:
-        implementation = "xla"
-        log_choice("attention", implementation, f"backend {jax.default_backend()}")
-    if implementation == "xla":
-        return xla.dot_product_attention(q, k, v, segment_ids, scale, window)
-    if implementation == "reference":
-        return reference.dot_product_attention(q, k, v, segment_ids, scale, window)
-    accepted = ", ".join(map(repr, get_args(Implementation)))
-    raise UnsupportedError(f"attention: implementation = {implementation!r}: must be None or one of {accepted}")
+        on_tpu = target_platform() == "tpu"
+        implementation = "pallas_tpu" if on_tpu and unsupported is None else "xla"
+        log_choice("attention", implementation, (on_tpu and unsupported) or f"on {target_platform()}")
+    if implementation not in _IMPLEMENTATIONS:
+        accepted = ", ".join(map(repr, get_args(Implementation)))
+        raise UnsupportedError(f"attention: implementation = {implementation!r}: must be None or one of {accepted}")
+    if implementation == "pallas_tpu" and unsupported is not None:
+        raise UnsupportedError(f"attention: implementation = 'pallas_tpu': {unsupported}")
+
+    def attend(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
+        return _IMPLEMENTATIONS[implementation](q, k, v, segment_ids, scale, window)
+
+    return attend_per_device(attend, q, k, v, segment_ids, partition_spec)
 
 
 def _check_arguments(q: Array, k: Array, v: Array, segment_ids: Array | None, window: int | None) -> None:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.dispatch import UnsupportedError, log_choice
+from kernels_pallas.dispatch import UnsupportedError, log_choice, target_platform
 from kernels_pallas.linear_cross_entropy import reference, xla
 
 Implementation = Literal["reference", "xla"]
@@ -52,7 +52,7 @@ def linear_cross_entropy(
     weights = jax.lax.stop_gradient(weights.astype(jnp.float32))
     if implementation is None:
         implementation = "xla"
-        log_choice("linear_cross_entropy", implementation, f"backend {jax.default_backend()}")
+        log_choice("linear_cross_entropy", implementation, f"on {target_platform()}")
     if implementation == "xla":
         return xla.linear_cross_entropy(hidden, kernel, targets, weights)
     if implementation == "reference":
