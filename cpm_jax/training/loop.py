@@ -11,10 +11,10 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -101,6 +101,19 @@ class TrainConfig:
     compilation_cache_dir: str = ""
 
 
+class Batches(Protocol):
+    """An iterator of batches that may hold processes and files until it is closed."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Returns itself."""
+
+    def __next__(self) -> Batch:
+        """The next batch."""
+
+    def close(self) -> None:
+        """Ends reading."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TrainData:
     """What a run reads.
@@ -112,8 +125,8 @@ class TrainData:
         seq_len: T of a batch.
     """
 
-    batches: Callable[[int], Iterable[Batch]]
-    eval_batches: Callable[[], Iterable[Batch]] | None
+    batches: Callable[[int], Batches]
+    eval_batches: Callable[[], Batches] | None
     sources: tuple[str, ...]
     seq_len: int
 
@@ -130,7 +143,7 @@ def train(
     mesh: Mesh,
     workdir: Path,
     fixed: Mapping[str, Any],
-    initial_state: Callable[[TrainState], TrainState] | None = None,
+    initial_state: Callable[[TrainState], Restored] | None = None,
 ) -> int:
     """Trains, from the newest checkpoint in the workdir where there is one.
 
@@ -145,8 +158,8 @@ def train(
         mesh: from `common.sharding.make_mesh`; a restart may change it.
         workdir: folder of the run.
         fixed: settings, as JSON, that must be the same at each restart.
-        initial_state: gives the first state, laid out as the abstract one it is called with; None draws parameters
-            by the seed.
+        initial_state: gives the first state, laid out as the abstract one it is called with, and `tokens_seen` as
+            its metadata; None draws parameters by the seed.
 
     Returns:
         Number of steps that this call took; 0 says that the run was done.
@@ -188,8 +201,11 @@ def train(
         checkpointer = stack.enter_context(Checkpointer(workdir / CHECKPOINTS_DIR, checkpoint))
         restored = checkpointer.restore_latest(abstract, lambda meta: _check_unchanged(meta, about))
         if restored is None:
-            first = initial_state(abstract) if initial_state else init_state(model, update, key, mesh)
-            restored = Restored(int(first.step), first, {"tokens_seen": 0})
+            restored = (
+                initial_state(abstract)
+                if initial_state
+                else Restored(0, init_state(model, update, key, mesh), {"tokens_seen": 0})
+            )
         state, step = restored.state, restored.step
 
         writer = make_metric_writer(workdir, step, jax.process_index())
@@ -203,7 +219,7 @@ def train(
                 enabled=jax.process_index() == 0,
             )
         )
-        progress.write(f"{f'going on from the checkpoint of step {step}' if step else 'starting'} in {workdir}")
+        progress.write(f"{workdir}: {f'going on from step {step}' if step else 'starting'}")
         throughput = Throughput(tokens_per_step, train_flops_per_token(model, data.seq_len))
         log = _StepLog(config, data.sources, writer, progress, throughput, watchdog, restored.meta["tokens_seen"])
         evaluate = _make_evaluate(config, model, data, mesh)
@@ -219,7 +235,8 @@ def train(
         profiler = stack.enter_context(_Profiler(config, workdir))
 
         watchdog.beat("the first step", config.watchdog_compile_seconds)
-        for batch in islice(data.batches(step), max(config.steps - step, 0)):
+        batches = stack.enter_context(contextlib.closing(data.batches(step)))
+        for batch in islice(batches, max(config.steps - step, 0)):
             profiler.before(step)
             state, metrics = train_step(state, put_batch(batch, mesh))
             step += 1
@@ -368,10 +385,11 @@ def _make_evaluate(
 
     def evaluate(params: Any) -> dict[str, float]:
         nll, weight = np.zeros(len(data.sources)), np.zeros(len(data.sources))
-        for batch in islice(held_out(), config.eval_batches or None):
-            sums = jax.device_get(eval_step(params, put_batch(batch, mesh)))
-            nll += sums.source_nll
-            weight += sums.source_weight
+        with contextlib.closing(held_out()) as batches:
+            for batch in islice(batches, config.eval_batches or None):
+                sums = jax.device_get(eval_step(params, put_batch(batch, mesh)))
+                nll += sums.source_nll
+                weight += sums.source_weight
         if not weight.sum():
             raise InputError("the held-out data has no token to evaluate on; set eval_every = 0 to go without")
         result = {"eval/loss": float(nll.sum() / weight.sum()), "eval/tokens": float(weight.sum())}

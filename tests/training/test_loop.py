@@ -8,7 +8,14 @@ import jax
 import numpy as np
 import pytest
 
-from cpm_jax.checkpoints.manager import CheckpointConfig, CheckpointError, list_steps, read_meta, restore_params
+from cpm_jax.checkpoints.manager import (
+    CheckpointConfig,
+    CheckpointError,
+    list_steps,
+    read_meta,
+    restore_params,
+    restore_state,
+)
 from cpm_jax.common import exit_codes
 from cpm_jax.common.config import ConfigError, InputError
 from cpm_jax.common.metrics import read_metrics
@@ -210,14 +217,13 @@ def test_initial_state_is_where_training_starts(tmp_path, tiny_config):
 
     def initial(abstract):
         seen.append(abstract)
-        from cpm_jax.checkpoints.manager import restore_state
-
-        return restore_state(tmp_path / "first", abstract).state
+        return restore_state(tmp_path / "first", abstract)
 
     assert run(tmp_path / "second", tiny_config, initial_state=initial) == 8
     run(tmp_path / "unbroken", tiny_config)
     assert_same_params(tmp_path / "unbroken", tmp_path / "second")
     assert len(seen) == 1
+    assert figures(tmp_path / "second")[-2] == figures(tmp_path / "unbroken")[-2]
 
 
 def test_profile_and_average(tmp_path, tiny_config):
