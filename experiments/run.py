@@ -5,15 +5,17 @@ imported only when asked for, so that `--help` answers at once.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import difflib
 import importlib
+import json
 import os
 import shlex
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -120,35 +122,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.workdir is None:
             raise ConfigError(f"{args.verb} needs --workdir=DIR, the folder that the run writes to")
         _run(args, argv)
-    except (ConfigError, InputError) as error:
+    except (ConfigError, InputError, exit_codes.Stop) as error:
         if args.debug:
             traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
+        print(f"{'' if isinstance(error, exit_codes.Stop) else 'error: '}{error}", file=sys.stderr)
+        if isinstance(error, exit_codes.Stop):
+            return error.code
         return exit_codes.BAD_CONFIG if isinstance(error, ConfigError) else exit_codes.BAD_INPUT
-    except exit_codes.Stop as stop:
-        print(stop, file=sys.stderr)
-        return stop.code
     return exit_codes.OK
 
 
 def _run(args: argparse.Namespace, argv: Sequence[str]) -> None:
     verb = VERBS[args.verb]
+    if args.dry_run:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # shapes need no accelerator, and must not take one from a run
     process = _join_processes(args) if verb.uses_devices else 0
 
+    from cpm_jax.common.config import ConfigError
     from cpm_jax.common.gin_utils import Settings
 
     module, config_class = import_verb(args.verb)
     files = args.gin_file or default_files(args.verb, args.workdir)
     settings = Settings(files, [a for a in argv if a.startswith("--gin.")], config_class)
     config = settings.build()
-    if args.dry_run:
-        from experiments.dry_run import describe
+    try:
+        if args.dry_run:
+            from experiments.dry_run import describe
 
-        print(f"{describe(args.verb, config, args.workdir)}\n\n{settings.config_str()}")
-        return
-    if process == 0:
-        _record(args.verb, args.workdir, argv, settings)
-    module.run(config, args.workdir)
+            print(f"{describe(config, args.workdir)}\n\n{settings.config_str()}")
+        else:
+            with _recorded(args.verb, args.workdir, argv, settings) if process == 0 else contextlib.nullcontext():
+                module.run(config, args.workdir)
+    except ConfigError as error:
+        raise settings.with_origins(error) from error
 
 
 def _join_processes(args: argparse.Namespace) -> int:
@@ -209,33 +215,47 @@ def _owner(workdir: Path) -> str:
 _OWNER = "# cpm_jax "
 
 
-def _record(verb: str, workdir: Path, argv: Sequence[str], settings: Any) -> None:
-    """Writes what a run is into its workdir: the command, the config as given and as used, versions and revision."""
+@contextlib.contextmanager
+def _recorded(verb: str, workdir: Path, argv: Sequence[str], settings: Any) -> Iterator[None]:
+    """Writes what a run is into its workdir: the command, the config as given and as used, versions and revision.
+
+    A start that the job refuses as badly configured leaves the saved config as it was.
+    """
     from cpm_jax.common import files, provenance
     from cpm_jax.common.config import ConfigError
 
     owner = _owner(workdir)
     if owner not in ("", verb) and not VERBS[verb].reads_runs:
         raise ConfigError(f"--workdir={workdir} holds a run of {owner}: give {verb} a folder of its own")
+    texts = {
+        "config.gin": f"{_OWNER}{verb}\n{settings.config_str()}",
+        "operative_config.gin": settings.operative_config_str(),
+        "versions.json": json.dumps({"git_revision": provenance.git_revision()} | provenance.versions(), indent=2)
+        + "\n",
+    }
+    if owner not in ("", verb):
+        texts = {}
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         with open(workdir / "command.txt", "a", encoding="utf-8") as log:
             log.write(f"{now}  {shlex.join(['python', '-m', 'experiments.run', *argv])}\n")
-        if owner not in ("", verb):
-            return
-        saved, text = workdir / "config.gin", f"{_OWNER}{verb}\n{settings.config_str()}"
-        if owner and saved.read_text(encoding="utf-8") != text:
-            print(
-                f"config.gin differs from that of the last start:\n{_changes(saved.read_text(encoding='utf-8'), text)}"
-            )
-        files.write_text(saved, text)
-        files.write_text(workdir / "operative_config.gin", settings.operative_config_str())
-        files.write_json(
-            workdir / "versions.json", {"git_revision": provenance.git_revision(), **provenance.versions()}
-        )
+        before = {name: (workdir / name).read_text(encoding="utf-8") for name in texts if (workdir / name).exists()}
+        if changes := _changes(before.get("config.gin", ""), texts.get("config.gin", "")) if before else "":
+            print(f"config.gin differs from that of the last start:\n{changes}")
+        for name, text in texts.items():
+            files.write_text(workdir / name, text)
     except OSError as error:
         raise ConfigError(f"--workdir={workdir}: {error.strerror or error}") from error
+    try:
+        yield
+    except ConfigError:
+        for name in texts:
+            if name in before:
+                files.write_text(workdir / name, before[name])
+            else:
+                (workdir / name).unlink()
+        raise
 
 
 def _changes(old: str, new: str) -> str:

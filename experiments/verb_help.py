@@ -1,9 +1,6 @@
 """What `<verb> --help` prints: the macros of a verb and the gin files that set them, read as text."""
 
-from cpm_jax.common.gin_files import GIN_ROOT, REQUIRED, GinFile, list_gin_files, read_gin_file
-
-# In the order in which a command gives them.
-LAYERS = ("arch", "size", "data", "optim")
+from cpm_jax.common.gin_files import GIN_ROOT, LAYERS, REQUIRED, GinFile, list_gin_files, read_gin_file
 
 
 def verb_help(verb: str, summary: str) -> str:

@@ -19,6 +19,8 @@ from gin import config_parser
 from cpm_jax.common.config import ConfigError
 
 _NAME = re.compile(r"([A-Za-z_]\w*/)*([A-Za-z_]\w*\.)*[A-Za-z_]\w*")  # scope/module.Class.parameter
+# Folders of the gin files that a command may give before its run file, in that order.
+LAYERS = ("arch", "size", "data", "optim")
 GIN_ROOT = Path(__file__).resolve().parents[2] / "gin_configs"
 
 

@@ -8,7 +8,7 @@ import contextlib
 import importlib
 import inspect
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ import gin
 
 from cpm_jax.common.config import ConfigError
 from cpm_jax.common.gin_files import (
+    LAYERS,
     REQUIRED,
     GinFile,
     Reference,
@@ -140,40 +141,44 @@ class Settings:
 
     def _check_macros(self) -> None:
         macros = {s.name: s for s in self.settings if s.is_macro}
-        used = {r.name: s for s in self.settings for r in s.references if r.is_macro and r != REQUIRED}
+        users = {r.name: s for s in self.settings for r in s.references if r.is_macro and r != REQUIRED}
         problems = []
+        if not any(self._is_root(s) for s in self.settings):
+            verb = self.root.__module__.rpartition(".")[2]
+            problems.append(
+                f"no gin file configures {self.root.__qualname__}: add --gin_file=runs/{verb}.gin at the end"
+            )
         for name, setting in macros.items():
             # A file may offer an object that this job does not need: the model, to a job without one.
             offered = not setting.from_flag and isinstance(setting.value, Reference) and not setting.value.is_macro
-            if name not in used and not offered:
+            if name not in users and not offered:
                 shown = setting.where if setting.from_flag else f"{setting.where}: {name}"
-                problems.append(f"{shown}: no gin file uses the macro {name}{suggest(name, list(used))}")
-        undefined: dict[tuple[str, str], list[str]] = {}
-        for name, user in used.items():
-            if name not in macros:
-                undefined.setdefault((user.where.rpartition(":")[0], _definers(name)), []).append(name)
-        for (user_file, hint), names in undefined.items():
-            problems.append(
-                f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} not set, but used by {user_file}{hint}"
-            )
-        for name, setting in macros.items():
-            if setting.value != REQUIRED or name not in used:
-                continue
-            about = f" ({setting.comment})" if setting.comment else ""
-            earlier = [s.where for s in self.settings if s.name == name and s is not setting and s.value != REQUIRED]
-            if earlier:
-                file = setting.where.rpartition(":")[0]
-                hint = f"\n  {earlier[-1]} sets it, but {file} comes later: give {file} first"
-            else:
-                hint = f": set it with --gin.{name}=…{_definers(name)}"
-            problems.append(f"{name} is required by {setting.where}{about}{hint}")
-        if not any(self._is_root(s) for s in self.settings):
-            verb = self.root.__module__.rpartition(".")[2]
-            problems.insert(
-                0, f"no gin file configures {self.root.__qualname__}: add --gin_file=runs/{verb}.gin after the others"
-            )
+                problems.append(f"{shown}: no gin file uses the macro {name}{suggest(name, list(users))}")
+        without = {name: s for name, s in users.items() if name not in macros}
+        without |= {name: s for name, s in macros.items() if s.value == REQUIRED and name in users}
+        problems += self._missing(without)
         if problems:
             raise ConfigError("\n".join(problems))
+
+    def _missing(self, without: Mapping[str, Setting]) -> list[str]:
+        """Describes macros without a value, each with the setting that requires or uses it; a layer in one line."""
+        problems, layers = [], dict[tuple[str, str], list[str]]()
+        for name, setting in without.items():
+            file = setting.where.rpartition(":")[0]
+            earlier = [s.where for s in self.settings if s.is_macro and s.name == name and s.value != REQUIRED]
+            if earlier:
+                problems.append(f"{name}: {earlier[-1]} sets it, but {file} comes later: give {file} first")
+            elif definers := _definers(name, file):
+                layers.setdefault((file, definers), []).append(name)
+            else:
+                about = f" ({setting.comment})" if setting.value == REQUIRED and setting.comment else ""
+                problems.append(f"{name} is required by {setting.where}{about}: set it with --gin.{name}=…")
+        for (file, definers), names in layers.items():
+            verb = "is" if len(names) == 1 else "are"
+            problems.append(
+                f"{', '.join(names)} {verb} required by {file}: add one of {definers}, or set --gin.{names[0]}=…"
+            )
+        return problems
 
     def _is_root(self, setting: Setting) -> bool:
         return setting.selector.rpartition(".")[2] == self.root.__qualname__
@@ -190,23 +195,24 @@ class Settings:
         try:
             config = gin.get_configurable(self.root)()
         except ConfigError as error:
-            message = str(error).partition("\n  In call to configurable")[0]
-            raise ConfigError(self._trace(message), field=error.field) from None
+            raise self.with_origins(error) from None
         self._check_used()
         return config
 
-    def _trace(self, message: str) -> str:
-        """Adds to a message where each "Class.field" in it was set, through macros."""
+    def with_origins(self, error: ConfigError) -> ConfigError:
+        """Returns the error with where each "Class.field" of its message was set, through macros."""
+        message = str(error).partition("\n  In call to configurable")[0]
         lines = [message]
-        for key in dict.fromkeys(re.findall(r"\b[A-Za-z_]\w*\.[a-z]\w*", message)):
-            # Fields without a binding keep their default: nothing to trace.
-            setting = next((s for s in reversed(self.settings) if s.key == key), None)
+        for key in dict.fromkeys([*re.findall(r"\b[A-Za-z_]\w*\.[a-z]\w*", message), error.field]):
+            # Fields without a binding keep their default: nothing to trace. A bare name is that of a parameter.
+            setting = next((s for s in reversed(self.settings) if not s.is_macro and key in (s.key, s.name)), None)
             while setting is not None:
                 shown = setting.where if setting.from_flag else f"{setting.key} = {setting.value!r}  ({setting.where})"
-                lines.append(f"  set by {shown}")
+                if f"  set by {shown}" not in lines:
+                    lines.append(f"  set by {shown}")
                 macro = next((r.name for r in setting.references if r.is_macro), None)
                 setting = next((s for s in reversed(self.settings) if s.is_macro and s.name == macro), None)
-        return "\n".join(lines)
+        return ConfigError("\n".join(lines), field=error.field)
 
     def _check_used(self) -> None:
         """Refuses flags that set what nothing in the built config reads."""
@@ -250,11 +256,11 @@ def _as_gin(setting: Setting) -> str:
     return f"{scope}{selector}{setting.name} = {setting.value!r}"
 
 
-def _definers(macro: str) -> str:
-    """Names the gin files that give a macro a value, as a hint."""
-    files = [read_gin_file(path) for path in list_gin_files()]
-    names = [f.name for f in files if any(s.is_macro and s.name == macro and s.value != REQUIRED for s in f.settings)]
-    return f"; set by {', '.join(names)}" if names else ""
+def _definers(macro: str, required_by: str) -> str:
+    """Lists the files of other layers that give a macro a value; run files are chosen, not added."""
+    layer = required_by.partition("/")[0]
+    files = [read_gin_file(p) for name in LAYERS if name != layer for p in list_gin_files(name)]
+    return ", ".join(f.name for f in files if any(s.key == macro and s.value != REQUIRED for s in f.settings))
 
 
 def _public(module: Any) -> list[str]:

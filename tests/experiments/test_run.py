@@ -50,6 +50,10 @@ def toy(tmp_path, monkeypatch):
     def job(config, workdir):
         if config.data == "broken":
             raise InputError("broken: not a dataset")
+        if config.data == "other":
+            raise ConfigError("data = 'other': the run was begun with 'one'", field="data")
+        if config.data == "preempted":
+            raise exit_codes.Stop(exit_codes.PREEMPTED, "stopped and saved at step 3")
         calls.append((config, workdir))
 
     module.run = job
@@ -136,6 +140,21 @@ def test_what_a_user_gets_wrong_is_one_message(toy, capsys, arguments, code, sho
     assert shown in printed
     assert "Traceback" not in printed
     assert toy == []
+
+
+def test_a_start_that_the_job_refuses_leaves_the_saved_config(toy, tmp_path, capsys):
+    run.main(["toy", FILE, "--gin.DATA=one", "--workdir=out"])
+    before = (tmp_path / "out" / "config.gin").read_text()
+    assert run.main(["toy", "--gin.DATA=other", "--workdir=out"]) == exit_codes.BAD_CONFIG
+    assert "set by --gin.DATA=other" in capsys.readouterr().err
+    assert (tmp_path / "out" / "config.gin").read_text() == before
+    assert run.main(["toy", FILE, "--gin.DATA=other", "--workdir=new"]) == exit_codes.BAD_CONFIG
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["command.txt"]
+
+
+def test_a_stopped_run_has_its_own_exit_code(toy, capsys):
+    assert run.main(["toy", FILE, "--gin.DATA=preempted", "--workdir=out"]) == exit_codes.PREEMPTED
+    assert capsys.readouterr().err == "stopped and saved at step 3\n"
 
 
 def test_debug_shows_where_an_error_came_from(toy, capsys):
