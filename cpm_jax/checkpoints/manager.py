@@ -23,6 +23,7 @@ from cpm_jax.checkpoints import integrity
 from cpm_jax.common.config import InputError, config_dataclass
 
 CHECKPOINTS_DIR = "checkpoints"  # within a workdir
+TOKENIZER_DIR = "tokenizer"  # within a workdir
 UNREADABLE_DIR = "unreadable"  # within the checkpoints' directory
 
 logger = logging.getLogger(__name__)
@@ -280,6 +281,24 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
         raise _none_readable(directory, damaged)
     raise CheckpointError(
         f"{path} holds no checkpoint: give a workdir, its {CHECKPOINTS_DIR}/ folder, or a folder of one step in it"
+    )
+
+
+def find_tokenizer(step_dir: str | os.PathLike[str]) -> Path:
+    """The folder of the tokenizer that belongs to a checkpoint, in the workdir that the checkpoint is in.
+
+    Args:
+        step_dir: from `find_checkpoint`.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    places = [parent / TOKENIZER_DIR for parent in Path(step_dir).parents[:2]]
+    for place in places:
+        if place.is_dir():
+            return place
+    raise CheckpointError(
+        f"checkpoint {step_dir} has no tokenizer: looked for {' and '.join(map(str, places))}; give the path of one"
     )
 
 

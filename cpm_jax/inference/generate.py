@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cpm_jax.checkpoints.manager import find_checkpoint, restore_params
+from cpm_jax.checkpoints.manager import find_checkpoint, find_tokenizer, restore_params
 from cpm_jax.common.config import ConfigError, InputError, config_from_dict
 from cpm_jax.data.tokenizer import StreamDecoder, Tokenizer
 from cpm_jax.inference.decode_loop import NO_TOKEN, PREFILL_CHUNKS, DecodeState, extend, start
@@ -136,19 +136,12 @@ class Generator:
             tokenizer: a tokenizer.json or its folder; None takes the `tokenizer/` of the workdir.
 
         Raises:
-            CheckpointError: if there is no checkpoint, or none is whole.
+            CheckpointError: if there is no checkpoint, none is whole, or no tokenizer was found with it.
             DataError: if the tokenizer cannot be read.
-            InputError: if no tokenizer was found, or it does not fit the model.
+            InputError: if the tokenizer does not fit the model.
         """
         step_dir = find_checkpoint(path)
-        if tokenizer is None:
-            places = [parent / "tokenizer" for parent in step_dir.parents[:2]]
-            tokenizer = next((place for place in places if place.is_dir()), None)
-        if tokenizer is None:
-            raise InputError(
-                f"checkpoint {step_dir} has no tokenizer: looked for {' and '.join(map(str, places))}; "
-                "give the path of one"
-            )
+        tokenizer = tokenizer or find_tokenizer(step_dir)
         params, meta = restore_params(step_dir)
         return cls(config_from_dict(ModelConfig, meta["model"]), params, Tokenizer.load(tokenizer))
 
