@@ -3,17 +3,19 @@
 import json
 from pathlib import Path
 
-from cpm_jax.data.manifest import Manifest
+from cpm_jax.data.manifest import FILE_NAME, Manifest
 from cpm_jax.data.prepare import REJECTS_FILE, PrepareConfig, prepare
 
 
 def run(config: PrepareConfig, workdir: Path) -> None:
     """Prepares `config.sources` into `workdir` and prints what is there then."""
+    if (workdir / FILE_NAME).exists():
+        print("nothing to do: an earlier call was finished")
     print(summary(prepare(config, workdir), workdir))
 
 
 def summary(manifest: Manifest, workdir: Path) -> str:
-    """A few lines for the terminal."""
+    """What a dataset folder holds, in a few lines for the terminal."""
     lines = [f"prepared: {workdir}"]
     for name, split in manifest.splits.items():
         lines.append(

@@ -1,6 +1,7 @@
 """The verb `pretrain`: dataset folders in, checkpoints and metrics out; the same command resumes."""
 
 import hashlib
+import json
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,9 +13,11 @@ from pydantic import NonNegativeInt
 from cpm_jax.checkpoints.manager import CheckpointConfig, Restored, restore_params, restore_state
 from cpm_jax.common.config import ConfigError, config_dataclass, config_to_dict
 from cpm_jax.common.sharding import MeshConfig, make_mesh
+from cpm_jax.common.training_report import write_training_report
 from cpm_jax.data.loader import Dataset, make_loader, make_validation_loader, open_datasets
 from cpm_jax.data.mixture import MixtureConfig
 from cpm_jax.modeling.config import ModelConfig
+from cpm_jax.modeling.model_size import train_state_bytes
 from cpm_jax.training.loop import TrainConfig, TrainData, train
 from cpm_jax.training.losses import LossConfig
 from cpm_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -91,8 +94,20 @@ def run(config: PretrainConfig, workdir: Path) -> None:
         initial_state=starting_point(config),
     )
     if jax.process_index() == 0:
+        report = write_report(config, workdir)
         done = f"trained {steps} steps" if steps else "nothing to do: this run is done"
-        print(f"{done}; {config.train.steps} steps in all in {workdir}")
+        print(f"{done}; {config.train.steps} steps in all in {workdir}, report in {report}")
+
+
+def write_report(config: PretrainConfig, workdir: Path) -> Path:
+    """Writes `report.html` with the run's curves, memory and config; returns its path."""
+    held = train_state_bytes(config.model)
+    return write_training_report(
+        workdir,
+        title="Pre-training",
+        config=json.dumps(config_to_dict(config), indent=2),
+        memory={"parameters": held.params, "gradients": held.gradients, "optimizer": held.optimizer},
+    )
 
 
 def check_fits(model: ModelConfig, train: TrainConfig, datasets: Sequence[Dataset]) -> None:

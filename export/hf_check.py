@@ -51,6 +51,7 @@ def _load(folder: Path) -> tuple[Any, Any, Any]:
         import transformers
     except ImportError as error:
         raise ConfigError(f"checking against transformers needs {error.name}: pip install 'cpm_jax[export]'") from error
+    transformers.utils.logging.disable_progress_bar()
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, local_files_only=True
     )
@@ -107,7 +108,7 @@ def check_hf(
     max_error, positions, agreed = 0.0, 0, 0
     for text in texts:
         ids = tokenizer.encode(text)
-        theirs = hf_tokenizer(text, add_special_tokens=False)["input_ids"]
+        theirs = hf_tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if ids != theirs:
             raise ExportError(f"token ids differ on {text[:60]!r}: ours {ids[:8]}…, transformers {theirs[:8]}…")
         if not (ids := ids[:max_tokens]):

@@ -69,7 +69,7 @@ class Table:
     """A table.
 
     Attributes:
-        header: names of the columns, with units.
+        header: names of the columns, with units; none for a list of facts.
         rows: cells as they are to be written.
         caption: a sentence below it.
         number_columns: indices of the columns that hold numbers, which are set flush right.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cpm_jax.common import provenance, report
-from cpm_jax.common.figures import Series, bar_figure, human, human_bytes, human_seconds, line_figure
+from cpm_jax.common.figures import Series, bar_figure, human, human_bytes, line_figure
 from cpm_jax.common.metrics import METRICS_FILE, read_metrics
 
 REPORT_FILE = "report.html"
@@ -24,6 +24,12 @@ def _column(rows: Rows, key: str, **style: bool) -> Series:
 
 def _last(rows: Rows, key: str) -> float | None:
     return next((row[key] for row in reversed(rows) if row.get(key) is not None), None)
+
+
+def median_throughput(rows: Rows) -> float:
+    """Tokens per second of the median logged step; 0 where none was logged."""
+    rates = sorted(row["tokens_per_second"] for row in rows if row.get("tokens_per_second"))
+    return rates[len(rates) // 2] if rates else 0.0
 
 
 def loss_figure(rows: Rows) -> report.Figure:
@@ -143,11 +149,8 @@ def training_headlines(rows: Rows) -> list[report.Headline]:
     if (loss := _last(rows, "loss")) is not None:
         headlines.append(report.Headline("Training loss", f"{loss:.3f}", "nats per token", "at the last logged step"))
         headlines.append(report.Headline("Steps", f"{rows[-1]['step']:,}"))
-    rates = sorted(row["tokens_per_second"] for row in rows if row.get("tokens_per_second"))
-    if rates:
-        headlines.append(report.Headline("Throughput", human(rates[len(rates) // 2]), "tokens/s", "median"))
+    if rate := median_throughput(rows):
+        headlines.append(report.Headline("Throughput", human(rate), "tokens/s", "median"))
     if (utilisation := _last(rows, "mfu")) is not None:
         headlines.append(report.Headline("Model-FLOP utilisation", f"{100 * utilisation:.1f}", "%"))
-    if seconds := _last(rows, "seconds"):
-        headlines.append(report.Headline("Training time", human_seconds(seconds)))
     return headlines

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +15,11 @@ from cpm_jax.data.sources import Format
 from cpm_jax.data.tokenizer import Tokenizer
 
 LongConversations = Literal["reject", "truncate"]
+
+
+# Characters. Tokenizers need some hundred bytes of memory per token while they work, so a longer document is tokenised
+# in parts that end with a line, where hardly any tokenizer would have joined what follows.
+_LONG_DOCUMENT = 1 << 23
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,7 +70,11 @@ class Encoder:
     def _encode_text(self, texts: Sequence[str]) -> Encoded:
         before = [self._tokenizer.bos_id] if self._tokenizer.add_bos else []
         after = [self._tokenizer.eos_id]
-        pieces = [np.array(before + ids + after, np.uint32) for ids in self._tokenizer.encode_batch(texts)]
+        short = iter(self._tokenizer.encode_batch([text for text in texts if len(text) <= _LONG_DOCUMENT]))
+        pieces = []
+        for text in texts:
+            parts = [next(short)] if len(text) <= _LONG_DOCUMENT else map(self._tokenizer.encode, _cut(text))
+            pieces.append(np.concatenate([np.array(ids, np.uint32) for ids in (before, *parts, after)]))
         lengths = np.array([len(piece) for piece in pieces], np.uint32)
         return Encoded(TokenizedDocuments(np.concatenate([*pieces, np.zeros(0, np.uint32)]), lengths))
 
@@ -104,3 +113,13 @@ class Encoder:
         for begin, end in spans:
             mask[np.searchsorted(ends, begin, side="right") : np.searchsorted(begins, end, side="left")] = True
         return np.array(ids, np.uint32), mask
+
+
+def _cut(text: str) -> Iterator[str]:
+    begin = 0
+    while begin < len(text):
+        end = begin + _LONG_DOCUMENT
+        if end < len(text):
+            end = text.rfind("\n", begin, end) + 1 or end
+        yield text[begin:end]
+        begin = end

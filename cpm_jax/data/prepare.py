@@ -287,8 +287,8 @@ def _training_texts(corpus: Corpus, threshold: float, bar: tqdm) -> Iterator[str
         taken = 0
         for item in dataclasses.replace(corpus, sources=(source,)).read():
             if isinstance(item, CleanDocument) and item.position >= threshold:
-                yield item.document.text
-                bar.update(item.num_bytes)
+                yield item.document.text[: share - taken]
+                bar.update(min(item.num_bytes, share - taken))
                 taken += item.num_bytes
                 if taken >= share:
                     break

@@ -33,7 +33,7 @@ class BitsPerByte:
     Attributes:
         value: bits per byte.
         standard_error: of the value, as an estimate for the documents' source: documents are taken as independent
-            draws, and the value as a ratio of their sums (linearised).
+            draws, and the value as a ratio of their sums (linearised). None of a single document.
         bits: total.
         num_bytes: of the original text.
         tokens: predicted tokens.
@@ -41,14 +41,15 @@ class BitsPerByte:
     """
 
     value: float
-    standard_error: float
+    standard_error: float | None
     bits: float
     num_bytes: int
     tokens: int
     documents: int
 
     def __str__(self) -> str:
-        return f"{self.value:.4f} ± {self.standard_error:.4f} bits per byte ({self.documents} documents)"
+        error = "" if self.standard_error is None else f" ± {self.standard_error:.4f}"
+        return f"{self.value:.4f}{error} bits per byte ({self.documents} document{'s' * (self.documents != 1)})"
 
 
 def summarise(document_bits: Float[np.ndarray, "n"], documents: Documents) -> BitsPerByte:
@@ -57,7 +58,7 @@ def summarise(document_bits: Float[np.ndarray, "n"], documents: Documents) -> Bi
     value = float(bits.sum() / num_bytes)
     n = len(bits)
     deviations = bits - value * sizes
-    error = math.sqrt(float((deviations**2).sum()) * n / (n - 1)) / num_bytes if n > 1 else math.nan
+    error = math.sqrt(float((deviations**2).sum()) * n / (n - 1)) / num_bytes if n > 1 else None
     tokens = sum(len(tokens) - 1 for tokens in documents.tokens)
     return BitsPerByte(value, error, float(bits.sum()), num_bytes, tokens, n)
 

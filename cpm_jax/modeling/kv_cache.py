@@ -23,17 +23,17 @@ class KVCache:
     """Rotated keys, and values, of every layer; slot = position.
 
     Attributes:
-        keys: [L, B, S, K, H].
-        values: [L, B, S, K, H].
+        keys: [L, B, K, S, H]: the slots of a head lie together, in the order in which attention reads them.
+        values: [L, B, K, S, H].
     """
 
-    keys: Float[Array, "L B S K H"]
-    values: Float[Array, "L B S K H"]
+    keys: Float[Array, "L B K S H"]
+    values: Float[Array, "L B K S H"]
 
     @property
     def length(self) -> int:
         """Number of slots, S."""
-        return self.keys.shape[2]
+        return self.keys.shape[3]
 
 
 def init_cache(config: ModelConfig, batch_size: int, length: int, dtype: jnp.dtype | str | None = None) -> KVCache:
@@ -45,7 +45,7 @@ def init_cache(config: ModelConfig, batch_size: int, length: int, dtype: jnp.dty
         length: S, the most tokens of a prompt and its continuation together. LongRoPE chooses its factors by it.
         dtype: of keys and values; None takes the compute dtype.
     """
-    shape = (config.num_layers, batch_size, length, config.num_kv_heads, config.head_size)
+    shape = (config.num_layers, batch_size, config.num_kv_heads, length, config.head_size)
     return KVCache(jnp.zeros(shape, dtype or config.dtype), jnp.zeros(shape, dtype or config.dtype))
 
 
@@ -63,18 +63,18 @@ def attend_to_cache(
     """
     rows = jnp.arange(q.shape[0])[:, None]
     cache = KVCache(
-        cache.keys.at[layer, rows, positions].set(k.astype(cache.keys.dtype), mode="drop"),
-        cache.values.at[layer, rows, positions].set(v.astype(cache.values.dtype), mode="drop"),
+        cache.keys.at[layer, rows, :, positions].set(k.astype(cache.keys.dtype), mode="drop"),
+        cache.values.at[layer, rows, :, positions].set(v.astype(cache.values.dtype), mode="drop"),
     )
     keys, values = cache.keys[layer].astype(q.dtype), cache.values[layer].astype(q.dtype)
     slots = jnp.arange(cache.length)
 
     def attend_one(query: tuple[jax.Array, jax.Array]) -> jax.Array:
         q, position = query  # [B, K, G, H], [B]
-        scores = jnp.einsum("bkgh,bskh->bkgs", q, keys, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        scores = jnp.einsum("bkgh,bksh->bkgs", q, keys, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
         scores = jnp.where((slots <= position[:, None])[:, None, None], scores, -jnp.inf)
         weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-        return jnp.einsum("bkgs,bskh->bkgh", weights, values)
+        return jnp.einsum("bkgs,bksh->bkgh", weights, values)
 
     grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
     queries = (jnp.moveaxis(grouped, 1, 0), jnp.moveaxis(positions, 1, 0))

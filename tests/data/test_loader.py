@@ -10,9 +10,10 @@ import pytest
 from array_record.python import array_record_module
 
 from cpm_jax.common.config import ConfigError
+from cpm_jax.common.files import sha256
 from cpm_jax.data.errors import DataError
 from cpm_jax.data.loader import make_loader, make_validation_loader, open_datasets
-from cpm_jax.data.manifest import Manifest, Shard, Split, file_sha256
+from cpm_jax.data.manifest import Manifest, Shard, Split
 from cpm_jax.data.mixture import Component, MixtureConfig, Stage, from_folders
 from cpm_jax.data.records import PackedRecord, encode_record
 
@@ -37,7 +38,7 @@ def write_dataset(folder, component: int, train: int, validation: int, shards: i
                 writer.write(encode_record(PackedRecord(tokens, np.asarray([0, 5], np.uint32), mask)))
             writer.close()
             size = path.stat().st_size
-            written.append(Shard(path.name, file_sha256(path), size, len(part), len(part) * SEQ_LEN, 1, 1))
+            written.append(Shard(path.name, sha256(path), size, len(part), len(part) * SEQ_LEN, 1, 1))
         splits[split] = Split(tuple(written))
     Manifest(
         seq_len=SEQ_LEN,

@@ -7,7 +7,7 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import models, pre_tokenizers
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from cpm_jax.data.chat import Conversation
 from cpm_jax.data.errors import DataError
@@ -131,3 +131,53 @@ def test_bad_tokenizers_are_named(tokenizer, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<eos>"}')
     with pytest.raises(DataError, match=r"eos_token = '<eos>', which tokenizer\.json does not have"):
         Tokenizer.load(tmp_path)
+
+
+def _word_piece():
+    vocab = {"[UNK]": 0, "[CLS]": 1, "hello": 2, "wor": 3, "##ld": 4, "!": 5}
+    backend = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+    backend.normalizer = tokenizers.normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return backend
+
+
+def _sentence_piece():
+    """As Llama's: BPE with byte fallback, the space written as U+2581."""
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    vocab |= {
+        piece: 256 + i for i, piece in enumerate(["▁", "h", "e", "l", "o", "he", "ll", "hell", "▁hell", "▁hello"])
+    }
+    merges = [("h", "e"), ("l", "l"), ("he", "ll"), ("▁", "hell"), ("▁hell", "o")]
+    backend = tokenizers.Tokenizer(models.BPE(vocab, merges, byte_fallback=True, fuse_unk=True))
+    backend.normalizer = tokenizers.normalizers.Sequence(
+        [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    )
+    backend.decoder = tokenizers.decoders.Sequence(
+        [
+            tokenizers.decoders.Replace("▁", " "),
+            tokenizers.decoders.ByteFallback(),
+            tokenizers.decoders.Fuse(),
+            tokenizers.decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return backend
+
+
+@pytest.mark.parametrize("make", [_word_piece, _sentence_piece])
+def test_we_read_what_transformers_writes(make, tmp_path):
+    theirs = PreTrainedTokenizerFast(tokenizer_object=make(), eos_token="<end>", pad_token="<pad>")
+    theirs.add_special_tokens({"additional_special_tokens": ["<turn>"]})
+    theirs.chat_template = "{% for m in messages %}<turn>{{ m.content }}{% endfor %}{{ eos_token }}"
+    theirs(["a", "b c"], padding=True, truncation=True, max_length=2)  # leaves such settings in the file
+    theirs.save_pretrained(tmp_path)
+    ours = Tokenizer.load(tmp_path)
+    for text in ("Hello hello world!", "hello 数<turn> hello<end>", ""):
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ours.encode(text) == ids
+        assert ours.decode(ids) == theirs.decode(ids)
+        stream = StreamDecoder(ours, skip_special_tokens=False)
+        assert "".join([*map(stream.add, ids), stream.flush()]) == theirs.decode(ids)
+    assert (ours.bos_id, ours.eos_id, ours.pad_id) == (None, theirs.eos_token_id, theirs.pad_token_id)
+    assert ours.vocab_size == len(theirs)
+    messages = [{"role": "user", "content": "hello"}]
+    assert ours.apply_chat_template(Conversation(messages)) == theirs.apply_chat_template(messages, tokenize=False)
