@@ -16,6 +16,9 @@ TEXTS = [f"text {i} é 数" for i in range(6)]
 class TinyTexts(tfds.core.GeneratorBasedBuilder):
     """Six texts."""
 
+    # TFDS looks for files beside the module; this one is part of a namespace package, for which it would need
+    # importlib_resources, a package that it does not list among its requirements.
+    __module__ = "__main__"
     VERSION = tfds.core.Version("1.0.0")
 
     def _info(self):
