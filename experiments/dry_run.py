@@ -29,6 +29,7 @@ from cpm_jax.training.train_step import check_batch_size
 from experiments import sft
 from experiments.generate import GenerateConfig
 from experiments.pretrain import PretrainConfig, check_fits
+from experiments.quickstart import QuickstartConfig
 from experiments.sft import SftConfig
 
 _GIB = 2**30
@@ -52,6 +53,7 @@ def describe(config: Any, workdir: Path) -> str:
         PrepareConfig: _describe_prepare,
         PretrainConfig: _describe_pretrain,
         SftConfig: _describe_sft,
+        QuickstartConfig: _describe_quickstart,
         GenerateConfig: _describe_generate,
     }
     lines = describers[type(config)](config, workdir) if type(config) in describers else []
@@ -94,6 +96,16 @@ def _describe_generate(config: GenerateConfig, workdir: Path) -> list[str]:
     meta = read_meta(checkpoint)
     model = config_from_dict(ModelConfig, meta["model"])
     return [f"checkpoint   {checkpoint}", *model_lines(model, model.max_position_embeddings)]
+
+
+def _describe_quickstart(config: QuickstartConfig, workdir: Path) -> list[str]:
+    rows, seq_len = config.train.batch_size // config.train.num_microbatches, config.prepare.seq_len
+    return [
+        *_describe_prepare(config.prepare, workdir),
+        *model_lines(config.model, seq_len),
+        *memory_lines(config.model, config.optimizer, config.schedule, rows, seq_len),
+        *schedule_lines(config.schedule, config.train.steps, config.train.batch_size * seq_len),
+    ]
 
 
 def _describe_sft(config: SftConfig, workdir: Path) -> list[str]:
