@@ -85,6 +85,7 @@ def run(config: PretrainConfig, workdir: Path) -> None:
         workdir=workdir,
         fixed={
             "data": describe_data(config.mixture, datasets),
+            "tokenizer_sha256": datasets[0].manifest.tokenizer_sha256,
             "optimizer": config_to_dict(config.optimizer),
             "loss": config_to_dict(config.loss),
             "train": {"batch_size": config.train.batch_size, "seed": config.train.seed},

@@ -141,9 +141,16 @@ class Generator:
             InputError: if the tokenizer does not fit the model.
         """
         step_dir = find_checkpoint(path)
-        tokenizer = tokenizer or find_tokenizer(step_dir)
+        folder = tokenizer or find_tokenizer(step_dir)
+        loaded = Tokenizer.load(folder)
         params, meta = restore_params(step_dir)
-        return cls(config_from_dict(ModelConfig, meta["model"]), params, Tokenizer.load(tokenizer))
+        trained_with = meta.get("fixed", {}).get("tokenizer_sha256", loaded.sha256)
+        if trained_with != loaded.sha256:
+            raise InputError(
+                f"the tokenizer {folder} is not the one that the model in {step_dir} was trained with: its sha256 is "
+                f"{loaded.sha256}, not {trained_with}"
+            )
+        return cls(config_from_dict(ModelConfig, meta["model"]), params, loaded)
 
     def stream(
         self,

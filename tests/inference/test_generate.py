@@ -8,7 +8,7 @@ import pytest
 
 from cpm_jax.checkpoints.averaging import write_average
 from cpm_jax.checkpoints.manager import CheckpointConfig, Checkpointer
-from cpm_jax.common.config import ConfigError, InputError
+from cpm_jax.common.config import ConfigError, InputError, config_to_dict
 from cpm_jax.data.tokenizer import Tokenizer
 from cpm_jax.inference import generate
 from cpm_jax.inference.decode_loop import NO_TOKEN
@@ -197,7 +197,8 @@ def workdir(tmp_path, config, params, tokenizer):
     with Checkpointer(tmp_path / "checkpoints", CheckpointConfig(every=1)) as checkpointer:
         for step in (1, 2):
             state = {"step": jax.numpy.int32(step), "params": params}
-            checkpointer.save(step, state, {"model": dataclasses.asdict(config)})
+            meta = {"model": config_to_dict(config), "fixed": {"tokenizer_sha256": tokenizer.sha256}}
+            checkpointer.save(step, state, meta)
     tokenizer.save(tmp_path / "tokenizer")
     return tmp_path
 
@@ -214,3 +215,9 @@ class TestFromCheckpoint:
         with pytest.raises(InputError, match=r"has no tokenizer: looked for .*checkpoints/tokenizer and .*/tokenizer"):
             Generator.from_checkpoint(workdir)
         assert Generator.from_checkpoint(workdir, workdir / "elsewhere").tokenizer.vocab_size == tokenizer.vocab_size
+
+    def test_a_tokenizer_of_the_right_size_that_the_model_was_not_trained_with(self, workdir, tmp_path):
+        other = Tokenizer.train(["an altogether different text with other words and pieces"] * 3, vocab_size=290)
+        other.save(tmp_path / "other")
+        with pytest.raises(InputError, match=r"tokenizer .*other is not the one that the model in .* was trained with"):
+            Generator.from_checkpoint(workdir, tmp_path / "other")
