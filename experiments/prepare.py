@@ -9,9 +9,11 @@ from cpm_jax.data.prepare import REJECTS_FILE, PrepareConfig, prepare
 
 def run(config: PrepareConfig, workdir: Path) -> None:
     """Prepares `config.sources` into `workdir` and prints what is there then."""
-    if (workdir / FILE_NAME).exists():
+    done_before = (workdir / FILE_NAME).exists()
+    manifest = prepare(config, workdir)
+    if done_before:
         print("nothing to do: an earlier call was finished")
-    print(summary(prepare(config, workdir), workdir))
+    print(summary(manifest, workdir))
 
 
 def summary(manifest: Manifest, workdir: Path) -> str:

@@ -26,7 +26,7 @@ from cpm_jax.data.errors import DataError
 from cpm_jax.data.manifest import FILE_NAME, Manifest, Split
 from cpm_jax.data.packing import BestFitDecreasing, ConcatThenSplit
 from cpm_jax.data.shards import Chunk, FinishedShard, ShardWriter, find_finished, group_documents
-from cpm_jax.data.sources import Format, Reject
+from cpm_jax.data.sources import Format, Reject, read_documents
 from cpm_jax.data.tokenizer import Tokenizer
 from cpm_jax.data.workers import ordered_map
 
@@ -156,6 +156,8 @@ def _prepare(
         work_dir=work_dir,
         max_bytes=config.max_bytes,
     )
+    for source in corpus.sources:
+        next(read_documents(source, tfds_data_dir=config.tfds_data_dir), None)  # a missing one is found at once
     threshold = corpus.validation_threshold(config.validation_fraction)
     write_json(arguments_file, arguments)
     tokenizer_dir = output_dir / "tokenizer"

@@ -175,6 +175,7 @@ def test_what_cannot_be_prepared_is_named(tmp_path):
     (tmp_path / "binary/a.bin").write_bytes(b"\0\1")
     (tmp_path / "one.txt").write_text("the only document")
     refused("nowhere' does not exist; accepted: a folder", tmp_path / "nowhere")
+    refused("nowhere' does not exist", "", sources=("stdlib", str(tmp_path / "nowhere")))
     refused(r"no document found in .*empty \(rejected: nothing\); accepted: a folder", tmp_path / "empty")
     refused(r"no document found in .*binary \(rejected: {'binary content': 1}\)", tmp_path / "binary")
     refused("holds only one document, which cannot be split", tmp_path / "one.txt")
