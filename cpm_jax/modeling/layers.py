@@ -11,6 +11,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from cpm_jax.modeling.config import ModelConfig
+from cpm_jax.modeling.fp8 import fp8_matmul
 
 
 def declare_param(
@@ -50,13 +51,14 @@ class Linear(nnx.Module):
             axes: logical axes of the two dimensions of the kernel.
             use_bias: whether a bias is added.
         """
+        self.fp8 = config.fp8
         self.kernel = declare_param(config, (in_features, out_features), axes, std=hidden_std(config))
         self.bias = declare_param(config, (out_features,), axes[1:]) if use_bias else None
 
     def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
         """Projects the last dimension of x."""
         kernel = self.kernel[...]
-        out = x @ kernel.astype(x.dtype)
+        out = fp8_matmul(x, kernel) if self.fp8 else x @ kernel.astype(x.dtype)
         return out if self.bias is None else out + self.bias[...].astype(x.dtype)
 
 
