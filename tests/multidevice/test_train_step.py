@@ -1,0 +1,127 @@
+"""A training step on a mesh of 8 devices, forced by XLA_FLAGS as `make test` does, equals that on one."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from cpm_jax.common.config import ConfigError
+from cpm_jax.common.sharding import MeshConfig, make_mesh
+from cpm_jax.training.optimizer import OptimizerConfig, make_optimizer
+from cpm_jax.training.schedules import Phase, ScheduleConfig
+from cpm_jax.training.train_state import abstract_state, init_state
+from cpm_jax.training.train_step import check_batch_size, make_eval_step, make_train_step, put_batch
+
+pytestmark = pytest.mark.multidevice
+
+
+@pytest.fixture(autouse=True)
+def compile_quickly():
+    """Compiling for 8 devices is most of the time here; what is divided and summed does not depend on the level."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def config(tiny_config):
+    return dataclasses.replace(tiny_config, num_nextn_predict_layers=1, attention_bias=True)
+
+
+@pytest.fixture
+def optimizer(config):
+    # Without clipping Adam's first moment after one step is a tenth of the gradient.
+    schedule = ScheduleConfig(phases=(Phase(steps=1, end=0.01),))
+    return make_optimizer(OptimizerConfig(max_grad_norm=None), schedule, config)
+
+
+@pytest.fixture
+def batch():
+    """Rows of two documents and padding, with different numbers of loss tokens."""
+    rng = np.random.default_rng(0)
+    rows, length = 16, 32
+    tokens = rng.integers(0, 128, (rows, length + 1)).astype(np.int32)
+    ends = np.sort(rng.integers(4, length, (rows, 2)), axis=1)
+    at = np.arange(length)
+    segments = np.where(at < ends[:, :1], 1, np.where(at < ends[:, 1:], 2, 0)).astype(np.int32)
+    starts = np.where(segments == 2, ends[:, :1], 0)
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "loss_weights": (segments == np.pad(segments[:, 1:], ((0, 0), (0, 1)))).astype(np.float32) * (segments > 0),
+        "segment_ids": segments,
+        "positions": (at - starts).astype(np.int32),
+        "source_ids": (np.arange(rows) % 2).astype(np.int32),
+    }
+
+
+def assert_close(a, b):
+    """To 1e-5 of the largest element of each array."""
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * np.abs(x).max()), a, b)
+
+
+def test_there_are_eight_devices():
+    assert jax.device_count() == 8, "set XLA_FLAGS=--xla_force_host_platform_device_count=8"
+
+
+@pytest.mark.parametrize(
+    ("mesh_config", "num_microbatches"),
+    [
+        (MeshConfig(data=8, fsdp=1), 1),
+        (MeshConfig(fsdp=8), 2),
+        (MeshConfig(fsdp=2, tensor=4), 1),
+        (MeshConfig(data=2, fsdp=2, tensor=2), 2),
+        (MeshConfig(data=2, fsdp=2, context=2), 1),
+    ],
+    ids=["data", "fsdp", "tensor", "all", "context"],
+)
+def test_step_equals_that_of_one_device(config, optimizer, batch, mesh_config, num_microbatches):
+    mesh = make_mesh(mesh_config)
+    alone = init_state(config, optimizer, jax.random.key(0))
+    shared = init_state(config, optimizer, jax.random.key(0), mesh)
+    jax.tree.map(np.testing.assert_array_equal, alone.params, shared.params)
+
+    alone, expected = make_train_step(config, optimizer, num_sources=2)(alone, batch)
+    step = make_train_step(config, optimizer, num_sources=2, num_microbatches=num_microbatches, mesh=mesh)
+    shared, metrics = step(shared, put_batch(batch, mesh))
+    assert_close(expected, metrics)
+    assert_close(alone.opt_state[1].mu, shared.opt_state[1].mu)
+    # The state keeps its layout, so that the second step does not compile again.
+    jax.tree.map(
+        lambda x, s: x.sharding.is_equivalent_to(s.sharding, x.ndim) or pytest.fail(str(x.sharding)),
+        shared,
+        abstract_state(config, optimizer, mesh),
+    )
+
+
+def test_parameters_and_moments_are_divided(config, optimizer):
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=4))
+    state = init_state(config, optimizer, jax.random.key(0), mesh)
+    for tree in (state.params, state.opt_state[1].mu, state.opt_state[1].nu):
+        kernel = tree["layers"]["mlp"]["up_proj"]["kernel"]
+        assert kernel.sharding.spec == PartitionSpec(None, "fsdp", "tensor")
+        assert kernel.addressable_shards[0].data.size == kernel.size // 8
+    assert state.step.sharding.spec == PartitionSpec()
+
+
+def test_evaluation_equals_that_of_one_device(config, optimizer, batch):
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    alone = init_state(config, optimizer, jax.random.key(0))
+    shared = init_state(config, optimizer, jax.random.key(0), mesh)
+    assert_close(
+        make_eval_step(config, num_sources=2)(alone.params, batch),
+        make_eval_step(config, num_sources=2, mesh=mesh)(shared.params, put_batch(batch, mesh)),
+    )
+
+
+def test_sizes_that_do_not_fit_the_mesh_are_named(config, optimizer):
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=4))
+    odd = dataclasses.replace(config, vocab_size=130)
+    with pytest.raises(ConfigError, match=r"embed_tokens/embedding.*'vocab' of size 130.*into 4 parts"):
+        init_state(odd, optimizer, jax.random.key(0), mesh)
+    with pytest.raises(ConfigError, match=r"batch_size = 6: must be a multiple of .* 2 x 2 = 4"):
+        check_batch_size(6, 32, mesh, num_microbatches=2)
+    with pytest.raises(ConfigError, match=r"seq_len = 33: must be a multiple of the mesh's context = 2"):
+        check_batch_size(8, 33, make_mesh(MeshConfig(fsdp=4, context=2)))
