@@ -165,14 +165,19 @@ class Loader(Iterator[Batch]):
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
             batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
-        self._iterator = iter(batches)
+        self._iterator: grain.DatasetIterator | None = iter(batches)
 
     def __next__(self) -> Batch:
+        if self._iterator is None:
+            raise StopIteration
         return next(self._iterator)
 
     def close(self) -> None:
         """Ends reading; a loader that was closed gives no more batches."""
-        self._iterator.close()
+        iterator, self._iterator = self._iterator, None
+        if iterator is not None:
+            # Given up here and not when the interpreter ends, which is too late for Grain's clean-up.
+            iterator.close()
 
     def __enter__(self) -> "Loader":
         return self

@@ -187,6 +187,15 @@ def test_validation_with_workers(mixture):
         assert_equal(list(loader), list(other))
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_closed_loader_gives_nothing_more(mixture, num_workers):
+    loader = make_loader(mixture, 8, seed=0, num_workers=num_workers)
+    assert next(loader)
+    loader.close()
+    loader.close()
+    assert list(loader) == []
+
+
 def test_no_validation_split_is_an_error(mixture):
     with pytest.raises(DataError, match=r"no validation split in .*math: prepare with a validation_fraction"):
         make_validation_loader(dataclasses.replace(mixture, components=mixture.components[2:], stages=()), 4)

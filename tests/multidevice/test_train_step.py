@@ -27,14 +27,18 @@ def compile_quickly():
 
 @pytest.fixture
 def config(tiny_config):
-    return dataclasses.replace(tiny_config, num_nextn_predict_layers=1, attention_bias=True)
+    return dataclasses.replace(tiny_config, attention_bias=True)
+
+
+def make(config):
+    # Without clipping Adam's first moment after one step is a tenth of the gradient.
+    schedule = ScheduleConfig(phases=(Phase(steps=1, end=0.01),))
+    return make_optimizer(OptimizerConfig(max_grad_norm=None), schedule, config)
 
 
 @pytest.fixture
 def optimizer(config):
-    # Without clipping Adam's first moment after one step is a tenth of the gradient.
-    schedule = ScheduleConfig(phases=(Phase(steps=1, end=0.01),))
-    return make_optimizer(OptimizerConfig(max_grad_norm=None), schedule, config)
+    return make(config)
 
 
 @pytest.fixture
@@ -67,18 +71,19 @@ def test_there_are_eight_devices():
 
 
 @pytest.mark.parametrize(
-    ("mesh_config", "num_microbatches"),
+    ("mesh_config", "num_microbatches", "num_mtp_layers"),
     [
-        (MeshConfig(data=8, fsdp=1), 1),
-        (MeshConfig(fsdp=8), 2),
-        (MeshConfig(fsdp=2, tensor=4), 1),
-        (MeshConfig(data=2, fsdp=2, tensor=2), 2),
-        (MeshConfig(data=2, fsdp=2, context=2), 1),
+        (MeshConfig(data=8, fsdp=1), 1, 0),
+        (MeshConfig(fsdp=8), 2, 0),
+        (MeshConfig(fsdp=2, tensor=4), 1, 0),
+        (MeshConfig(data=2, fsdp=2, tensor=2), 2, 1),
+        (MeshConfig(data=2, fsdp=2, context=2), 1, 0),
     ],
     ids=["data", "fsdp", "tensor", "all", "context"],
 )
-def test_step_equals_that_of_one_device(config, optimizer, batch, mesh_config, num_microbatches):
-    mesh = make_mesh(mesh_config)
+def test_step_equals_that_of_one_device(config, batch, mesh_config, num_microbatches, num_mtp_layers):
+    config = dataclasses.replace(config, num_nextn_predict_layers=num_mtp_layers)
+    mesh, optimizer = make_mesh(mesh_config), make(config)
     alone = init_state(config, optimizer, jax.random.key(0))
     shared = init_state(config, optimizer, jax.random.key(0), mesh)
     jax.tree.map(np.testing.assert_array_equal, alone.params, shared.params)
