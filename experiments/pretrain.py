@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+from jax.sharding import Mesh
 from pydantic import NonNegativeInt
 
 from cpm_jax.checkpoints.manager import CheckpointConfig, Restored, restore_params, restore_state
 from cpm_jax.common.config import ConfigError, config_dataclass, config_to_dict
-from cpm_jax.common.sharding import MeshConfig, make_mesh
+from cpm_jax.common.sharding import MeshConfig, data_shard, make_mesh
 from cpm_jax.common.training_report import write_training_report
 from cpm_jax.data.loader import Dataset, make_loader, make_validation_loader, open_datasets
 from cpm_jax.data.mixture import MixtureConfig
@@ -73,6 +74,7 @@ def run(config: PretrainConfig, workdir: Path) -> None:
     check_fits(config.model, config.train, datasets)
     if jax.process_index() == 0:
         shutil.copytree(datasets[0].tokenizer_path, workdir / TOKENIZER_DIR, dirs_exist_ok=True)
+    mesh = make_mesh(config.mesh)
     steps = train(
         config.train,
         model=config.model,
@@ -80,8 +82,8 @@ def run(config: PretrainConfig, workdir: Path) -> None:
         schedule=config.schedule,
         loss=config.loss,
         checkpoint=config.checkpoint,
-        data=train_data(config.mixture, config.train, datasets, config.num_workers),
-        mesh=make_mesh(config.mesh),
+        data=train_data(config.mixture, config.train, datasets, config.num_workers, mesh),
+        mesh=mesh,
         workdir=workdir,
         fixed={
             "data": describe_data(config.mixture, datasets),
@@ -139,9 +141,12 @@ def check_fits(model: ModelConfig, train: TrainConfig, datasets: Sequence[Datase
         )
 
 
-def train_data(mixture: MixtureConfig, train: TrainConfig, datasets: Sequence[Dataset], num_workers: int) -> TrainData:
-    """The batches of this process."""
-    place = {"process_index": jax.process_index(), "process_count": jax.process_count(), "num_workers": num_workers}
+def train_data(
+    mixture: MixtureConfig, train: TrainConfig, datasets: Sequence[Dataset], num_workers: int, mesh: Mesh
+) -> TrainData:
+    """The batches of this process: of the rows that its devices hold."""
+    index, count = data_shard(mesh)
+    place = {"process_index": index, "process_count": count, "num_workers": num_workers}
     return TrainData(
         batches=lambda step: make_loader(mixture, train.batch_size, seed=train.seed, start_step=step, **place),
         eval_batches=lambda: make_validation_loader(mixture, train.batch_size, **place),

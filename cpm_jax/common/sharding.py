@@ -9,6 +9,7 @@ import math
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cpm_jax.common.config import ConfigError, config_dataclass
@@ -89,6 +90,34 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
             field="MeshConfig",
         )
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+def data_shard(mesh: Mesh) -> tuple[int, int]:
+    """Which part of each global batch this process reads: its number, and of how many parts.
+
+    Processes whose devices only differ in tensor or context axes hold the same rows and read the same part, so this is
+    not always the process's own number and their count.
+
+    Raises:
+        ConfigError: if rows are spread over processes in parts that overlap without being the same.
+    """
+    processes = np.vectorize(lambda device: device.process_index, otypes=[int])(mesh.devices)
+    parts = _row_groups(processes.reshape(mesh.shape["data"] * mesh.shape["fsdp"], -1))
+    distinct = sorted(set(parts.values()))
+    return distinct.index(parts[jax.process_index()]), len(distinct)
+
+
+def _row_groups(processes: np.ndarray) -> dict[int, tuple[int, ...]]:
+    """The groups of rows that each process holds, from the process of each device by [group of rows, rest of mesh]."""
+    parts = {int(p): tuple(np.flatnonzero((processes == p).any(axis=1)).tolist()) for p in np.unique(processes)}
+    distinct = set(parts.values())
+    if sum(map(len, distinct)) != len(processes) or len(set(map(len, distinct))) != 1:
+        raise ConfigError(
+            f"MeshConfig: processes hold the groups of rows {parts}, which overlap in part: choose tensor x context so "
+            "that it divides the devices of a process, or is a multiple of them",
+            field="MeshConfig",
+        )
+    return parts
 
 
 def _resolve(

@@ -216,8 +216,9 @@ def make_loader(
         batch_size: rows of the global batch.
         seed: of the order of records.
         start_step: global step of the first batch.
-        process_index: which process this is.
-        process_count: of how many; each gets batch_size / process_count rows.
+        process_index: which part of the rows to read; where several processes hold the same rows, they read the
+            same part (`common.sharding.data_shard`).
+        process_count: of how many; each has batch_size / process_count rows.
         num_workers: processes that read and decode; 0 reads in threads of this one. Batches do not depend on it.
 
     Returns:

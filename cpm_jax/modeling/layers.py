@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from cpm_jax.common.sharding import constrain
 from cpm_jax.modeling.config import ModelConfig
 from cpm_jax.modeling.fp8 import fp8_matmul
 
@@ -94,7 +95,10 @@ class Embed(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Looks up tokens; the result has the compute dtype."""
-        return self.embedding[...][tokens].astype(self.dtype) * self.scale
+        # Gathered over fsdp before the look-up, as other parameters before their product: the partitioner would
+        # otherwise replicate what was looked up to move it from parts of D to parts of the batch.
+        table = constrain(self.embedding[...], ("vocab", None))
+        return table[tokens].astype(self.dtype) * self.scale
 
 
 class Head(nnx.Module):

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from cpm_jax.common.config import ConfigError
-from cpm_jax.common.sharding import constrain, logical_sharding
+from cpm_jax.common.sharding import constrain, data_shard, logical_sharding
 from cpm_jax.modeling import decoder
 from cpm_jax.modeling.config import ModelConfig
 from cpm_jax.training.losses import Batch, LossConfig, LossSums, loss_sums, loss_weights, mean, mtp_weight
@@ -36,11 +36,14 @@ def put_batch(batch: Batch, mesh: Mesh) -> Batch:
     """Puts a process's rows of a batch on its devices, as part of the global batch.
 
     Args:
-        batch: numpy arrays; the rows of all processes, in their order, are the global batch.
+        batch: numpy arrays of the part of the batch that `common.sharding.data_shard` names.
         mesh: from `common.sharding.make_mesh`.
     """
-    shardings = batch_sharding(mesh)
-    return {key: jax.make_array_from_process_local_data(shardings[key], array) for key, array in batch.items()}
+    shardings, num_parts = batch_sharding(mesh), data_shard(mesh)[1]
+    return {
+        key: jax.make_array_from_process_local_data(shardings[key], x, (x.shape[0] * num_parts, *x.shape[1:]))
+        for key, x in batch.items()
+    }
 
 
 def check_batch_size(batch_size: int, seq_len: int, mesh: Mesh | None, num_microbatches: int = 1) -> None:

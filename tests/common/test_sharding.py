@@ -2,11 +2,21 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from cpm_jax.common.config import ConfigError
-from cpm_jax.common.sharding import MESH_AXES, MeshConfig, constrain, logical_sharding, make_mesh, params_sharding
+from cpm_jax.common.sharding import (
+    MESH_AXES,
+    MeshConfig,
+    _row_groups,
+    constrain,
+    data_shard,
+    logical_sharding,
+    make_mesh,
+    params_sharding,
+)
 
 
 def abstract_mesh(data: int = 1, fsdp: int = 1, tensor: int = 1, context: int = 1) -> AbstractMesh:
@@ -81,3 +91,26 @@ def test_constrain_reaches_the_partitioner_and_keeps_indivisible_dimensions_whol
 
     assert constraints((4, 6)) == [PartitionSpec("data", "tensor")]
     assert constraints((3, 6)) == [PartitionSpec(None, "tensor")]
+
+
+@pytest.mark.parametrize(
+    ("processes", "expected"),
+    [
+        # Each process holds rows of its own, whether side by side or not.
+        ([[0], [0], [1], [1]], {0: (0, 1), 1: (2, 3)}),
+        ([[0], [1], [0], [1]], {0: (0, 2), 1: (1, 3)}),
+        # A group of rows on two processes: they read the same.
+        ([[0, 0, 1, 1], [2, 2, 3, 3]], {0: (0,), 1: (0,), 2: (1,), 3: (1,)}),
+    ],
+)
+def test_processes_that_hold_the_same_rows_are_found(processes, expected):
+    assert _row_groups(np.asarray(processes)) == expected
+
+
+def test_rows_that_overlap_in_part_are_refused():
+    with pytest.raises(ConfigError, match=r"overlap in part: choose tensor x context"):
+        _row_groups(np.asarray([[0, 0, 0], [0, 1, 1], [1, 1, 1]]))
+
+
+def test_one_process_reads_everything():
+    assert data_shard(make_mesh(MeshConfig(), devices=jax.devices()[:1])) == (0, 1)

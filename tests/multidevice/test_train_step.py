@@ -63,7 +63,7 @@ def batch():
 
 def assert_close(a, b):
     """To 1e-5 of the largest element of each array."""
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * np.abs(x).max()), a, b)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5 * np.abs(x).max(initial=0)), a, b)
 
 
 def test_there_are_eight_devices():
