@@ -43,7 +43,8 @@ def test_mimo_without_its_mtp_layer_is_7_6b(read_model: ReadModel) -> None:
 
 
 @pytest.mark.parametrize(
-    ("size", "named"), [("5m", 5e6), ("15m", 15e6), ("36m", 36e6), ("150m", 150e6), ("360m", 360e6), ("700m", 700e6)]
+    ("size", "named"),
+    [("2m", 1.6e6), ("5m", 5e6), ("15m", 15e6), ("36m", 36e6), ("150m", 150e6), ("360m", 360e6), ("700m", 700e6)],
 )
 def test_small_family_has_the_size_of_its_name_without_embeddings(
     read_model: ReadModel, size: str, named: float
@@ -53,7 +54,7 @@ def test_small_family_has_the_size_of_its_name_without_embeddings(
 
 def test_every_size_is_tested() -> None:
     published = {"minicpm4_0p5b", "minicpm4_8b", "mimo_7b", "internlm2_1p8b", "internlm2_7b", "internlm2_20b"}
-    assert set(SIZES) == published | {"smollm2_135m", "5m", "15m", "36m", "150m", "360m", "700m"}
+    assert set(SIZES) == published | {"smollm2_135m", "2m", "5m", "15m", "36m", "150m", "360m", "700m"}
 
 
 @pytest.mark.parametrize("tied", [True, False])
