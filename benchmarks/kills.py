@@ -83,10 +83,10 @@ class Job:
     every: int
     environment: dict[str, str]
 
-    def start(self, workdir: Path, **options: Any) -> subprocess.Popen[str]:
-        """Starts the command in a process of its own."""
+    def start(self, workdir: Path, *arguments: str, **options: Any) -> subprocess.Popen[str]:
+        """Starts the command, with further arguments, in a process of its own."""
         command = [sys.executable, "-m", "experiments.run", "pretrain"]
-        command += [f"--gin_file={self.gin_file}", f"--workdir={workdir}"]
+        command += [f"--gin_file={self.gin_file}", f"--workdir={workdir}", *arguments]
         return subprocess.Popen(command, env=self.environment, text=True, **options)
 
     def finish(self, workdir: Path) -> None:
