@@ -1,6 +1,6 @@
 """How many of 100 kills a run survives: killed at random moments, it must end as if it never had been.
 
-    python -m benchmarks.kills [kills]
+    python -m benchmarks.kills [number of kills]
 
 A small model is trained once without a break, and once by the same command over and over, each time killed by SIGKILL.
 A third of the kills come at a random time after the start, a third after a random number of steps, and a third while
@@ -15,6 +15,7 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -260,3 +261,35 @@ def differences(workdir: Path, unbroken: Path) -> list[str]:
 
 def _same(a: np.ndarray | None, b: np.ndarray | None) -> bool:
     return a is not None and b is not None and a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def main(kills: int = 100) -> None:
+    """Runs the benchmark and writes results/kills.json."""
+    from benchmarks.results import Benchmark
+
+    every = 20
+    with tempfile.TemporaryDirectory() as folder:
+        # A life between two kills gets on by about one checkpoint.
+        job = make_job(Path(folder), steps=every * (kills + 10), every=every)
+        job.finish(Path(folder) / "unbroken")
+        counts = run_with_kills(job, Path(folder) / "killed", kills, seed=0)
+        found = differences(Path(folder) / "killed", Path(folder) / "unbroken")
+    for name in found:
+        print(f"differs: {name}")
+    benchmark = Benchmark("kills")
+    benchmark.add(
+        "kills survived, bit for bit",
+        "kills",
+        0 if found else counts.total(),
+        larger_is_better=True,
+        baseline_name="kills",
+        baseline=kills,
+        goal=1.0,
+    )
+    for moment, what in (("start", "before the first step"), ("step", "between saves"), ("save", "during a save")):
+        benchmark.add(f"of these {what}", "kills", counts[moment], larger_is_better=True)
+    benchmark.write()
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:2]))
