@@ -29,8 +29,8 @@ class RopeConfig:
     """
 
     rope_theta: PositiveFloat = 10_000.0
-    short_factor: tuple[float, ...] = ()
-    long_factor: tuple[float, ...] = ()
+    short_factor: tuple[PositiveFloat, ...] = ()
+    long_factor: tuple[PositiveFloat, ...] = ()
     original_max_position_embeddings: NonNegativeInt = 0
     attention_factor: PositiveFloat | None = None
 
