@@ -117,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.help:
             from experiments.verb_help import verb_help
 
-            print(verb_help(args.verb, VERBS[args.verb].summary))
+            _print(verb_help(args.verb, VERBS[args.verb].summary))
             return exit_codes.OK
         if args.workdir is None:
             raise ConfigError(f"{args.verb} needs --workdir=DIR, the folder that the run writes to")
@@ -149,12 +149,20 @@ def _run(args: argparse.Namespace, argv: Sequence[str]) -> None:
         if args.dry_run:
             from experiments.dry_run import describe
 
-            print(f"{describe(config, args.workdir)}\n\n{settings.config_str()}")
+            _print(f"{describe(config, args.workdir)}\n\n{settings.config_str()}")
         else:
             with _recorded(args.verb, args.workdir, argv, settings) if process == 0 else contextlib.nullcontext():
                 module.run(config, args.workdir)
     except ConfigError as error:
         raise settings.with_origins(error) from error
+
+
+def _print(text: str) -> None:
+    """Prints text of many lines, which the reader (`| head`) may leave early."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _join_processes(args: argparse.Namespace) -> int:

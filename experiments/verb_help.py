@@ -1,6 +1,12 @@
 """What `<verb> --help` prints: the macros of a verb and the gin files that set them, read as text."""
 
+import re
+import textwrap
+from collections.abc import Sequence
+
 from cpm_jax.common.gin_files import GIN_ROOT, LAYERS, REQUIRED, GinFile, list_gin_files, read_gin_file
+
+_WIDTH = 118
 
 
 def verb_help(verb: str, summary: str) -> str:
@@ -26,13 +32,20 @@ def verb_help(verb: str, summary: str) -> str:
                 missing |= set().union(*(_used(f) for f in files))
     for layer in LAYERS:
         if layer in needed:
-            macros = sorted(set().union(*(_set(f) for f in layers[layer])))
-            lines += ["", f"{layer}/ (sets {', '.join(macros)})"]
-            lines += [f"  {f.name:<28}{_title(f)}" for f in layers[layer]]
-    others = [read_gin_file(p) for folder in ("runs", "papers") for p in list_gin_files(folder)]
-    lines += ["", "run files"]
-    lines += [f"  {f.name:<28}{_title(f)}" for f in others]
+            elsewhere = set().union(*(_set(f) for other in needed - {layer} for f in layers[other]))
+            asked = {s.name: s.comment for f in layers[layer] for s in f.settings if s.value == REQUIRED}
+            sets = "sets " + ", ".join(sorted(set().union(*(_set(f) for f in layers[layer]))))
+            lines += ["", f"{layer}/", *textwrap.wrap(sets, _WIDTH, initial_indent="  ", subsequent_indent="  ")]
+            lines += [f"  asks for {name}: {about}" for name, about in asked.items() if name not in elsewhere]
+            lines += _file_table(layers[layer])
+    others = [read_gin_file(path) for folder in ("runs", "papers") for path in list_gin_files(folder)]
+    lines += ["", f"run files of {verb}", *_file_table([f for f in others if f"experiments.run {verb} " in f.header])]
     return "\n".join(lines)
+
+
+def _file_table(files: Sequence[GinFile]) -> list[str]:
+    width = max(len(f.name) for f in files) + 2
+    return [f"  {f.name:<{width}}{textwrap.shorten(_title(f), _WIDTH - width, placeholder=' …')}" for f in files]
 
 
 def _macro_table(file: GinFile) -> list[str]:
@@ -40,12 +53,13 @@ def _macro_table(file: GinFile) -> list[str]:
     for setting in file.settings:
         if setting.is_macro:
             value = "REQUIRED" if setting.value == REQUIRED else repr(setting.value)
-            rows.append((value != "REQUIRED", f"  {setting.name:<20}{value:<24}{setting.comment}".rstrip()))
+            rows.append((value != "REQUIRED", f"  {setting.name:<22}{value:<12}{setting.comment}".rstrip()))
     return [row for _, row in sorted(rows, key=lambda row: row[0])]
 
 
 def _title(file: GinFile) -> str:
-    return file.header.partition("\n")[0]
+    """The first sentence of the header."""
+    return re.split(r"(?<=[^ ]{3})\.(?: |$)", file.header.replace("\n", " "), maxsplit=1)[0]
 
 
 def _set(file: GinFile) -> set[str]:

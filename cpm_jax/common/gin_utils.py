@@ -16,6 +16,7 @@ import gin
 
 from cpm_jax.common.config import ConfigError
 from cpm_jax.common.gin_files import (
+    GIN_ROOT,
     LAYERS,
     REQUIRED,
     GinFile,
@@ -24,7 +25,6 @@ from cpm_jax.common.gin_files import (
     find_gin_file,
     list_gin_files,
     parse_flag,
-    read_gin_file,
     read_gin_text,
     suggest,
     with_includes,
@@ -153,7 +153,8 @@ class Settings:
             offered = not setting.from_flag and isinstance(setting.value, Reference) and not setting.value.is_macro
             if name not in users and not offered:
                 shown = setting.where if setting.from_flag else f"{setting.where}: {name}"
-                problems.append(f"{shown}: no gin file uses the macro {name}{suggest(name, list(users))}")
+                near = suggest(name, list(users)) or f"\n  macros: {', '.join(sorted(users))}"
+                problems.append(f"{shown}: no gin file uses the macro {name}{near}")
         without = {name: s for name, s in users.items() if name not in macros}
         without |= {name: s for name, s in macros.items() if s.value == REQUIRED and name in users}
         problems += self._missing(without)
@@ -258,9 +259,13 @@ def _as_gin(setting: Setting) -> str:
 
 def _definers(macro: str, required_by: str) -> str:
     """Lists the files of other layers that give a macro a value; run files are chosen, not added."""
-    layer = required_by.partition("/")[0]
-    files = [read_gin_file(p) for name in LAYERS if name != layer for p in list_gin_files(name)]
-    return ", ".join(f.name for f in files if any(s.key == macro and s.value != REQUIRED for s in f.settings))
+    layers = [layer for layer in LAYERS if layer != required_by.partition("/")[0]]
+    return ", ".join(
+        str(path.relative_to(GIN_ROOT))
+        for layer in layers
+        for path in list_gin_files(layer)
+        if macro in {s.key for file in with_includes(path) for s in file.settings if s.value != REQUIRED}
+    )
 
 
 def _public(module: Any) -> list[str]:
