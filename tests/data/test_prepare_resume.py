@@ -29,7 +29,7 @@ def arguments(tmp_path_factory):
     root = tmp_path_factory.mktemp("sources")
     stdlib = os.path.dirname(json.__file__)
     lines = []
-    for name in sorted(os.listdir(os.path.dirname(stdlib)))[:100]:
+    for name in sorted(os.listdir(os.path.dirname(stdlib)))[:30]:
         path = os.path.join(os.path.dirname(stdlib), name)
         if os.path.isfile(path):
             with open(path, encoding="utf-8") as file:
@@ -42,7 +42,7 @@ def arguments(tmp_path_factory):
         "seq_len": 128,
         "vocab_size": 500,
         "validation_fraction": 0.1,
-        "shard_bytes": 50_000,
+        "shard_bytes": 25_000,
         "num_workers": 0,
     }
 
@@ -72,24 +72,30 @@ def test_three_workers_give_the_same_bytes(arguments, expected, tmp_path):
     assert contents(tmp_path) == expected
 
 
+def wait_for_shards(process, folder, count):
+    """Until so many shards are finished."""
+    while len(list((folder / PROGRESS_DIR).glob("*-[0-9]*.json"))) < count:
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.002)
+
+
+def kill(process):
+    process.kill()
+    process.communicate()
+
+
 def test_a_killed_run_goes_on_to_the_same_bytes(arguments, expected, tmp_path):
     rng = random.Random(0)
-    kills = kept = 0
-    while True:
-        process = start(arguments, tmp_path)
-        # Long enough for the import, then anything: no shard yet, a part of them, the last renames.
-        try:
-            process.communicate(timeout=rng.uniform(0.4, 2.0) + 0.2 * kills)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            kills += 1
-            kept = max(kept, len(list((tmp_path / PROGRESS_DIR).glob("*-[0-9]*.json"))))
-        else:
-            break
+    total = sum(name.endswith(".array_record") for name in expected)
+    for share in (0.0, 0.2, 0.5, 0.8):
+        process = start(arguments | {"num_workers": rng.choice([0, 2])}, tmp_path)
+        wait_for_shards(process, tmp_path, int(share * total))
+        time.sleep(rng.uniform(0, 0.05))
+        kill(process)
+    assert not (tmp_path / "manifest.json").exists()
+    process = start(arguments, tmp_path)
+    process.communicate()
     assert process.returncode == 0
-    assert kills > 1
-    assert kept > 0
     assert contents(tmp_path) == expected
 
 
@@ -131,11 +137,8 @@ def test_finished_shards_are_not_done_again(arguments, tmp_path, monkeypatch):
 
     folder = tmp_path / "out"
     process = start(arguments, folder)
-    while len(list(folder.glob(f"{PROGRESS_DIR}/train-*.json"))) < 6:
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    wait_for_shards(process, folder, 6)
+    kill(process)
     notes = sorted(folder.glob(f"{PROGRESS_DIR}/*-[0-9]*.json"))
     finished = sum(json.loads(note.read_text())["shard"]["documents"] for note in notes)
     encoded = []
@@ -147,10 +150,8 @@ def test_finished_shards_are_not_done_again(arguments, tmp_path, monkeypatch):
 
 def test_a_damaged_shard_is_done_again(arguments, expected, tmp_path):
     process = start(arguments, tmp_path)
-    while len(list(tmp_path.glob(f"{PROGRESS_DIR}/train-*.json"))) < 3:
-        time.sleep(0.01)
-    process.kill()
-    process.communicate()
+    wait_for_shards(process, tmp_path, 6)
+    kill(process)
     shard = tmp_path / PROGRESS_DIR / "train-00001.array_record"
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
@@ -166,11 +167,8 @@ def test_changed_sources_are_noticed(arguments, tmp_path):
     source.write_text("\n".join(lines))
     config = PrepareConfig(**arguments | {"sources": str(source)})
     process = start(arguments | {"sources": str(source)}, tmp_path / "out")
-    while len(list(tmp_path.glob(f"out/{PROGRESS_DIR}/train-*.json"))) < 2:
-        assert process.poll() is None
-        time.sleep(0.005)
-    process.kill()
-    process.communicate()
+    wait_for_shards(process, tmp_path / "out", 3)
+    kill(process)
     source.write_text("\n".join(["{}", *lines[3:]]))
     with pytest.raises(DataError, match="the sources have changed since the call that began"):
         prepare(config, tmp_path / "out", progress=False)
@@ -201,5 +199,4 @@ def test_two_at_once_are_refused(arguments, tmp_path):
         with pytest.raises(DataError, match="another process is preparing"):
             prepare(PrepareConfig(**arguments), tmp_path, progress=False)
     finally:
-        process.kill()
-        process.communicate()
+        kill(process)
