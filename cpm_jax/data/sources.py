@@ -254,6 +254,8 @@ class _Reader:
         """Any file, by its suffix; an error of the operating system becomes a reject."""
         kind = path.with_suffix("") if path.suffix in (".gz", ".zst") else path
         try:
+            with open(path, "rb"):
+                pass  # what the system says of a file that cannot be opened is better than a guess at damage
             if kind.suffix == ".jsonl":
                 yield from self.jsonl(path, name)
             elif path.suffix == ".parquet":

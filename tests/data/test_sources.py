@@ -186,6 +186,12 @@ def test_folder(tmp_path):
     assert ("other extension", "latin.txt") in rejects(tmp_path, extensions=(".py", ".md"))
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.jsonl.gz", "a.parquet", "a.array_record"])
+def test_files_that_cannot_be_opened(tmp_path, name):
+    os.symlink(tmp_path / "nowhere", tmp_path / name)
+    assert rejects(tmp_path) == [("cannot be read", name)]
+
+
 def test_file_names_that_are_not_utf8(tmp_path):
     with open(os.path.join(os.fsencode(tmp_path), b"caf\xe9.txt"), "w") as file:
         file.write("text")
