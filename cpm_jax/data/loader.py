@@ -7,7 +7,7 @@ the slices of any number of processes, put together, are the same global batch. 
 
 import dataclasses
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from array_record.python import array_record_module
 from cpm_jax.common.config import ConfigError
 from cpm_jax.data.errors import DataError
 from cpm_jax.data.manifest import Manifest
-from cpm_jax.data.mixture import ExampleOrder, MixtureConfig, Stage
+from cpm_jax.data.mixture import PERIOD, ExampleOrder, MixtureConfig, Stage
 from cpm_jax.data.records import decode_record, to_example
 
 Batch = dict[str, np.ndarray]
@@ -197,6 +197,12 @@ def _rows(batch_size: int, process_index: int, process_count: int) -> dict[str, 
     return {"batch_size": batch_size, "first_row": process_index * num_rows, "num_rows": num_rows}
 
 
+def _by_size(datasets: Sequence[Dataset]) -> Stage:
+    """One stage with weights by number of records; even the smallest component gets the least weight there is."""
+    sizes = [dataset.manifest.splits["train"].records for dataset in datasets]
+    return Stage(start_step=0, weights=tuple(max(size, sum(sizes) / PERIOD) for size in sizes))
+
+
 def make_loader(
     config: MixtureConfig,
     batch_size: int,
@@ -231,14 +237,13 @@ def make_loader(
     """
     rows = _rows(batch_size, process_index, process_count)
     datasets = open_datasets(config)
-    sizes = tuple(float(dataset.manifest.splits["train"].records) for dataset in datasets)
     records = tuple(
         # A component's order depends on its own name: adding another one leaves it as it is.
         _open_split(dataset, "train").shuffle(seed=zlib.crc32(f"{seed} {dataset.name}".encode())).repeat()
         for dataset in datasets
     )
     example = _TrainExample(
-        ExampleOrder(config.stages or (Stage(start_step=0, weights=sizes),), batch_size),
+        ExampleOrder(config.stages or (_by_size(datasets),), batch_size),
         _ReadExample(datasets, records),
         **rows,
     )

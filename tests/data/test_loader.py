@@ -154,6 +154,13 @@ def test_without_stages_components_mix_by_their_size(mixture):
     assert sorted(seen) == [(c, r) for c, (records, _) in enumerate(SIZES.values()) for r in range(records)]
 
 
+def test_mixing_by_size_leaves_no_small_component_out(tmp_path):
+    write_dataset(tmp_path / "large", 0, 30_000, 0)
+    write_dataset(tmp_path / "small", 1, 2, 0)
+    batch = read(from_folders([str(tmp_path / "large"), str(tmp_path / "small")]), 1, batch_size=10_000)[0]
+    assert np.bincount(batch["source_ids"]).tolist() == [9999, 1]
+
+
 def test_opening_far_into_a_run_is_as_fast_as_at_its_beginning(mixture):
     begin = time.monotonic()
     far = examples(read(mixture, 1, start_step=10**9))
