@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import NonNegativeInt, PositiveInt
 
 from cpm_jax.checkpoints.manager import CheckpointConfig, restore_params
-from cpm_jax.common.config import config_dataclass, config_to_dict
+from cpm_jax.common.config import ConfigError, config_dataclass, config_to_dict
 from cpm_jax.common.files import write_json
 from cpm_jax.common.training_report import peak_memory
 from cpm_jax.data.manifest import Manifest
@@ -88,6 +88,32 @@ class QuickstartConfig:
     sample_tokens: PositiveInt = 128
     ngram_order: PositiveInt = 5
     ngram_tokens: PositiveInt = 8_000_000
+
+    def __post_init__(self) -> None:
+        if self.prepare.format != "text":
+            raise ConfigError(
+                f"PrepareConfig.format = {self.prepare.format!r}: a quickstart trains on text; for conversations run "
+                "prepare and sft",
+                field="PrepareConfig.format",
+            )
+        if not self.prepare.validation_fraction:
+            raise ConfigError(
+                "PrepareConfig.validation_fraction = 0: a quickstart measures on held-out text; must be above 0",
+                field="PrepareConfig.validation_fraction",
+            )
+        if (self.prepare.vocab_size or 0) > self.model.vocab_size:
+            raise ConfigError(
+                f"ModelConfig.vocab_size = {self.model.vocab_size}: must be at least that of the tokenizer to train, "
+                f"PrepareConfig.vocab_size = {self.prepare.vocab_size}",
+                field="ModelConfig.vocab_size",
+            )
+        longest = max(self.prepare.seq_len, self.prompt_tokens + self.sample_tokens)
+        if longest > self.model.max_position_embeddings:
+            raise ConfigError(
+                f"ModelConfig.max_position_embeddings = {self.model.max_position_embeddings}: must be at least "
+                f"PrepareConfig.seq_len and QuickstartConfig.prompt_tokens + sample_tokens, here {longest}",
+                field="ModelConfig.max_position_embeddings",
+            )
 
 
 class Stages:

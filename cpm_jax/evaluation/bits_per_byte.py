@@ -1,9 +1,9 @@
 """Held-out loss as bits per byte of text, which models with different tokenizers, and compressors, can be compared by.
 
-Definition: the sum over all documents of -log2 p(document), divided by the bytes of the documents' original text in
-UTF-8. p(document) is the product over all tokens of p(token | the tokens of the document before it). It includes the
-token that ends a document. A BOS is given, not predicted, so that the first token of the text is predicted from it;
-where a tokenizer has no BOS, nothing precedes the first token, and it is charged log2(vocabulary size).
+Definition: the sum over all documents of -log2 p(document), divided by the bytes of the documents' text in UTF-8, as
+`prepare` cleaned it. p(document) is the product over all tokens of p(token | the tokens of the document before it). It
+includes the token that ends a document. A BOS is given, not predicted; the first token is predicted from it. Where a
+tokenizer has no BOS, nothing precedes the first token, and it is charged log2(vocabulary size).
 
 A document longer than the window is read in windows that overlap by half: each token is predicted once, and past the
 first window from at least half a window of its own document.

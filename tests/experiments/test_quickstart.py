@@ -4,7 +4,7 @@ import json
 import pytest
 
 from cpm_jax.checkpoints.manager import CheckpointConfig
-from cpm_jax.common.config import InputError
+from cpm_jax.common.config import ConfigError, InputError
 from cpm_jax.common.metrics import read_metrics
 from cpm_jax.data.manifest import Manifest, Shard, Split
 from cpm_jax.data.prepare import PrepareConfig
@@ -82,6 +82,22 @@ def test_a_stage_that_fails_is_not_done_and_its_time_counts(tmp_path):
     again = Stages(tmp_path, "a")
     assert again.do("pretrain", lambda: {"x": 1}) == {"x": 1}
     assert again.seconds["pretrain"] >= before > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"format": "chat"}, "PrepareConfig.format"),
+        ({"validation_fraction": 0.0}, "PrepareConfig.validation_fraction"),
+        ({"vocab_size": 401}, "ModelConfig.vocab_size"),
+        ({"seq_len": 300}, "ModelConfig.max_position_embeddings"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_read(config, changes, field):
+    with pytest.raises(ConfigError) as caught:
+        dataclasses.replace(config, prepare=dataclasses.replace(config.prepare, **changes))
+    assert caught.value.field == field
+    assert field in str(caught.value)
 
 
 def test_an_empty_folder_is_refused_by_name(config, tmp_path):
