@@ -103,6 +103,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = _parser()
+    for flag in argv:
+        if flag.startswith("--gin.") and "=" not in flag:
+            parser.error(f"{flag}: write the value after an equals sign, as in --gin.BATCH_SIZE=8")
     args = parser.parse_args([a for a in argv if not a.startswith("--gin.")])
     if args.verb is None:
         parser.print_help()

@@ -73,8 +73,10 @@ class Settings:
         _register(root)
         with _as_config_error():
             # As text of ours, not as files: gin would look for includes along a path of its own.
+            dead = self._dead_macros()
             for file in self.files:
-                gin.parse_config([*_import_lines(file), *map(_as_gin, file.settings)])
+                alive = [setting for setting in file.settings if not (setting.is_macro and setting.name in dead)]
+                gin.parse_config([*_import_lines(file), *map(_as_gin, alive)])
             gin.parse_config([_as_gin(setting) for setting in flag_settings])
             gin.finalize()
 
@@ -155,11 +157,24 @@ class Settings:
                 shown = setting.where if setting.from_flag else f"{setting.where}: {name}"
                 near = suggest(name, list(users)) or f"\n  macros: {', '.join(sorted(users))}"
                 problems.append(f"{shown}: no gin file uses the macro {name}{near}")
-        without = {name: s for name, s in users.items() if name not in macros}
-        without |= {name: s for name, s in macros.items() if s.value == REQUIRED and name in users}
+        final = {(s.scope, s.key): s for s in self.settings}.values()
+        needed = {r.name: s for s in final for r in s.references if r.is_macro and r != REQUIRED}
+        without = {name: s for name, s in needed.items() if name not in macros}
+        without |= {name: s for name, s in macros.items() if s.value == REQUIRED and name in needed}
         problems += self._missing(without)
         if problems:
             raise ConfigError("\n".join(problems))
+
+    def _dead_macros(self) -> set[str]:
+        """Finds macros that only settings use which a later one replaces; a saved config does not have them."""
+        final = {(s.scope, s.key): s for s in self.settings}.values()
+        dead: set[str] = set()
+        while True:
+            alive = [s for s in final if not (s.is_macro and s.name in dead)]
+            found = {s.name for s in final if s.is_macro} - {r.name for s in alive for r in s.references}
+            if found == dead:
+                return dead
+            dead = found
 
     def _missing(self, without: Mapping[str, Setting]) -> list[str]:
         """Describes macros without a value, each with the setting that requires or uses it; a layer in one line."""

@@ -91,6 +91,22 @@ def test_the_whole_config_written_out_gives_the_same_config(here):
     assert build("--gin.NUM_HEADS=2", files=["config.gin"]).num_heads == 2
 
 
+def test_what_a_later_file_replaces_is_not_needed_and_not_saved(here):
+    (here / "late.gin").write_text(
+        "from __gin__ import dynamic_registration\n"
+        "from cpm_jax.modeling import config\n"
+        "config.ModelConfig.d_model = 32\n"
+    )
+    settings = Settings(["arch.gin", "late.gin"], [], ModelConfig)  # without a size, D_MODEL stays required
+    assert settings.build().d_model == 32
+    assert "D_MODEL" not in settings.config_str()
+    (here / "config.gin").write_text(settings.config_str())
+    assert build(files=["config.gin"]) == settings.build()
+    assert "has no effect: nothing in this ModelConfig reads D_MODEL" in message(
+        "--gin.D_MODEL=8", files=["arch.gin", "late.gin"]
+    )
+
+
 def test_the_operative_config_has_defaults_and_no_unused_parts():
     settings = Settings(["arch.gin", "size.gin"], [], ModelConfig)
     settings.build()

@@ -59,14 +59,20 @@ COMMANDS |= {name: [*pretrain("arch/minicpm4.gin", "size/5m.gin", name), *optim_
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_every_file_builds_its_config(name):
+def test_every_file_builds_its_config_and_so_does_what_is_saved_of_it(name, tmp_path):
     arguments = COMMANDS[name]
     files = [a.partition("=")[2] for a in arguments if a.startswith("--gin_file=")]
     flags = [a for a in arguments if a.startswith("--gin.")]
     assert name in files or set(name.split()) <= set(files)
     _, config_class = run.import_verb(arguments[0])
     settings = Settings(files, flags, config_class)
-    assert type(settings.build()) is config_class
+    config = settings.build()
+    assert type(config) is config_class
+    saved = tmp_path / "config.gin"
+    saved.write_text(settings.config_str())
+    again = Settings([saved], [], config_class)
+    assert again.build() == config
+    assert again.config_str() == saved.read_text()
 
 
 @pytest.mark.slow

@@ -162,11 +162,15 @@ def test_debug_shows_where_an_error_came_from(toy, capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_unknown_options_are_refused(toy, capsys):
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [(["--work_dir=out"], "--work_dir"), (["--gin.DATA", "x"], "--gin.DATA: write the value after an equals sign")],
+)
+def test_malformed_options_are_refused(toy, capsys, arguments, shown):
     with pytest.raises(SystemExit) as error:
-        run.main(["toy", FILE, "--work_dir=out"])
+        run.main(["toy", FILE, *arguments])
     assert error.value.code == exit_codes.BAD_CONFIG
-    assert "--work_dir" in capsys.readouterr().err
+    assert shown in capsys.readouterr().err
 
 
 def test_help_imports_nothing_heavy():
