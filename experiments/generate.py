@@ -94,8 +94,6 @@ def run(config: GenerateConfig, workdir: Path) -> None:
         stop = (*config.stop, *end_of_turn(generator.tokenizer)) if config.chat else config.stop
         speed, done = Speed(), 0
         for batch in batches:
-            printer = Printer(batch, first_index=done, echo=not config.chat)
-            pieces = []
             stream = generator.stream(
                 [encode(prompt, generator.tokenizer, config.chat) for prompt in batch],
                 sampling=config.sampling,
@@ -104,6 +102,8 @@ def run(config: GenerateConfig, workdir: Path) -> None:
                 seed=config.seed,
                 first_index=done,
             )
+            printer = Printer(batch, first_index=done, echo=not config.chat)
+            pieces = []
             for piece in speed.measure(stream):
                 printer.show(piece)
                 pieces.append(piece)

@@ -1,6 +1,7 @@
 """Text from a decoder: batches of prompts of any lengths, streamed, with stop strings and reproducible samples."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, Self
@@ -173,8 +174,9 @@ class Generator:
             seed: of the draws.
             first_index: index of the first prompt, when a run has several batches; the draws depend on it.
 
-        Yields:
-            Pieces of all sequences, in no particular order across sequences; the last one of each has a finish reason.
+        Returns:
+            An iterator of pieces of all sequences, in no particular order across sequences; the last one of each has a
+            finish reason. The request is checked before it begins.
 
         Raises:
             ConfigError: for an empty stop string, or for max_new_tokens that do not fit into the model's context
@@ -187,7 +189,9 @@ class Generator:
         for row, prompt in enumerate(prompts):
             is_long = rope.is_longrope and len(prompt) + max_new_tokens > rope.original_max_position_embeddings
             by_factors.setdefault(is_long, []).append(row)  # The model picks the factors by the length of the cache.
-        for rows in by_factors.values():
+
+        def run(rows: Sequence[int]) -> Iterator[Piece]:
+            indices = [first_index + row for row in rows]
             state = start(
                 self._params,
                 [prompts[row] for row in rows],
@@ -195,10 +199,12 @@ class Generator:
                 sampling=sampling,
                 max_new_tokens=max_new_tokens,
                 seed=seed,
-                indices=[first_index + row for row in rows],
+                indices=indices,
                 prefill_chunks=self._prefill_chunks,
             )
-            yield from self._run(state, [first_index + row for row in rows], sampling, max_new_tokens, stop)
+            return self._run(state, indices, sampling, max_new_tokens, stop)
+
+        return itertools.chain.from_iterable(map(run, by_factors.values()))
 
     def _run(
         self,

@@ -191,6 +191,11 @@ class TestBadInput:
         with pytest.raises(ConfigError, match=message):
             GenerateConfig(**fields)
 
+    def test_a_prompt_that_is_too_long_is_not_printed(self, workdir, capsys):
+        with pytest.raises(ConfigError, match="max_new_tokens = 200"):
+            run(GenerateConfig(prompts="the fox", max_new_tokens=200), workdir)
+        assert capsys.readouterr().out == ""
+
     def test_exit_codes(self, tmp_path, capsys):
         assert main(["generate", f"--workdir={tmp_path}", "--gin.PROMPTS=x"]) == exit_codes.BAD_INPUT
         assert "holds no checkpoint" in capsys.readouterr().err

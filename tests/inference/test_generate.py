@@ -166,7 +166,7 @@ def test_longrope_rows_of_both_kinds_in_one_batch(config, tokenizer):
 class TestErrors:
     def test_prompt_too_long(self, generator):
         with pytest.raises(ConfigError, match=r"prompt 1 has 230 tokens and max_new_tokens = 27.*= 256"):
-            next(generator.stream([[1], [1] * 230], max_new_tokens=27))
+            generator.stream([[1], [1] * 230], max_new_tokens=27)
 
     def test_the_longest_prompt_that_fits(self, generator):
         (done,) = collect(generator.stream([[7] * 230], max_new_tokens=26, sampling=HOT))
@@ -184,7 +184,7 @@ class TestErrors:
     )
     def test_bad_requests(self, generator, prompts, options, error, message):
         with pytest.raises(error, match=message):
-            next(generator.stream(prompts, **{"max_new_tokens": 5} | options))
+            generator.stream(prompts, **{"max_new_tokens": 5} | options)
 
     def test_a_tokenizer_that_does_not_fit(self, tiny_config, tokenizer):
         with pytest.raises(InputError, match="the tokenizer has 290 tokens and the model's vocab_size is 128"):
