@@ -184,3 +184,18 @@ def test_impossible_batch_sizes_are_named():
     check_batch_size(8, 32, None, num_microbatches=4)
     with pytest.raises(ConfigError, match=r"batch_size = 6: must be a multiple of .* 4 x 1 = 4"):
         check_batch_size(6, 32, None, num_microbatches=4)
+
+
+def test_bfloat16_parameters_keep_their_type_and_learn(tiny_config, batch):
+    config = dataclasses.replace(tiny_config, dtype="bfloat16", param_dtype="bfloat16")
+    optimizer = make_optimizer(OptimizerConfig(), CONSTANT, config)
+    step = make_train_step(config, optimizer, num_microbatches=2)
+    state, losses = init_state(config, optimizer, jax.random.key(0)), []
+    types = jax.tree.map(lambda x: x.dtype, state)
+    assert {x.dtype for x in jax.tree.leaves(state.params)} == {jnp.dtype("bfloat16")}
+    assert {x.dtype for x in jax.tree.leaves(state.opt_state) if x.ndim} == {jnp.dtype("float32")}
+    for _ in range(10):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["loss"]))
+    assert jax.tree.map(lambda x: x.dtype, state) == types
+    assert losses[-1] < losses[0] - 1
