@@ -176,8 +176,12 @@ def memory_lines(
         "gradients": gradients,
         f"activations of {rows} x {seq_len:,} tokens (estimate)": activation_bytes(model, rows, seq_len),
     }
-    lines = [f"  {size / _GIB:12,.3f} GiB  {name}" for name, size in parts.items()]
-    return ["memory       over all devices", *lines, f"  {sum(parts.values()) / _GIB:12,.3f} GiB  in all"]
+    parts["in all"] = sum(parts.values())
+    unit, name = (_GIB, "GiB") if parts["in all"] >= _GIB else (_GIB / 1024, "MiB")
+    return [
+        "memory       over all devices",
+        *(f"  {size / unit:12,.1f} {name}  {what}" for what, size in parts.items()),
+    ]
 
 
 def activation_bytes(model: ModelConfig, rows: int, seq_len: int) -> int:

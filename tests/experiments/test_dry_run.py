@@ -93,9 +93,11 @@ def test_memory_is_that_of_the_state(tiny_config, dataset):
     config = pretrain_config(tiny_config, dataset)
     lines = dry_run.memory_lines(config.model, config.optimizer, config.schedule, 2, 64)
     params = sum(leaf.size for leaf in jax.tree.leaves(decoder.abstract_params(config.model)))
-    gib = {line.split("GiB")[1].strip(): float(line.split()[0].replace(",", "")) for line in lines[1:]}
-    assert gib["parameters"] == pytest.approx(4 * params / 2**30, abs=1e-3)
-    assert gib["optimizer"] == pytest.approx(8 * params / 2**30, abs=1e-3)
+    mib = {line.split("MiB")[1].strip(): float(line.split()[0].replace(",", "")) for line in lines[1:]}
+    assert mib["parameters"] == pytest.approx(4 * params / 2**20, abs=0.051)
+    assert mib["optimizer"] == pytest.approx(8 * params / 2**20, abs=0.051)
+    assert mib["gradients"] == mib["parameters"]
+    assert sum(mib.values()) == pytest.approx(2 * mib["in all"], abs=0.3)
 
 
 def test_prepare(tmp_path, capsys):

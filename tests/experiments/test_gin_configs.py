@@ -111,3 +111,44 @@ def test_required_macros_are_explained():
         for setting in read_gin_file(find_gin_file(name)).settings:
             if repr(setting.value) == "%gin.REQUIRED":
                 assert setting.comment, f"{setting.where}: say what {setting.name} is"
+
+
+WRONG = {
+    "typo in a macro": (["--gin.NUM_LAYRES=4"], "--gin.NUM_LAYRES=4: no gin file uses the macro", "mean NUM_LAYERS"),
+    "typo in a class": (["--gin.ModleConfig.d_ff=4"], "nothing named 'ModleConfig'", "mean ModelConfig"),
+    "typo in a parameter": (["--gin.ModelConfig.dff=4"], "ModelConfig has no parameter 'dff'", "mean d_ff"),
+    "wrong type": (["--gin.BATCH_SIZE=many"], "TrainConfig.batch_size = 'many'", "set by --gin.BATCH_SIZE=many"),
+    "not one of": (
+        ["--gin.REMAT=some"],
+        "ModelConfig.remat = 'some': input should be 'none', 'dots' or 'full'",
+        "REMAT",
+    ),
+    "indivisible": (
+        ["--gin.D_MODEL=102", "--gin.HEAD_DIM=None"],
+        "ModelConfig.d_model = 102: must be divisible by num_heads = 4",
+        "set by --gin.D_MODEL=102",
+    ),
+    "schedule": (["--gin.DECAY_STEPS=200"], "wsd.train_steps = 100: must be at least", "(optim/wsd.gin:"),
+    "missing file": (["--gin_file=size/5.gin"], "no gin file 'size/5.gin'", "mean size/5m.gin"),
+    "size before arch": (["--gin_file=arch/mimo.gin"], "arch/llama.gin comes later", "D_MODEL: size/5m.gin:"),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_mistakes_are_named_with_what_would_be_right(wrong, tmp_path, capsys):
+    flags, first, second = WRONG[wrong]
+    arguments = [*pretrain("arch/minicpm4.gin", "size/5m.gin"), *optim_flags("optim/wsd_mup.gin"), *flags]
+    assert run.main([*arguments, f"--workdir={tmp_path / 'new'}"]) == exit_codes.BAD_CONFIG
+    said = capsys.readouterr().err
+    assert first in said
+    assert second in said
+    assert "Traceback" not in said
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_missing_layer_is_named(tmp_path, capsys):
+    assert run.main(["pretrain", f"--workdir={tmp_path}"]) == exit_codes.BAD_CONFIG
+    said = capsys.readouterr().err
+    assert "BATCH_SIZE is required by runs/pretrain.gin:" in said
+    assert "MODEL is required by runs/pretrain.gin: add one of arch/internlm2.gin, arch/llama.gin" in said
+    assert "MIXTURE is required by runs/pretrain.gin: add one of data/folders.gin" in said
