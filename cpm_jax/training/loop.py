@@ -206,6 +206,12 @@ def train(
                 if initial_state
                 else Restored(0, init_state(model, update, key, mesh), {"tokens_seen": 0})
             )
+            if restored.step >= config.steps:
+                raise ConfigError(
+                    f"TrainConfig.steps = {config.steps}: the state to start from is at step {restored.step} already; "
+                    "steps count from the beginning of its run, so give more than that",
+                    field="TrainConfig.steps",
+                )
         state, step = restored.state, restored.step
 
         writer = make_metric_writer(workdir, step, jax.process_index())

@@ -219,10 +219,12 @@ def test_initial_state_is_where_training_starts(tmp_path, tiny_config):
         seen.append(abstract)
         return restore_state(tmp_path / "first", abstract)
 
+    with pytest.raises(ConfigError, match=r"TrainConfig.steps = 4: the state to start from is at step 4 already"):
+        run(tmp_path / "second", tiny_config, steps=4, initial_state=initial)
     assert run(tmp_path / "second", tiny_config, initial_state=initial) == 8
     run(tmp_path / "unbroken", tiny_config)
     assert_same_params(tmp_path / "unbroken", tmp_path / "second")
-    assert len(seen) == 1
+    assert len(seen) == 2
     assert figures(tmp_path / "second")[-2] == figures(tmp_path / "unbroken")[-2]
 
 
