@@ -223,13 +223,27 @@ def read_gin_text(text: str, path: Path = Path("config.gin")) -> GinFile:
     return GinFile(path, name, lines, tuple(imports), tuple(settings), tuple(includes))
 
 
-def with_includes(path: Path) -> list[GinFile]:
-    """Returns a file and what it includes, cut into pieces that are in the order in which gin reads them."""
+def with_includes(path: Path, includers: tuple[Path, ...] = ()) -> list[GinFile]:
+    """Returns a file and what it includes, cut into pieces that are in the order in which gin reads them.
+
+    Args:
+        path: the file.
+        includers: the files on whose behalf it is read.
+
+    Raises:
+        ConfigError: a file cannot be read, or includes itself.
+    """
     file = read_gin_file(path)
+    if path in includers:
+        raise ConfigError(f"{file.name} includes itself, by {', '.join(_short_name(p) for p in includers)}")
     pieces, done = [], 0
     for count, name in file.includes:
         pieces.append(dataclasses.replace(file, settings=file.settings[done:count]))
-        pieces += with_includes(find_gin_file(name))
+        try:
+            included = find_gin_file(name)
+        except ConfigError as error:
+            raise ConfigError(f"{file.name}: include {name!r}: {error}") from None
+        pieces += with_includes(included, (*includers, path))
         done = count
     return [*pieces, dataclasses.replace(file, settings=file.settings[done:])]
 

@@ -10,7 +10,7 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import gin
 
@@ -30,7 +30,6 @@ from cpm_jax.common.gin_files import (
     with_includes,
 )
 
-T = TypeVar("T")
 _MAX_LINE = 120
 
 

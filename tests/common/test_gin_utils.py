@@ -293,6 +293,14 @@ def test_include(here):
     assert settings.build().num_layers == 3
 
 
+def test_includes_that_cannot_be_followed(here):
+    (here / "both.gin").write_text('include "archs.gin"\n')
+    assert "both.gin: include 'archs.gin': no gin file 'archs.gin'" in message(files=["both.gin"])
+    (here / "both.gin").write_text('include "arch.gin"\ninclude "again.gin"\n')
+    (here / "again.gin").write_text('include "both.gin"\n')
+    assert "both.gin includes itself, by both.gin, again.gin" in message(files=["both.gin"])
+
+
 def test_reading_a_file_as_text(here):
     file = gin_files.read_gin_file(here / "arch.gin")
     assert file.name == "arch.gin"
