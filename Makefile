@@ -35,10 +35,14 @@ $(VENV)/.dev: $(VENV)/.run
 quickstart: $(VENV)/.run ## real text to a trained, measured model: make quickstart [DATA=folder|file.jsonl|…] [WORKDIR=…]
 	$(RUN) -m experiments.run quickstart --gin_file=runs/quickstart.gin --workdir=$(WORKDIR) $(if $(DATA),--gin.DATA=$(DATA))
 
-test: $(VENV)/.dev ## all tests, on CPU
+# Kept out of the environment itself: where libtpu is found, every JAX process looks for a TPU first, noisily.
+$(VENV)/aot/libtpu: $(CONSTRAINTS)
+	$(VENV)/bin/pip install --quiet --no-deps --constraint $(CONSTRAINTS) --target $(VENV)/aot libtpu
+
+test: $(VENV)/.dev $(VENV)/aot/libtpu ## all tests, on CPU
 	$(PYTEST) -n 2 --dist loadfile -m 'not multidevice and not aot'
 	XLA_FLAGS=--xla_force_host_platform_device_count=8 $(PYTEST) -m multidevice
-	$(PYTEST) -m aot
+	PYTHONPATH=$(VENV)/aot $(PYTEST) -m aot
 
 test-fast: $(VENV)/.dev ## the tests to run while working (under 5 minutes)
 	$(PYTEST) -n 2 --dist loadfile -m 'not slow and not multidevice and not aot'
