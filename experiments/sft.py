@@ -96,12 +96,14 @@ def starting_model(config: SftConfig) -> tuple[ModelConfig, Path]:
         ConfigError: rows are longer than the model's positions.
     """
     checkpoint = find_checkpoint(config.init_from)
-    values = read_meta(checkpoint)["model"] | ({"remat": config.remat} if config.remat else {})
-    model, folder = config_from_dict(ModelConfig, values), find_tokenizer(checkpoint)
-    if (size := Tokenizer.load(folder).vocab_size) > model.vocab_size:
+    meta, folder = read_meta(checkpoint), find_tokenizer(checkpoint)
+    model = config_from_dict(ModelConfig, meta["model"] | ({"remat": config.remat} if config.remat else {}))
+    tokenizer = Tokenizer.load(folder)
+    trained_with = meta.get("fixed", {}).get("tokenizer_sha256", tokenizer.sha256)
+    if trained_with != tokenizer.sha256 or tokenizer.vocab_size > model.vocab_size:
         raise InputError(
-            f"the tokenizer in {folder} has {size:,} ids, the model of {checkpoint} {model.vocab_size:,}: it is not "
-            "the tokenizer that the model was trained with"
+            f"the tokenizer in {folder} ({tokenizer.vocab_size:,} ids, sha256 {tokenizer.sha256[:12]}…) is not the one "
+            f"that the model of {checkpoint} was trained with ({model.vocab_size:,} ids, sha256 {trained_with[:12]}…)"
         )
     if config.seq_len > model.max_position_embeddings:
         raise ConfigError(

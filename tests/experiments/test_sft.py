@@ -40,7 +40,8 @@ def write_base(folder, model_vocab=None):
     )
     with Checkpointer(folder / "checkpoints", CheckpointConfig(every=1)) as checkpointer:
         state = {"step": jnp.int32(1), "params": decoder.init_params(model, jax.random.key(3))}
-        checkpointer.save(1, state, {"model": config_to_dict(model)})
+        fixed = {"tokenizer_sha256": tokenizer.sha256}
+        checkpointer.save(1, state, {"model": config_to_dict(model), "fixed": fixed})
     tokenizer.save(folder / "tokenizer")
     return folder
 
@@ -156,8 +157,12 @@ def test_what_does_not_fit_the_checkpoint(base, conversations, tmp_path):
     with pytest.raises(InputError, match="holds no checkpoint"):
         sft.run(config(tmp_path, conversations), tmp_path)
     small = write_base(tmp_path / "small", model_vocab=100)
-    with pytest.raises(InputError, match="not the tokenizer that the model was trained with"):
+    with pytest.raises(InputError, match=r"is not the one that the model of .* was trained with \(100 ids"):
         sft.run(config(small, conversations), tmp_path)
+    swapped = write_base(tmp_path / "swapped")
+    Tokenizer.train(["something else entirely"], vocab_size=280).save(swapped / "tokenizer")
+    with pytest.raises(InputError, match="is not the one that the model of"):
+        sft.run(config(swapped, conversations), tmp_path)
     (small / "tokenizer").rename(tmp_path / "elsewhere")
     with pytest.raises(InputError, match="has no tokenizer"):
         sft.run(config(small, conversations), tmp_path)
