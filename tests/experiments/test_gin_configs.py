@@ -124,7 +124,7 @@ WRONG = {
         "REMAT",
     ),
     "indivisible": (
-        ["--gin.D_MODEL=102", "--gin.HEAD_DIM=None"],
+        ["--gin.D_MODEL=102"],
         "ModelConfig.d_model = 102: must be divisible by num_heads = 4",
         "set by --gin.D_MODEL=102",
     ),
