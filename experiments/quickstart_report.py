@@ -84,7 +84,12 @@ def _headlines(
 ) -> list[Headline]:
     compared = f"zstd -19: {scores['zstd']['value']:.2f}, n-gram: {scores['ngram']['value']:.2f}"
     if "max_error" in checked:
-        same = Headline("Logits in transformers", f"{checked['max_error']:.1e}", "", "largest difference from ours")
+        same = Headline(
+            "Logits in transformers",
+            f"{checked['max_error']:.1e}",
+            "",
+            f"largest difference; they reach {checked['largest_logit']:.3g}",
+        )
     else:
         same = Headline(
             "Logits in transformers", "–", "", f"not checked: {', '.join(checked['missing'])} not installed"
@@ -198,8 +203,8 @@ def _model(job: "PretrainConfig", exported: Mapping[str, Any], checked: Mapping[
         rows.append(["left out there", f"{exported['left_out']:,} parameters of MTP layers"])
     if "max_error" in checked:
         found = (
-            f"{checked['tokens']:,} positions of held-out text: logits differ by at most {checked['max_error']:.2g} in "
-            f"float32; {checked['greedy_tokens']} greedy tokens agree"
+            f"{checked['tokens']:,} positions of held-out text: logits differ by at most {checked['max_error']:.2g}, "
+            f"where they reach {checked['largest_logit']:.3g}; {checked['greedy_tokens']} greedy tokens agree"
         )
     else:
         found = f"not checked: {', '.join(checked['missing'])} not installed"

@@ -29,18 +29,21 @@ class HfCheck:
     Attributes:
         architecture: class that `transformers` loaded.
         max_error: largest absolute difference between two logits, both computed in float32.
+        largest_logit: largest absolute logit, the scale that float32 rounds to.
         tokens: number of positions compared.
         greedy_tokens: number of greedily chosen tokens that agree.
     """
 
     architecture: str
     max_error: float
+    largest_logit: float
     tokens: int
     greedy_tokens: int
 
     def __str__(self) -> str:
         return (
-            f"{self.architecture}: {self.tokens} positions, largest difference of logits {self.max_error:.2g}; "
+            f"{self.architecture}: {self.tokens} positions, largest difference of logits {self.max_error:.2g} "
+            f"where they reach {self.largest_logit:.3g}; "
             f"{self.greedy_tokens} greedy tokens agree"
         )
 
@@ -82,7 +85,9 @@ def check_hf(
 ) -> HfCheck:
     """Compares tokens, logits and greedy text of a folder with ours.
 
-    Both sides compute in float32, from the weights as they are stored in the folder.
+    Both sides compute in float32, from the weights as they are stored in the folder. What they may differ by scales
+    with the logits, as rounding does. On trained models most of the difference is not ours: transformers rounds the
+    angles of the rotary embedding to float32, which at position p is off by up to p · 2^-24 radians.
 
     Args:
         folder: written by `export.hf.export_hf`.
@@ -92,7 +97,8 @@ def check_hf(
         texts: what to compare on.
         max_tokens: how much of each text is used.
         greedy_tokens: how many tokens each text is continued by.
-        tolerance: largest difference of two logits that is allowed.
+        tolerance: largest difference of two logits that is allowed, as a fraction of the largest logit, or as it is
+            where no logit is larger than 1.
 
     Returns:
         The largest difference found.
@@ -105,7 +111,7 @@ def check_hf(
     stored = json.loads((Path(folder) / "config.json").read_text("utf-8"))["dtype"]
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(stored).astype(jnp.float32), params)
     config = dataclasses.replace(config, dtype="float32", param_dtype="float32", fp8=False, remat="none")
-    max_error, positions, agreed = 0.0, 0, 0
+    max_error, largest, positions, agreed = 0.0, 0.0, 0, 0
     for text in texts:
         ids = tokenizer.encode(text)
         theirs = hf_tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -117,14 +123,18 @@ def check_hf(
             expected = model(torch.tensor([ids])).logits[0].numpy()
         ours = np.asarray(_logits(config, params, jnp.asarray([ids])))[0]
         max_error = max(max_error, float(np.abs(ours - expected).max()))
+        largest = max(largest, float(np.abs(expected).max()))
         positions += len(ids)
         if greedy_tokens:
-            agreed += _greedy(torch, model, config, params, ids, greedy_tokens, tolerance)
+            agreed += _greedy(torch, model, config, params, ids, greedy_tokens, tolerance * max(1.0, largest))
     if not positions:
         raise ConfigError("texts: none of them has a token to compare on", field="texts")
-    if not max_error <= tolerance:
-        raise ExportError(f"logits of {folder} differ from ours by {max_error:.3g}, more than {tolerance:g}")
-    return HfCheck(type(model).__name__, max_error, positions, agreed)
+    if not max_error <= tolerance * max(1.0, largest):
+        raise ExportError(
+            f"logits of {folder} differ from ours by {max_error:.3g}: more than {tolerance:g} of the largest, "
+            f"{largest:.3g}"
+        )
+    return HfCheck(type(model).__name__, max_error, largest, positions, agreed)
 
 
 def _greedy(

@@ -40,7 +40,7 @@ def plain() -> ModelConfig:
         num_kv_heads=2,
         d_ff=96,
         max_position_embeddings=256,
-        initializer_range=0.3,
+        initializer_range=0.15,
         dtype="float32",
     )
 
