@@ -158,7 +158,7 @@ def test_chooses_by_itself_and_says_so_once(caplog):
     with caplog.at_level(logging.INFO, logger="kernels_pallas"):
         chosen = api.dot_product_attention(q, k, v)
         api.dot_product_attention(q, k, v)
-    assert [r.getMessage() for r in caplog.records] == ["attention: using implementation='xla' (backend cpu)"]
+    assert [r.getMessage() for r in caplog.records] == ["attention: using implementation='xla' (on cpu)"]
     np.testing.assert_array_equal(chosen, api.dot_product_attention(q, k, v, implementation="xla"))
 
 
