@@ -9,7 +9,6 @@ import dataclasses
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import grain
 import numpy as np
@@ -20,13 +19,20 @@ from cpm_jax.common.config import ConfigError
 from cpm_jax.data.errors import DataError
 from cpm_jax.data.manifest import Manifest
 from cpm_jax.data.mixture import PERIOD, ExampleOrder, MixtureConfig, Stage
-from cpm_jax.data.records import decode_record, to_example
+from cpm_jax.data.records import decode_record, to_rows
 
 Batch = dict[str, np.ndarray]
 
 # Elements are whole batches: a few being read at a time keep a training step fed.
 _READ_OPTIONS = grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
 _MAX_STEPS = 1 << 40
+_DTYPES = {
+    "tokens": np.int32,
+    "targets": np.int32,
+    "loss_weights": np.float32,
+    "segment_ids": np.int32,
+    "positions": np.int32,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,83 +89,90 @@ def _check_shard(path: Path, records: int) -> None:
         raise DataError(f"shard {path} holds {found} records where the manifest says {records}: prepare it again")
 
 
-def _open_split(dataset: Dataset, split: str) -> grain.MapDataset:
+def _open_split(dataset: Dataset, split: str) -> grain.sources.ArrayRecordDataSource:
     """The records of a split in their order, undecoded."""
     # With the numbers of records given, opening reads no file.
     shards = dataset.manifest.splits[split].shards
     paths = dataset.manifest.shard_paths(dataset.path, split)
     instructions = [f"{path}[0:{shard.records}]" for path, shard in zip(paths, shards, strict=True)]
-    return grain.MapDataset.source(grain.sources.ArrayRecordDataSource(instructions))
+    return grain.sources.ArrayRecordDataSource(instructions)
 
 
 @dataclasses.dataclass(frozen=True)
-class _ReadExample:
-    """Reads one example: a row of a batch with its `source_ids`. Travels to worker processes."""
+class _Reader:
+    """Reads the rows of a batch. Travels to worker processes."""
 
     datasets: tuple[Dataset, ...]
-    records: tuple[grain.MapDataset, ...]
+    sources: tuple[grain.sources.ArrayRecordDataSource | None, ...]
 
-    def __call__(self, component: int, position: int) -> dict[str, Any]:
-        dataset = self.datasets[component]
-        try:
-            example = to_example(decode_record(self.records[component][position]), dataset.manifest.seq_len)
-        except (DataError, RuntimeError, ValueError) as error:
-            raise DataError(
-                f"{dataset.path}: a record cannot be read ({error}); a shard is damaged, prepare the dataset again"
-            ) from error
-        return example | {"source_ids": np.int32(component)}
+    def __call__(self, records: Sequence[tuple[int, int] | None]) -> Batch:
+        """Rows of the given records, each a component and an index in it; None is a row of padding."""
+        shape = (len(records), self.datasets[0].manifest.seq_len)
+        batch: Batch = {key: np.zeros(shape, dtype) for key, dtype in _DTYPES.items()}
+        batch["source_ids"] = np.zeros(len(records), np.int32)
+        for component, (dataset, source) in enumerate(zip(self.datasets, self.sources, strict=True)):
+            rows = [row for row, record in enumerate(records) if record is not None and record[0] == component]
+            if not rows:
+                continue
+            assert source is not None
+            try:
+                # One call for all rows: the C++ reader fetches and decompresses them in parallel.
+                found = source.__getitems__([record[1] for record in records if record and record[0] == component])
+                read = to_rows([decode_record(data) for data in found], dataset.manifest.seq_len)
+            except (DataError, RuntimeError, ValueError) as error:
+                raise DataError(
+                    f"{dataset.path}: a record cannot be read ({error}); a shard is damaged, prepare the dataset again"
+                ) from error
+            for key, values in read.items():
+                batch[key][rows] = values
+            batch["source_ids"][rows] = component
+        return batch
 
 
 @dataclasses.dataclass(frozen=True)
-class _TrainExample:
-    """Example `index` of a process, counting only the rows it reads."""
+class _TrainBatch:
+    """The rows that a process reads of batch(step)."""
 
     order: ExampleOrder
-    read: _ReadExample
+    shuffled: tuple[grain.MapDataset, ...]  # of each component, the record at each position of its endless order
+    read: _Reader
     batch_size: int
     first_row: int
     num_rows: int
 
-    def __call__(self, index: int) -> dict[str, Any]:
-        step, row = divmod(index, self.num_rows)
-        return self.read(*self.order.place(step * self.batch_size + self.first_row + row))
+    def __call__(self, step: int) -> Batch:
+        first = step * self.batch_size + self.first_row
+        places = [self.order.place(first + row) for row in range(self.num_rows)]
+        return self.read([(component, self.shuffled[component][position]) for component, position in places])
 
 
 @dataclasses.dataclass(frozen=True)
-class _ValidationExample:
+class _ValidationBatch:
     """The same for one pass over all records in order; past the last one, rows of padding."""
 
     sizes: tuple[int, ...]
-    read: _ReadExample
+    read: _Reader
     batch_size: int
     first_row: int
     num_rows: int
 
-    def __call__(self, index: int) -> dict[str, Any]:
-        step, row = divmod(index, self.num_rows)
-        position = step * self.batch_size + self.first_row + row
+    def __call__(self, step: int) -> Batch:
+        first = step * self.batch_size + self.first_row
+        return self.read([self._place(first + row) for row in range(self.num_rows)])
+
+    def _place(self, position: int) -> tuple[int, int] | None:
         for component, size in enumerate(self.sizes):
             if position < size:
-                return self.read(component, position)
+                return component, position
             position -= size
-        template = self.read(next(i for i, size in enumerate(self.sizes) if size), 0)
-        return {key: np.zeros_like(value) for key, value in template.items()}
-
-
-def _stack(examples: list[dict[str, Any]]) -> Batch:
-    return {key: np.stack([example[key] for example in examples]) for key in examples[0]}
+        return None
 
 
 class Loader(Iterator[Batch]):
     """Iterates over batches, one per step; `close` ends its worker processes."""
 
-    def __init__(self, example: Callable[[int], dict[str, Any]], steps: range, num_rows: int, num_workers: int):
-        batches = (
-            grain.MapDataset.range(steps.start * num_rows, steps.stop * num_rows)
-            .map(example)
-            .batch(num_rows, batch_fn=_stack)
-            .to_iter_dataset(_READ_OPTIONS)
-        )
+    def __init__(self, batch: Callable[[int], Batch], steps: range, num_workers: int):
+        batches = grain.MapDataset.range(steps.start, steps.stop).map(batch).to_iter_dataset(_READ_OPTIONS)
         if num_workers:
             # Grain's workers read absl flags, which a program that is not an absl app never parses.
             if not flags.FLAGS.is_parsed():
@@ -237,17 +250,16 @@ def make_loader(
     """
     rows = _rows(batch_size, process_index, process_count)
     datasets = open_datasets(config)
-    records = tuple(
+    shuffled = tuple(
         # A component's order depends on its own name: adding another one leaves it as it is.
-        _open_split(dataset, "train").shuffle(seed=zlib.crc32(f"{seed} {dataset.name}".encode())).repeat()
+        grain.MapDataset.range(dataset.manifest.splits["train"].records)
+        .shuffle(seed=zlib.crc32(f"{seed} {dataset.name}".encode()))
+        .repeat()
         for dataset in datasets
     )
-    example = _TrainExample(
-        ExampleOrder(config.stages or (_by_size(datasets),), batch_size),
-        _ReadExample(datasets, records),
-        **rows,
-    )
-    return Loader(example, range(start_step, _MAX_STEPS), rows["num_rows"], num_workers)
+    order = ExampleOrder(config.stages or (_by_size(datasets),), batch_size)
+    reader = _Reader(datasets, tuple(_open_split(dataset, "train") for dataset in datasets))
+    return Loader(_TrainBatch(order, shuffled, reader, **rows), range(start_step, _MAX_STEPS), num_workers)
 
 
 def make_validation_loader(
@@ -280,9 +292,8 @@ def make_validation_loader(
     sizes = tuple(
         d.manifest.splits["validation"].records if has else 0 for d, has in zip(datasets, held_out, strict=True)
     )
-    records = tuple(
-        _open_split(dataset, "validation") if has else grain.MapDataset.source([])
-        for dataset, has in zip(datasets, held_out, strict=True)
+    sources = tuple(
+        _open_split(dataset, "validation") if has else None for dataset, has in zip(datasets, held_out, strict=True)
     )
-    example = _ValidationExample(sizes, _ReadExample(datasets, records), **rows)
-    return Loader(example, range(-(-sum(sizes) // batch_size)), rows["num_rows"], num_workers)
+    batch = _ValidationBatch(sizes, _Reader(datasets, sources), **rows)
+    return Loader(batch, range(-(-sum(sizes) // batch_size)), num_workers)

@@ -5,6 +5,7 @@ documents, and, only when some tokens are not to be learned, a bit per token (1:
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Bool, UInt32
@@ -67,33 +68,33 @@ def decode_record(data: bytes) -> PackedRecord:
     return PackedRecord(tokens, starts, mask)
 
 
-def to_example(record: PackedRecord, seq_len: int) -> dict[str, np.ndarray]:
-    """One row of a batch, as docs/architecture.md describes it (all keys but `source_ids`), padded to `seq_len`.
+def to_rows(records: Sequence[PackedRecord], seq_len: int) -> dict[str, np.ndarray]:
+    """Rows of a batch, as docs/architecture.md describes it (all keys but `source_ids`), padded to `seq_len`.
 
     Raises:
-        DataError: the record is longer than `seq_len` + 1.
+        DataError: a record is longer than `seq_len` + 1.
     """
-    num_tokens = len(record.tokens)
-    if num_tokens > seq_len + 1:
-        raise DataError(f"a record of {num_tokens} tokens does not fit seq_len {seq_len}")
-    is_start = np.zeros(seq_len + 1, np.int32)
-    is_start[record.document_starts] = 1
-    segment_ids = np.cumsum(is_start, dtype=np.int32)
-    segment_ids[num_tokens:] = 0
+    shape = (len(records), seq_len + 1)
+    tokens, is_start = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    is_token, learned = np.zeros(shape, np.bool_), np.zeros(shape, np.bool_)
+    for row, record in enumerate(records):
+        num_tokens = len(record.tokens)
+        if num_tokens > seq_len + 1:
+            raise DataError(f"a record of {num_tokens} tokens does not fit seq_len {seq_len}")
+        tokens[row, :num_tokens] = record.tokens
+        is_start[row, record.document_starts] = 1
+        is_token[row, :num_tokens] = True
+        learned[row, :num_tokens] = record.loss_mask
+    segment_ids = np.where(is_token, np.cumsum(is_start, axis=1, dtype=np.int32), 0)
     index = np.arange(seq_len + 1, dtype=np.int32)
-    positions = index - np.maximum.accumulate(np.where(is_start, index, 0))
-    tokens = np.zeros(seq_len + 1, np.int32)
-    tokens[:num_tokens] = record.tokens
-    learned = np.zeros(seq_len + 1, np.bool_)
-    learned[:num_tokens] = record.loss_mask
+    positions = index - np.maximum.accumulate(np.where(is_start, index, 0), axis=1)
     # A target counts when it continues the document of its input.
-    weights = learned[1:] & (segment_ids[1:] == segment_ids[:-1]) & (segment_ids[1:] > 0)
+    weights = learned[:, 1:] & is_token[:, 1:] & (segment_ids[:, 1:] == segment_ids[:, :-1])
     # The last stored token is only a target; as an input it would be a row's (seq_len + 1)-th.
-    inputs = segment_ids[:-1].copy()
     return {
-        "tokens": tokens[:-1],
-        "targets": tokens[1:],
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
         "loss_weights": weights.astype(np.float32),
-        "segment_ids": inputs,
-        "positions": np.where(inputs > 0, positions[:-1], 0).astype(np.int32),
+        "segment_ids": segment_ids[:, :-1],
+        "positions": np.where(is_token[:, :-1], positions[:, :-1], 0).astype(np.int32),
     }

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cpm_jax.data.packing import BestFitDecreasing, ConcatThenSplit, TokenizedDocuments, best_fit_decreasing
-from cpm_jax.data.records import decode_record, encode_record, to_example
+from cpm_jax.data.records import decode_record, encode_record, to_rows
 
 documents_lists = st.lists(st.integers(0, 40), max_size=30)
 
@@ -121,7 +121,8 @@ def test_loss_weights_of_a_row(lengths, seq_len):
     """A target counts when it is learned and follows its input in the same document: checked token by token."""
     for packer in (ConcatThenSplit(seq_len), BestFitDecreasing(seq_len)):
         for record in pack(packer, make_documents(lengths)):
-            example = to_example(decode_record(encode_record(record)), seq_len)
+            rows = to_rows([decode_record(encode_record(record))], seq_len)
+            example = {key: values[0] for key, values in rows.items()}
             assert {len(row) for row in example.values()} == {seq_len}
             starts = record.document_starts.tolist()
             document = position = -1

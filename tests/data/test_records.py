@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from cpm_jax.data.errors import DataError
-from cpm_jax.data.records import PackedRecord, decode_record, encode_record, to_example
+from cpm_jax.data.records import PackedRecord, decode_record, encode_record, to_rows
 
 
 def record(num_tokens=11, mask=None):
@@ -36,7 +36,7 @@ def test_what_is_no_record_is_refused():
         with pytest.raises(DataError, match="not a packed record"):
             decode_record(data)
     with pytest.raises(DataError, match="a record of 11 tokens does not fit seq_len 9"):
-        to_example(record(), 9)
+        to_rows([record()], 9)
 
 
 @pytest.mark.parametrize("starts", [[], [1], [0, 11]])
