@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+import transformers
 
 from cpm_jax.checkpoints.hf_layout import hf_slices
 from cpm_jax.common.config import ConfigError
@@ -15,9 +17,6 @@ from cpm_jax.modeling.config import ModelConfig, RopeConfig
 from cpm_jax.modeling.decoder import abstract_params, init_params
 from export.hf import export_hf, hf_config
 from export.hf_check import ExportError, check_hf
-
-torch = pytest.importorskip("torch", reason="torch is not installed: nothing to compare with")
-transformers = pytest.importorskip("transformers", reason="transformers is not installed: nothing to compare with")
 
 TEXTS = (
     "def add(a, b):\n    return a + b\n\n\nclass Tree:\n    pass\n",
