@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PRETRAIN = [
     *("pretrain", "--gin_file=arch/minicpm4.gin", "--gin_file=size/2m.gin", "--gin_file=data/folders.gin"),
     *("--gin_file=optim/wsd_mup.gin", "--gin_file=runs/pretrain.gin", "--gin.DATA=set", "--gin.DTYPE=float32"),
-    *("--gin.NUM_LAYERS=1", "--gin.D_MODEL=64", "--gin.D_FF=64", "--gin.VOCAB_SIZE=512", "--gin.BATCH_SIZE=4"),
+    *("--gin.NUM_LAYERS=1", "--gin.D_MODEL=96", "--gin.D_FF=64", "--gin.VOCAB_SIZE=512", "--gin.BATCH_SIZE=4"),
     *("--gin.TRAIN_STEPS=4", "--gin.WARMUP_STEPS=1", "--gin.DECAY_STEPS=1", "--gin.EVAL_EVERY=0", "--gin.LOG_EVERY=1"),
 ]
 
