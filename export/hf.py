@@ -1,15 +1,16 @@
-"""Writes a Hugging Face folder that `transformers` loads without remote code.
+"""Writes Hugging Face folders: any layout of `cpm_jax/checkpoints/hf_config.py`, by its table of names.
 
-Two of its classes have our layout: `LlamaForCausalLM`, and, where µP multipliers are on, `GraniteForCausalLM`, which
-has the same multipliers of embeddings, residual branches, attention and logits under other names. Biases on q, k and
-v (MiMo, Qwen2) become `attention_bias` with a zero bias on o. The class that has just these biases,
-`Qwen2ForCausalLM`, is not used: for its model type transformers 5 puts Qwen's own rules for splitting text in place
-of those in `tokenizer.json`.
+By default it is a class that `transformers` loads without remote code. Two of its classes hold any model of ours:
+`LlamaForCausalLM`, and, where µP multipliers are on, `GraniteForCausalLM`, which has the same multipliers of
+embeddings, residual branches, attention and logits under other names. Biases on q, k and v (MiMo, Qwen2) become
+`attention_bias` with a zero bias on o.
 
-MTP layers have no place in them and are left out, which the model card and the result say.
+MTP layers have a place in the layout of MiMo only; elsewhere they are left out, as model card and result say.
 """
 
 import json
+import math
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,13 +21,19 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
-from cpm_jax.checkpoints.hf_layout import MTP, Slice, flatten, hf_slices, read_slice
+from cpm_jax.checkpoints.hf_config import LAYOUTS, Layout, default_layout, write_config
+from cpm_jax.checkpoints.hf_layouts import Tensor, flatten, tensors, to_theirs
+from cpm_jax.checkpoints.sources import CONFIG_FILE, GENERATION_CONFIG_FILE
 from cpm_jax.common.config import ConfigError
 from cpm_jax.common.files import write_json, write_text
 from cpm_jax.data.tokenizer import Tokenizer
 from cpm_jax.modeling.config import ModelConfig
 
-DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+DTYPES = {
+    "float32": np.dtype(np.float32),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "float16": np.dtype(np.float16),
+}
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,7 @@ class HfExport:
 
     Attributes:
         folder: where.
-        architecture: class of `transformers` that loads it.
+        architecture: class that its config.json names.
         parameters: number of values in the tensors.
         left_out: number of values that the class has no place for (MTP layers).
         files: names of the weight files.
@@ -48,13 +55,6 @@ class HfExport:
     files: tuple[str, ...]
 
 
-def architecture(config: ModelConfig) -> str:
-    """Name of the `transformers` class that computes what our decoder does."""
-    if config.scale_emb != 1 or config.scale_depth or config.dim_model_base:
-        return "GraniteForCausalLM"
-    return "LlamaForCausalLM"
-
-
 def _token_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
     return {
         "bos_token_id": tokenizer.bos_id,
@@ -63,77 +63,47 @@ def _token_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
     }
 
 
-def hf_config(config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict[str, Any]:
+# What an imported config.json says of other things than the new folder: code that lies elsewhere, the type of the
+# weights; and what is written anew: rotary embedding, lengths, sparse attention.
+_NOT_KEPT = re.compile(
+    r"auto_map|sparse_config|_name_or_path|transformers_version|(torch_)?dtype|rope_.*|.*max_position_embeddings"
+)
+
+
+def hf_config(
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    dtype: str,
+    layout: Layout | None = None,
+    imported_config: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """The content of `config.json`.
 
     Args:
         config: our model.
-        tokenizer: gives the ids of special tokens.
+        tokenizer: gives the ids of special tokens, where `imported_config` does not.
         dtype: type of the stored weights.
+        layout: of the folder; None takes `default_layout(config)`.
+        imported_config: as in `export_hf`.
+
+    Raises:
+        ConfigError: the layout has no place for something that the model computes.
     """
-    name = architecture(config)
-    rope = config.rope
-    content: dict[str, Any] = {
-        "architectures": [name],
-        "model_type": name.removesuffix("ForCausalLM").lower(),
-        "dtype": dtype,
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.d_model,
-        "intermediate_size": config.d_ff,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.num_kv_heads,
-        "head_dim": config.head_size,
-        "hidden_act": "silu",
-        "max_position_embeddings": config.max_position_embeddings,
-        "rms_norm_eps": config.rms_norm_eps,
-        "initializer_range": config.initializer_range,
-        "tie_word_embeddings": config.tie_word_embeddings,
-        "attention_bias": config.attention_bias,
-        "attention_dropout": 0.0,
-        "use_cache": True,
-        # transformers 4 and 5 both read these two; 5 itself writes them as one `rope_parameters`.
-        "rope_theta": rope.rope_theta,
-        "rope_scaling": None,
-        **_token_ids(tokenizer),
-    }
-    if rope.is_longrope:
-        content["original_max_position_embeddings"] = rope.original_max_position_embeddings
-        content["rope_scaling"] = {
-            "rope_type": "longrope",
-            "short_factor": list(rope.short_factor),
-            "long_factor": list(rope.long_factor),
-            "original_max_position_embeddings": rope.original_max_position_embeddings,
-        }
-        if rope.attention_factor is not None:
-            content["rope_scaling"]["attention_factor"] = rope.attention_factor
-    if name == "GraniteForCausalLM":
-        content |= {
-            "embedding_multiplier": config.scale_emb,
-            "residual_multiplier": config.residual_multiplier,
-            "attention_multiplier": config.head_size**-0.5,
-            "logits_scaling": config.width_multiplier,
-        }
-    return content
+    layout, imported = layout or default_layout(config), imported_config or {}
+    kept = {name: value for name, value in imported.items() if not _NOT_KEPT.fullmatch(name)}
+    ids = _token_ids(tokenizer) | {name: kept[name] for name in _token_ids(tokenizer) if kept.get(name) is not None}
+    if imported.get("model_type") != layout.model_type:
+        kept = {}
+    usual = {"attention_dropout": 0.0, "use_cache": True}
+    return usual | kept | write_config(config, layout) | {"dtype": dtype} | ids
 
 
-def _tensors(params: dict[str, Any], config: ModelConfig) -> list[Slice]:
-    parts = list(hf_slices(params))
-    if config.attention_bias:
-        # Their switch adds a bias to o_proj too, which ours does not have: zeros.
-        parts += [
-            Slice(f"model.layers.{layer}.self_attn.o_proj.bias", "", layer, False, (config.d_model,))
-            for layer in range(config.num_layers)
-        ]
-    return parts
-
-
-def _shards(parts: Sequence[Slice], itemsize: int, limit: int) -> list[list[Slice]]:
+def _shards(parts: Sequence[Tensor], itemsize: int, limit: int) -> list[list[Tensor]]:
     """Splits the tensors, in order, into files of at most `limit` bytes; a larger tensor has a file of its own."""
-    shards: list[list[Slice]] = [[]]
+    shards: list[list[Tensor]] = [[]]
     size = 0
     for part in parts:
-        num_bytes = int(np.prod(part.shape)) * itemsize
+        num_bytes = math.prod(part.shape) * itemsize
         if shards[-1] and size + num_bytes > limit:
             shards.append([])
             size = 0
@@ -142,20 +112,42 @@ def _shards(parts: Sequence[Slice], itemsize: int, limit: int) -> list[list[Slic
     return shards
 
 
+def _read_tensor(flat: Mapping[str, Any], tensor: Tensor, config: ModelConfig, dtype: str) -> np.ndarray:
+    """The values of one Hugging Face tensor, on the host.
+
+    Raises:
+        ConfigError: some are beyond the range of `dtype`.
+    """
+    if not tensor.paths:
+        return np.zeros(tensor.shape, DTYPES[dtype])
+    values = [np.asarray(flat[path] if tensor.layer is None else flat[path][tensor.layer]) for path in tensor.paths]
+    theirs = to_theirs(tensor, values, config)
+    with np.errstate(over="ignore"):
+        stored = theirs.astype(DTYPES[dtype])
+    if dtype == "float16" and np.any(np.isinf(stored) & np.isfinite(theirs)):
+        raise ConfigError(
+            f"dtype = 'float16': {tensor.name} has values up to {np.abs(theirs).max():.3g}, and float16 ends at 65504; "
+            "choose bfloat16 or float32",
+            field="dtype",
+        )
+    return stored
+
+
 def _write_weights(
-    params: dict[str, Any], config: ModelConfig, folder: Path, dtype: str, max_shard_bytes: int
+    flat: Mapping[str, Any],
+    parts: Sequence[Tensor],
+    config: ModelConfig,
+    folder: Path,
+    dtype: str,
+    max_shard_bytes: int,
 ) -> Iterator[str]:
     """Writes the weight files one after another, so that only one is held in memory; yields their names."""
-    flat, kind = flatten(params), DTYPES[dtype]
-    shards = _shards(_tensors(params, config), kind.itemsize, max_shard_bytes)
+    shards = _shards(parts, DTYPES[dtype].itemsize, max_shard_bytes)
     weight_map: dict[str, str] = {}
     total = 0
     for index, shard in enumerate(shards, start=1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{index:05d}-of-{len(shards):05d}.safetensors"
-        arrays = {
-            part.name: read_slice(flat, part).astype(kind) if part.path else np.zeros(part.shape, kind)
-            for part in shard
-        }
+        arrays = {part.name: _read_tensor(flat, part, config, dtype) for part in shard}
         safetensors.numpy.save_file(arrays, folder / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(arrays, name)
         total += sum(array.nbytes for array in arrays.values())
@@ -165,33 +157,38 @@ def _write_weights(
         write_json(folder / "model.safetensors.index.json", index_content)
 
 
-def _model_card(config: ModelConfig, result: HfExport, facts: Mapping[str, str]) -> str:
-    lines = [
-        "---",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "---",
-        "",
-        "# A decoder trained with cpm_jax",
-        "",
+def _model_card(config: ModelConfig, layout: Layout, result: HfExport, facts: Mapping[str, str]) -> str:
+    size = (
         f"{result.parameters:,} parameters, {config.num_layers} layers of width {config.d_model}, "
         f"{config.num_heads} query and {config.num_kv_heads} key-value heads, vocabulary {config.vocab_size:,}, "
-        f"up to {config.max_position_embeddings:,} tokens.",
-        "",
-        "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
-        "",
-        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
-        f'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")  # {result.architecture}',
-        'inputs = tokenizer("import ", return_tensors="pt")',
-        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))",
-        "```",
-    ]
+        f"up to {config.max_position_embeddings:,} tokens."
+    )
+    lines = ["---", "pipeline_tag: text-generation", "---", "", "# A decoder written by cpm_jax", "", size, ""]
+    if layout.in_transformers:
+        lines[1:1] = ["library_name: transformers"]
+        lines += [
+            "```python",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
+            f'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")  # {result.architecture}',
+            'inputs = tokenizer("import ", return_tensors="pt")',
+            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))",
+            "```",
+        ]
+    else:
+        lines += [f"The layout is that of {result.architecture}, whose code is published with its own weights."]
     if result.left_out:
         lines += [
             "",
             f"{config.num_nextn_predict_layers} multi-token layers ({result.left_out:,} parameters) are left "
             f"out: {result.architecture} has no place for them. They do not change what the model predicts next.",
+        ]
+    if config.sparse_config is not None and layout.in_transformers:
+        lines += [
+            "",
+            f"It may attend sparsely beyond {max(config.sparse_config.dense_len, 0):,} tokens (InfLLM v2). "
+            f"{result.architecture} attends densely, with the same weights.",
         ]
     if facts:
         lines += ["", "## Training", "", "| | |", "|---|---|"]
@@ -203,15 +200,31 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
+def check_replaceable(folder: Path) -> None:
+    """Checks that a folder does not exist, is empty, or holds an earlier export.
+
+    Raises:
+        ConfigError: it holds something else.
+    """
+    if folder.exists() and not (folder / "config.json").is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise ConfigError(
+            f"folder = {str(folder)!r}: holds files that are no Hugging Face export; give an empty or a new folder",
+            field="folder",
+        )
+
+
 def export_hf(
     params: dict[str, Any],
     config: ModelConfig,
     tokenizer: Tokenizer,
     folder: Path,
     *,
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    layout: str = "",
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
     max_shard_bytes: int = 5_000_000_000,
     facts: Mapping[str, str] | None = None,
+    imported_config: Mapping[str, Any] | None = None,
+    imported_generation_config: Mapping[str, Any] | None = None,
 ) -> HfExport:
     """Writes a Hugging Face folder, whole or not at all.
 
@@ -220,44 +233,54 @@ def export_hf(
         config: the model that it belongs to.
         tokenizer: what the model was trained with.
         folder: where to write; an earlier export there is replaced.
+        layout: architecture of the folder, a key of `hf_config.LAYOUTS`; "" takes a class that transformers has.
         dtype: type to store the weights in.
         max_shard_bytes: larger models are split into several weight files, with an index.
         facts: lines for the model card, for example steps and losses.
+        imported_config: the config.json that the weights once came with. What it says beyond our config (several ids
+            that end a text, the kind of dropout) goes into a folder of the same layout again.
+        imported_generation_config: the same of generation_config.json, for any layout.
 
     Returns:
         What was written.
 
     Raises:
-        ConfigError: the tokenizer has more tokens than the model, or `folder` holds something else than an export.
+        ConfigError: the layout has no place for something that the model computes, the tokenizer has more tokens than
+            the model, values are beyond the range of `dtype`, or `folder` holds something else than an export.
     """
+    if layout and layout not in LAYOUTS:
+        raise ConfigError(f"layout = {layout!r}: accepted are {', '.join(LAYOUTS)}", field="layout")
+    chosen = LAYOUTS[layout] if layout else default_layout(config)
     if tokenizer.vocab_size > config.vocab_size:
         raise ConfigError(
             f"ModelConfig.vocab_size = {config.vocab_size}: the tokenizer has {tokenizer.vocab_size} tokens, so it is "
             "not the one that this model was trained with",
             field="ModelConfig.vocab_size",
         )
+    content = hf_config(config, tokenizer, dtype, chosen, imported_config)
     folder = Path(folder)
-    if folder.exists() and not (folder / "config.json").is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise ConfigError(
-            f"folder = {str(folder)!r}: holds files that are no Hugging Face export; give an empty or a new folder",
-            field="folder",
-        )
+    check_replaceable(folder)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    left_out = sum(int(np.prod(leaf.shape)) for path, leaf in flatten(params).items() if path.startswith(f"{MTP}/"))
+    flat, parts = flatten(params), tensors(chosen.names, config)
+    held = {path for part in parts for path in part.paths}
     result = HfExport(
         folder=folder,
-        architecture=architecture(config),
-        parameters=sum(int(np.prod(part.shape)) for part in _tensors(params, config)),
-        left_out=left_out,
-        files=tuple(_write_weights(params, config, partial, dtype, max_shard_bytes)),
+        architecture=chosen.architecture,
+        parameters=sum(math.prod(part.shape) for part in parts),
+        left_out=sum(math.prod(leaf.shape) for path, leaf in flat.items() if path not in held),
+        files=tuple(_write_weights(flat, parts, config, partial, dtype, max_shard_bytes)),
     )
-    write_json(partial / "config.json", hf_config(config, tokenizer, dtype))
-    write_json(partial / "generation_config.json", _token_ids(tokenizer))
+    write_json(partial / CONFIG_FILE, content)
+    generation = {name: content[name] for name in _token_ids(tokenizer)}
+    generation |= {
+        name: value for name, value in (imported_generation_config or {}).items() if name != "transformers_version"
+    }
+    write_json(partial / GENERATION_CONFIG_FILE, generation)
     tokenizer.save(partial)
     _complete_tokenizer_config(partial / "tokenizer_config.json", config)
-    write_text(partial / "README.md", _model_card(config, result, facts or {}))
+    write_text(partial / "README.md", _model_card(config, chosen, result, facts or {}))
     if folder.exists():
         shutil.rmtree(folder)
     partial.rename(folder)

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cpm_jax.checkpoints.hf_config import LAYOUTS, find_layout
+from cpm_jax.checkpoints.sources import CONFIG_FILE
 from cpm_jax.common.config import ConfigError
 from cpm_jax.data.tokenizer import Tokenizer
 from cpm_jax.modeling.config import ModelConfig
@@ -54,6 +56,10 @@ def _load(folder: Path) -> tuple[Any, Any, Any]:
         import transformers
     except ImportError as error:
         raise ConfigError(f"checking against transformers needs {error.name}: pip install 'cpm_jax[export]'") from error
+    layout = find_layout(json.loads((folder / CONFIG_FILE).read_text("utf-8")))
+    if not layout.in_transformers:
+        known = ", ".join(name for name, other in LAYOUTS.items() if other.in_transformers)
+        raise ConfigError(f"transformers has no class {layout.architecture} to check {folder} with; it has {known}")
     transformers.utils.logging.disable_progress_bar()
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, local_files_only=True
@@ -105,7 +111,8 @@ def check_hf(
 
     Raises:
         ExportError: token ids, logits or greedy text differ.
-        ConfigError: torch or transformers is not installed, or the texts have no tokens.
+        ConfigError: torch or transformers is not installed, transformers has no class for the layout, or the texts
+            have no tokens.
     """
     torch, model, hf_tokenizer = _load(Path(folder))
     stored = json.loads((Path(folder) / "config.json").read_text("utf-8"))["dtype"]

@@ -279,8 +279,10 @@ def find_checkpoint(path: str | os.PathLike[str]) -> Path:
         logger.warning("checkpoint %s is unreadable: %s; taking the one before", step, damage)
     if damaged:
         raise _none_readable(directory, damaged)
+    foreign = path.suffix == ".gguf" or (path / "config.json").is_file()
     raise CheckpointError(
         f"{path} holds no checkpoint: give a workdir, its {CHECKPOINTS_DIR}/ folder, or a folder of one step in it"
+        + ("; to start from published weights, make a workdir of them with the verb convert" if foreign else "")
     )
 
 

@@ -259,6 +259,8 @@ def save_and_poll(checkpointer, step, state):
         checkpointer.check_for_errors()
 
 
+# TensorStore may report a refused write to an event loop that Orbax has closed by then.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("asynchronous", [True, False])
 def test_full_disk_is_reported_and_harms_no_other_checkpoint(tmp_path, asynchronous):
     """The limit on the size of a file makes the operating system refuse the write, as a full disk does."""

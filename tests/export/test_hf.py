@@ -10,11 +10,11 @@ import pytest
 import torch
 import transformers
 
-from cpm_jax.checkpoints.hf_layout import hf_slices
+from cpm_jax.checkpoints.hf_layouts import LLAMA, tensors
 from cpm_jax.common.config import ConfigError
 from cpm_jax.data.tokenizer import Tokenizer
 from cpm_jax.modeling.config import ModelConfig, RopeConfig
-from cpm_jax.modeling.decoder import abstract_params, init_params
+from cpm_jax.modeling.decoder import init_params
 from export.hf import export_hf, hf_config
 from export.hf_check import ExportError, check_hf
 
@@ -131,6 +131,43 @@ def test_bfloat16_weights_are_the_rounded_ones(plain, tokenizer, tmp_path):
     np.testing.assert_array_equal(model.model.layers[1].mlp.up_proj.weight.detach().float().numpy(), ours)
 
 
+def test_float16_holds_what_is_in_its_range(plain, tokenizer, tmp_path):
+    params = _params(plain)
+    export_hf(params, plain, tokenizer, tmp_path / "hf", dtype="float16")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype="auto")
+    assert model.dtype == torch.float16
+    params["layers"]["mlp"]["up_proj"]["kernel"] = params["layers"]["mlp"]["up_proj"]["kernel"].at[1, 3, 5].set(-7e4)
+    with pytest.raises(
+        ConfigError, match=r"model.layers.1.mlp.up_proj.weight has values up to 7e\+04, and float16 ends"
+    ):
+        export_hf(params, plain, tokenizer, tmp_path / "again", dtype="float16")
+    assert not (tmp_path / "again").exists()
+
+
+@pytest.mark.parametrize("layout", ["llama", "granite"])
+def test_a_layout_by_name(layout, plain, tokenizer, tmp_path):
+    """Granite holds a model without multipliers too, with each of them 1."""
+    params = _params(plain)
+    result = export_hf(params, plain, tokenizer, tmp_path / "hf", layout=layout)
+    assert result.architecture == f"{layout.capitalize()}ForCausalLM"
+    check_hf(tmp_path / "hf", params, plain, tokenizer, TEXTS, greedy_tokens=4, max_tokens=40)
+
+
+def test_layouts_that_are_refused(plain, tokenizer, tmp_path):
+    params = _params(plain)
+    with pytest.raises(
+        ConfigError, match="layout = 'gpt2': accepted are llama, qwen2, granite, minicpm, internlm2, mimo"
+    ):
+        export_hf(params, plain, tokenizer, tmp_path / "hf", layout="gpt2")
+    with pytest.raises(ConfigError, match="the layout 'qwen2' always has biases on q, k and v"):
+        export_hf(params, plain, tokenizer, tmp_path / "hf", layout="qwen2")
+    assert not any(tmp_path.iterdir())
+    export_hf(params, plain, tokenizer, tmp_path / "hf", layout="internlm2")
+    assert "InternLM2ForCausalLM, whose code is published" in (tmp_path / "hf/README.md").read_text()
+    with pytest.raises(ConfigError, match="transformers has no class InternLM2ForCausalLM to check"):
+        check_hf(tmp_path / "hf", params, plain, tokenizer, TEXTS)
+
+
 def test_shards_have_an_index_and_stay_below_the_limit(plain, tokenizer, tmp_path):
     params = _params(plain)
     limit = 100_000
@@ -203,7 +240,7 @@ def test_names_and_shapes_of_a_large_model_are_complete(tokenizer):
         d_ff=16384,
         **{**MUP, "dim_model_base": 256},
     )
-    ours = {part.name: part.shape for part in hf_slices(abstract_params(config))}
+    ours = {part.name: part.shape for part in tensors(LLAMA, config)}
     hf = transformers.GraniteConfig(**hf_config(config, tokenizer, "bfloat16"))
     with torch.device("meta"):
         model = transformers.GraniteForCausalLM(hf)
