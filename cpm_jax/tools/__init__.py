@@ -1,0 +1,1 @@
+"""Tools that models use: the sandbox that their code runs in."""
