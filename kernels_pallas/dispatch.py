@@ -2,6 +2,7 @@
 
 import functools
 import logging
+from collections.abc import Mapping
 
 import jax
 
@@ -29,3 +30,37 @@ def target_platform() -> str:
 def log_choice(op: str, implementation: str, reason: str) -> None:
     """Logs, once per process for each combination, which implementation an op chose by itself and why."""
     logger.info("%s: using implementation=%r (%s)", op, implementation, reason)
+
+
+# The kernel that is written for a platform, as `target_platform` calls it.
+_KERNELS = {"tpu": "pallas_tpu", "gpu": "pallas_gpu", "cuda": "pallas_gpu", "rocm": "pallas_gpu"}
+
+
+def choose_implementation(
+    op: str, implementation: str | None, accepted: tuple[str, ...], unsupported: Mapping[str, str | None]
+) -> str:
+    """Returns the implementation that runs: the named one, or the platform's kernel where it can serve, else "xla".
+
+    Args:
+        op: name of the op, for messages.
+        implementation: what the caller asked for; None leaves the choice, which is logged once.
+        accepted: names of all implementations.
+        unsupported: of each kernel, why it cannot serve the arguments, or None if it can.
+
+    Raises:
+        UnsupportedError: the name does not exist, or cannot serve the arguments.
+    """
+    if implementation is None:
+        platform = target_platform()
+        kernel = _KERNELS.get(platform, "")
+        reason = unsupported.get(kernel)
+        chosen = kernel if kernel in unsupported and reason is None else "xla"
+        log_choice(op, chosen, reason or f"on {platform}")
+        return chosen
+    if implementation not in accepted:
+        raise UnsupportedError(
+            f"{op}: implementation = {implementation!r}: must be None or one of {', '.join(map(repr, accepted))}"
+        )
+    if (reason := unsupported.get(implementation)) is not None:
+        raise UnsupportedError(f"{op}: implementation = {implementation!r}: {reason}")
+    return implementation

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.attention import pallas_tpu, reference, xla
 from kernels_pallas.attention.per_device import attend_per_device
-from kernels_pallas.dispatch import UnsupportedError, log_choice, target_platform
+from kernels_pallas.dispatch import UnsupportedError, choose_implementation
 
 Implementation = Literal["reference", "xla", "pallas_tpu"]
 _IMPLEMENTATIONS = {
@@ -57,19 +57,11 @@ def dot_product_attention(
     """
     _check_arguments(q, k, v, segment_ids, window)
     scale = 1.0 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
-    unsupported = pallas_tpu.unsupported_reason(q, partition_spec)
-    if implementation is None:
-        on_tpu = target_platform() == "tpu"
-        implementation = "pallas_tpu" if on_tpu and unsupported is None else "xla"
-        log_choice("attention", implementation, (on_tpu and unsupported) or f"on {target_platform()}")
-    if implementation not in _IMPLEMENTATIONS:
-        accepted = ", ".join(map(repr, get_args(Implementation)))
-        raise UnsupportedError(f"attention: implementation = {implementation!r}: must be None or one of {accepted}")
-    if implementation == "pallas_tpu" and unsupported is not None:
-        raise UnsupportedError(f"attention: implementation = 'pallas_tpu': {unsupported}")
+    unsupported = {"pallas_tpu": pallas_tpu.unsupported_reason(q, partition_spec)}
+    name = choose_implementation("attention", implementation, get_args(Implementation), unsupported)
 
     def attend(q: Array, k: Array, v: Array, segment_ids: Array | None) -> Array:
-        return _IMPLEMENTATIONS[implementation](q, k, v, segment_ids, scale, window)
+        return _IMPLEMENTATIONS[name](q, k, v, segment_ids, scale, window)
 
     return attend_per_device(attend, q, k, v, segment_ids, partition_spec)
 

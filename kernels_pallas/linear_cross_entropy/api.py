@@ -4,12 +4,15 @@ from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.dispatch import UnsupportedError, log_choice, target_platform
+from kernels_pallas.dispatch import UnsupportedError, choose_implementation
 from kernels_pallas.linear_cross_entropy import reference, xla
+from kernels_pallas.linear_cross_entropy.per_device import loss_per_device
 
 Implementation = Literal["reference", "xla"]
+_IMPLEMENTATIONS = {"reference": reference.linear_cross_entropy, "xla": xla.linear_cross_entropy}
 
 
 def linear_cross_entropy(
@@ -18,6 +21,8 @@ def linear_cross_entropy(
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     *,
+    hidden_spec: PartitionSpec | None = None,
+    kernel_spec: PartitionSpec | None = None,
     implementation: Implementation | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
     """Computes sum(weights · nll) with nll = logsumexp(hidden @ kernel) - (hidden @ kernel)[target].
@@ -30,6 +35,9 @@ def linear_cross_entropy(
         kernel: the head.
         targets: target ids, in [0, V).
         weights: factor on each token's loss; a token of weight 0 contributes exactly nothing.
+        hidden_spec: how [B, T, D] lies on the mesh in scope; D is whole. Each device then works on its own tokens, and
+            the head travels once. None leaves the layout to the partitioner.
+        kernel_spec: how [D, V] lies on the mesh in scope.
         implementation: None takes "xla", which holds the logits of one chunk of tokens; "reference" holds all.
 
     Returns:
@@ -50,14 +58,5 @@ def linear_cross_entropy(
             f"[B, T] = {hidden.shape[:2]}"
         )
     weights = jax.lax.stop_gradient(weights.astype(jnp.float32))
-    if implementation is None:
-        implementation = "xla"
-        log_choice("linear_cross_entropy", implementation, f"on {target_platform()}")
-    if implementation == "xla":
-        return xla.linear_cross_entropy(hidden, kernel, targets, weights)
-    if implementation == "reference":
-        return reference.linear_cross_entropy(hidden, kernel, targets, weights)
-    accepted = ", ".join(map(repr, get_args(Implementation)))
-    raise UnsupportedError(
-        f"linear_cross_entropy: implementation = {implementation!r}: must be None or one of {accepted}"
-    )
+    name = choose_implementation("linear_cross_entropy", implementation, get_args(Implementation), {})
+    return loss_per_device(_IMPLEMENTATIONS[name], hidden, kernel, targets, weights, hidden_spec, kernel_spec)

@@ -101,7 +101,9 @@ def _chunk_logits(
 def _to_chunks(vocab_size: int, *arrays: Array) -> tuple[Array, ...]:
     """[B, T, ...] -> [n, B, c, ...], padded with zeros (so with weight 0) at the end of T."""
     batch_size, seq_len = arrays[0].shape[:2]
-    num_devices = max(jax.sharding.get_abstract_mesh().size, 1)  # 0 where no mesh is in scope
+    mesh = jax.sharding.get_abstract_mesh()
+    # Devices whose part is already cut out (`per_device.py`) do not share these rows.
+    num_devices = math.prod(size for axis, size in mesh.shape.items() if axis not in mesh.manual_axes)
     length = chunk_length(batch_size, seq_len, vocab_size, num_devices)
     number = math.ceil(seq_len / length)
 

@@ -23,7 +23,7 @@ HBM_BYTES = {"v5e:2x2": 16 * 2**30, "v5p:2x2x1": 95 * 2**30}
 @pytest.fixture(scope="module", params=HBM_BYTES)
 def topology(request):
     if importlib.util.find_spec("libtpu") is None:
-        pytest.fail("the TPU compiler is not installed: pip install -e .[tpu]")
+        pytest.fail("the TPU compiler is not installed: make aot")
     with pytest.MonkeyPatch.context() as environment:
         # Without these libtpu looks for the TPU that it would be attached to.
         environment.setenv("TPU_SKIP_MDS_QUERY", "1")

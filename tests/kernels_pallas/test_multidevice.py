@@ -1,5 +1,6 @@
 """The ops on 8 devices: equal to one device, without communication that a good layout does not need."""
 
+import functools
 import re
 
 import jax
@@ -9,9 +10,11 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from cpm_jax.planning.hlo_costs import count_costs
 from kernels_pallas.attention import api as attention_api
 from kernels_pallas.dispatch import UnsupportedError
 from kernels_pallas.linear_cross_entropy import api as loss_api
+from kernels_pallas.linear_cross_entropy import xla
 
 pytestmark = pytest.mark.multidevice
 
@@ -116,3 +119,44 @@ def test_loss_never_gathers_logits(mesh, rows, columns):
         np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, float(jnp.abs(b).max())))
     # Nothing larger than the kernel (or its gradient) travels; logits are 32 times as large.
     assert max(size for _, size in collectives(compiled)) <= d_model * vocab_size
+
+
+@pytest.mark.parametrize(
+    ("hidden_spec", "kernel_spec"),
+    [
+        (P("data", None, None), P("data", None)),
+        (P("data", None, None), P(None, "tensor")),
+        (P("data", "tensor", None), P("data", None)),
+        (P(("data", "tensor"), None, None), P(("data", "tensor"), None)),
+        (P(None, "tensor", None), P("data", None)),
+    ],
+    ids=["fsdp", "data_and_vocabulary", "length", "both_axes", "rows_whole"],
+)
+def test_head_travels_once_however_many_chunks_there_are(mesh, hidden_spec, kernel_spec, monkeypatch):
+    monkeypatch.setattr(xla, "ROWS_PER_DEVICE", 16)
+    batch_size, seq_len, d_model, vocab_size = 8, 64, 16, 1000
+    keys = jax.random.split(jax.random.key(0), 3)
+    hidden = jax.random.normal(keys[0], (batch_size, seq_len, d_model))
+    kernel = jax.random.normal(keys[1], (d_model, vocab_size)) / 4
+    targets = jax.random.randint(keys[2], (batch_size, seq_len), 0, vocab_size)
+    args = hidden, kernel, targets, jnp.arange(batch_size * seq_len, dtype=jnp.float32).reshape(batch_size, -1) / 512
+
+    def loss(specs, *args):
+        return loss_api.linear_cross_entropy(*args, **specs)
+
+    def gradient(specs):
+        return jax.value_and_grad(functools.partial(loss, specs), argnums=(0, 1), has_aux=True)
+
+    want = jax.jit(gradient({}))(*args)
+    row, column = NamedSharding(mesh, hidden_spec), NamedSharding(mesh, kernel_spec)
+    shardings = row, column, *(NamedSharding(mesh, P(*hidden_spec[:2])),) * 2
+    specs = {"hidden_spec": hidden_spec, "kernel_spec": kernel_spec}
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(gradient(specs), in_shardings=shardings).lower(*args).compile()
+        got = compiled(*(jax.device_put(x, s) for x, s in zip(args, shardings, strict=True)))
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, float(jnp.abs(b).max())))
+    costs = count_costs(compiled.as_text())
+    large = [c for c in costs.collectives if c.num_bytes >= d_model * vocab_size]  # a quarter of the head in float32
+    assert large or kernel_spec[0] is None
+    assert all(c.executions == 1 for c in large)

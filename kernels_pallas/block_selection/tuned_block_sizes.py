@@ -1,0 +1,17 @@
+"""Sizes of the TPU kernel.
+
+Untuned: no TPU was at hand. Chosen by the compiler: does it fit the vector memory of v4, the smallest?
+"""
+
+# Rows of a tile, heads of a group times queries; queries are a power of two of them.
+TILE_ROWS = 1024
+MAX_TILE = 256
+# Blocks scored at once: the lanes of a row of scores.
+CHUNK_BLOCKS = 128
+# Coarse kernels whose scores exist at once.
+COARSE_CHUNK = 256
+# Compressed keys of one key/value head that may be held in vector memory, in bytes: 160K tokens at a head width of 128
+# in bfloat16, 64K in float32.
+MAX_KERNEL_BYTES = 5 * 2**20
+# Queries whose block scores are ranked at once: at 128K keys 16 MiB of scores for each key/value head.
+SPAN = 2048

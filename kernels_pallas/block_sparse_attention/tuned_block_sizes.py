@@ -1,0 +1,19 @@
+"""Sizes of the TPU kernels.
+
+Untuned: no TPU was at hand. Chosen by the compiler (does it fit the vector memory of v4, the smallest?) and by
+`benchmarks/sparse_roofline.py`. Whoever measures on a TPU puts the results here, by device kind.
+"""
+
+# Queries of a tile; at most 32, as each has one bit of an int32. With 16 heads to a key head that is 512 rows.
+TILE = 32
+# Keys that are multiplied at once, from blocks that lie apart: fills the matrix unit, whatever the size of a block.
+GROUP_KEYS = 512
+# The same in the backward pass over ranges of keys, where a tile's lists are shorter and the last group is filled less.
+RANGE_GROUP_KEYS = 256
+# Keys and values whose gradients are held in vector memory while the queries pass, in bytes: 4,096 tokens at a head
+# width of 128 in bfloat16. With the result and float32 sums that is 8 MiB.
+RANGE_BYTES = 2 * 2**20
+# Tiles of queries that one step of that pass takes.
+TILES_PER_STEP = 4
+# Sums of dq in vector memory, a step's each: the one being added to, the one that comes and the one that goes.
+DQ_BUFFERS = 3

@@ -1,0 +1,113 @@
+"""Block selection's TPU kernel: values by interpretation, races, and whether the program lowers for TPU."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AxisType
+
+from kernels_pallas.block_selection import api, pallas_tpu, reference
+from kernels_pallas.block_selection.arg_specs import ARG_SPECS
+from kernels_pallas.block_selection.selection import BlockSelection
+from kernels_pallas.compress_keys.api import compress_keys
+from kernels_pallas.dispatch import UnsupportedError
+
+SMALL = BlockSelection(kernel_size=4, kernel_stride=2, init_blocks=1, block_size=8, window_size=16, topk=3)
+
+
+def example(length, kv_heads, group, width, selection, dtype="float32", batch=1, coarse=True, documents=True):
+    """Arguments of an implementation: packed documents, an id that comes back, queries that see nothing."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    q = (2 * jax.random.normal(keys[0], (batch, length, kv_heads * group, width))).astype(dtype)
+    k = (2 * jax.random.normal(keys[1], (batch, length, kv_heads, width))).astype(dtype)
+    fine = compress_keys(k, kernel_size=selection.kernel_size, kernel_stride=selection.kernel_stride)
+    sizes = {"kernel_size": selection.coarse_kernel_size, "kernel_stride": selection.coarse_kernel_stride}
+    place = np.arange(length)
+    segments = np.select([place < length // 5, place < length // 3], [1, 2], 1) * documents
+    positions = np.where((place % 29 == 28) & documents, -1, place)
+    starts = api.document_starts(jnp.asarray(np.tile(segments, (batch, 1))))
+    positions = jnp.asarray(np.tile(positions, (batch, 1)), jnp.int32)
+    num_blocks = -(-length // selection.block_size)
+    kernels = fine, compress_keys(k, **sizes) if coarse else None
+    return q, *kernels, width**-0.5, selection, positions, starts, num_blocks
+
+
+def assert_equals_reference(args, interpret):
+    static = {"static_argnums": (3, 4, 7)}
+    for name in ("block_scores", "select_blocks"):
+        got = jax.jit(functools.partial(getattr(pallas_tpu, name), interpret=interpret), **static)(*args)
+        want = jax.jit(getattr(reference, name), **static)(*args)
+        if name == "block_scores":
+            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+        else:
+            np.testing.assert_array_equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("length", "kv_heads", "group", "width", "dtype", "coarse", "fields"),
+    [
+        (333, 2, 3, 64, "float32", True, {}),
+        (200, 1, 16, 128, "bfloat16", False, {"variant": "huggingface"}),
+        (150, 2, 1, 64, "float32", True, {"kernel_size": 12, "kernel_stride": 4, "group_reduction": "mean"}),
+        (90, 1, 2, 16, "float32", False, {"kernel_size": 8, "kernel_stride": 8, "variant": "cpm_cu"}),
+        (1, 1, 4, 16, "float32", True, {}),
+    ],
+)
+def test_interpreted_equals_reference(length, kv_heads, group, width, dtype, coarse, fields):
+    selection = dataclasses.replace(SMALL, **fields)
+    args = example(length, kv_heads, group, width, selection, dtype, 2, coarse)
+    assert_equals_reference(args, interpret=True)
+
+
+def test_several_chunks_spans_and_tiles(monkeypatch):
+    for name, value in (("SPAN", 400), ("MAX_TILE", 64), ("COARSE_CHUNK", 128)):
+        monkeypatch.setattr(pallas_tpu, name, value)
+    # 225 blocks, two chunks of them: kernels reach from one chunk into the next.
+    selection = dataclasses.replace(SMALL, block_size=4, window_size=8)
+    assert_equals_reference(example(900, 1, 4, 16, selection, documents=False), interpret=True)
+
+
+def test_no_races():
+    params = pltpu.InterpretParams(detect_races=True)
+    assert_equals_reference(example(300, 2, 8, 16, SMALL), interpret=params)
+
+
+@pytest.mark.parametrize("name", ARG_SPECS)
+def test_lowers_for_tpu(name):
+    spec = ARG_SPECS[name]
+    mesh = jax.sharding.AbstractMesh((1,), ("data",), axis_types=(AxisType.Auto,))
+
+    def select(q, fine, coarse, segments):
+        return api.select_blocks(
+            q, fine, coarse, selection=spec.selection, segment_ids=segments, implementation="pallas_tpu"
+        )
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        exported = jax.export.export(jax.jit(select), platforms=["tpu"])(*spec.abstract_args())
+    assert "block_selection_scores" in exported.mlir_module()
+
+
+def test_what_the_kernel_cannot_serve_is_refused():
+    q, fine, coarse, _, selection, *_ = example(64, 1, 2, 16, SMALL)
+    call = functools.partial(api.select_blocks, selection=selection, implementation="pallas_tpu")
+    with pytest.raises(UnsupportedError, match="q has dtype float16"):
+        call(q.astype("float16"), fine, coarse)
+    with pytest.raises(UnsupportedError, match="256 query heads to a key head: must be at most 128"):
+        call(jnp.zeros((1, 64, 256, 16)), fine, coarse)
+    mesh = jax.sharding.AbstractMesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    with (
+        jax.sharding.use_abstract_mesh(mesh),
+        pytest.raises(UnsupportedError, match="on a mesh of 2 devices: call it inside shard_map"),
+    ):
+        call(q, fine, coarse)
+    long = jax.ShapeDtypeStruct((1, 2**20, 2, 128), "bfloat16")
+    kernels = (
+        jax.ShapeDtypeStruct((1, (2**20 - size) // stride + 1, 1, 128), "bfloat16")
+        for size, stride in ((32, 16), (128, 64))
+    )
+    with pytest.raises(UnsupportedError, match="81918 compressed keys of a head take 20971008 bytes: must be at most"):
+        jax.eval_shape(functools.partial(call, selection=BlockSelection()), long, *kernels)
