@@ -12,8 +12,11 @@ from cpm_jax.modeling.config import ModelConfig
 from cpm_jax.modeling.layers import Linear
 from cpm_jax.modeling.rotary import Rotation, apply_rotary
 
-# From q [B, T, N, H] and new k, v [B, T, K, H] to the attended values [B, T, N, H] and the updated cache, if any.
-Attend = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Any]]
+# What sparse attention compares to choose blocks: queries [B, T, N, H] and keys [B, T, K, H], rotated or not.
+Selectors = tuple[jax.Array, jax.Array]
+# From q [B, T, N, H], new k, v [B, T, K, H] and selectors to the attended values [B, T, N, H] and the updated cache, if
+# any. Dense attention leaves the selectors aside.
+Attend = Callable[[jax.Array, jax.Array, jax.Array, Selectors], tuple[jax.Array, Any]]
 
 
 class Attention(nnx.Module):
@@ -24,6 +27,7 @@ class Attention(nnx.Module):
 
     def __init__(self, config: ModelConfig):
         self.head_size = config.head_size
+        self.use_nope = config.sparse_config is not None and config.sparse_config.use_nope
         q_size, kv_size = config.num_heads * config.head_size, config.num_kv_heads * config.head_size
         bias = config.attention_bias
         self.q_proj = Linear(config, config.d_model, q_size, ("embed", "heads"), use_bias=bias)
@@ -34,10 +38,10 @@ class Attention(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"], angles: Rotation, attend: Attend) -> tuple[Float[Array, "B T D"], Any]:
         """Attends with the given softmax; returns the output and what `attend` returned beside it."""
         with jax.named_scope("self_attn"):
-            q = apply_rotary(self._heads(self.q_proj(x), "heads"), angles)
-            k = apply_rotary(self._heads(self.k_proj(x), "kv_heads"), angles)
+            unrotated = self._heads(self.q_proj(x), "heads"), self._heads(self.k_proj(x), "kv_heads")
+            q, k = (apply_rotary(heads, angles) for heads in unrotated)
             v = self._heads(self.v_proj(x), "kv_heads")
-            attended, cache = attend(q, k, v)
+            attended, cache = attend(q, k, v, unrotated if self.use_nope else (q, k))
             return self.o_proj(attended.reshape(*x.shape[:2], -1)), cache
 
     def _heads(self, x: Float[Array, "B T NH"], axis: str) -> Float[Array, "B T N H"]:

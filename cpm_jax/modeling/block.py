@@ -9,11 +9,12 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from cpm_jax.common.sharding import activation_spec, constrain
-from cpm_jax.modeling.attention import Attend, Attention
+from cpm_jax.modeling.attention import Attend, Attention, Selectors
 from cpm_jax.modeling.config import ModelConfig
 from cpm_jax.modeling.feed_forward import FeedForward
 from cpm_jax.modeling.layers import RMSNorm
 from cpm_jax.modeling.rotary import Rotation
+from cpm_jax.modeling.sparse_attention import BLOCK_IDS, sparse_attention
 from kernels_pallas.attention.api import dot_product_attention
 
 ModuleT = TypeVar("ModuleT", bound=nnx.Module)
@@ -38,12 +39,24 @@ class Block(nnx.Module):
         return constrain(x, ("batch", "length", "embed")), cache
 
 
-def causal_attend(segment_ids: jax.Array) -> Attend:
-    """Attention within the row, to earlier tokens of the same segment."""
+def causal_attend(config: ModelConfig, segment_ids: jax.Array) -> Attend:
+    """Attention within the row, to earlier tokens of the same segment; sparse where `config.sparse_config` applies."""
+    sparse = config.sparse_config
+    if sparse is not None and not sparse.applies(segment_ids.shape[1]):
+        sparse = None
 
-    def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, None]:
-        spec = activation_spec(("batch", None, "heads", None), q.shape)
-        return dot_product_attention(q, k, v, segment_ids=segment_ids, partition_spec=spec), None
+    def attend(q: jax.Array, k: jax.Array, v: jax.Array, selectors: Selectors) -> tuple[jax.Array, None]:
+        spec = activation_spec(("batch", None, "attention_heads", None), q.shape)
+        # Said on both sides, so that what changes its layout is heads alone: not rotary angles, nor what o_proj sums.
+        q, k, v = (
+            constrain(x, ("batch", "length", axis, None))
+            for x, axis in ((q, "heads"), (k, "kv_heads"), (v, "kv_heads"))
+        )
+        if sparse is None:
+            attended = dot_product_attention(q, k, v, segment_ids=segment_ids, partition_spec=spec)
+        else:
+            attended = sparse_attention(q, k, v, selectors, segment_ids, sparse)
+        return constrain(attended, ("batch", "length", "heads", None)), None
 
     return attend
 
@@ -67,11 +80,12 @@ def select(stacked: ModuleT, index: int) -> ModuleT:
 def _remat(config: ModelConfig, step: Callable) -> Callable:
     if config.remat == "none":
         return step
-    # Attention scores are products with batch dimensions: "dots" recomputes them and keeps the projections.
-    saved = {
-        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-        "full": jax.checkpoint_policies.nothing_saveable,
-    }[config.remat]
+    policies = jax.checkpoint_policies
+    # Chosen blocks are small beside what choosing them costs.
+    saved = policies.save_only_these_names(BLOCK_IDS)
+    if config.remat == "dots":
+        # Attention scores are products with batch dimensions: they are recomputed, and the projections kept.
+        saved = policies.save_from_both_policies(saved, policies.dots_with_no_batch_dims_saveable)
     # A scan already keeps the recomputation apart from the forward pass, so the costly barriers are not needed there.
     return jax.checkpoint(step, policy=saved, prevent_cse=not config.scan_layers)
 
@@ -86,7 +100,7 @@ def run_layers(
 
     Args:
         config: chooses between `lax.scan` and an unrolled loop, and what the backward pass recomputes.
-        stacked: layers with parameters of shape [L, ...].
+        stacked: layers with parameters of shape [L, ...], or tuples of L arrays, which are never scanned over.
         body: applies one layer, rematerialised as `config.remat` says.
         carry: the initial carry.
     """
@@ -99,11 +113,12 @@ def run_layers(
             return body(carry, nnx.merge(graphdef, layer_params), index), None
 
     step = _remat(config, step)
-    leaves, treedef = jax.tree.flatten(params)
-    num_layers = leaves[0].shape[0]
-    if config.scan_layers:
+    leaves, treedef = jax.tree.flatten(params, is_leaf=lambda leaf: isinstance(leaf, tuple))
+    if config.scan_layers and not isinstance(leaves[0], tuple):
+        num_layers = leaves[0].shape[0]
         return jax.lax.scan(step, carry, (params, jnp.arange(num_layers)))[0]
     # Unstacked once: the gradient is then one concatenation, not a sum of L arrays that are zero but for one layer.
-    for index, layer_leaves in enumerate(zip(*map(jnp.unstack, leaves), strict=True)):
+    unstacked = [leaf if isinstance(leaf, tuple) else jnp.unstack(leaf) for leaf in leaves]
+    for index, layer_leaves in enumerate(zip(*unstacked, strict=True)):
         carry, _ = step(carry, (jax.tree.unflatten(treedef, layer_leaves), index))
     return carry

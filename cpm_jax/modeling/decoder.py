@@ -12,15 +12,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import AbstractMesh, Mesh
 from jaxtyping import Array, Float, Int
 
-from cpm_jax.common.sharding import constrain
+from cpm_jax.common.config import ConfigError
+from cpm_jax.common.sharding import constrain, params_sharding
+from cpm_jax.modeling.attention import Selectors
 from cpm_jax.modeling.block import Block, causal_attend, run_layers, select, stack
 from cpm_jax.modeling.config import ModelConfig
-from cpm_jax.modeling.kv_cache import KVCache, attend_to_cache
+from cpm_jax.modeling.kv_cache import Cache, attend_to_cache
 from cpm_jax.modeling.layers import Embed, Head, RMSNorm
 from cpm_jax.modeling.mtp import MtpLayer
 from cpm_jax.modeling.rotary import rotation
+from cpm_jax.modeling.sparse_cache import SparseKVCache, attend_to_sparse_cache
 
 Params = dict[str, Any]
 
@@ -49,7 +53,7 @@ class Decoder(nnx.Module):
             segment_ids: document of each token; a token attends only to earlier ones of its own document.
         """
         angles = rotation(self.config, positions, length=tokens.shape[1])
-        attend = causal_attend(segment_ids)
+        attend = causal_attend(self.config, segment_ids)
 
         def body(x: jax.Array, block: Block, _: Any) -> jax.Array:
             return block(x, angles, attend)[0]
@@ -86,13 +90,13 @@ class Decoder(nnx.Module):
             return select(self.mtp_layers, depth).predict(hidden, self._embed(next_tokens), angles, segment_ids)
 
     def decode(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: KVCache
-    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache
+    ) -> tuple[Float[Array, "B T D"], Cache]:
         """Hidden states of new tokens, which attend to the cache; reads a prompt, a part of one, or single tokens.
 
         Args:
             tokens: token ids; a row may end in padding.
-            positions: position of each token, which is also its slot in the cache; distinct within a row.
+            positions: position of each token, which is also its slot in the cache; consecutive within a row.
             cache: from `init_cache`, or from the call before.
 
         Returns:
@@ -100,10 +104,12 @@ class Decoder(nnx.Module):
         """
         angles = rotation(self.config, positions, length=cache.length)
 
-        def body(carry: tuple[jax.Array, KVCache], block: Block, index: Any) -> tuple[jax.Array, KVCache]:
+        def body(carry: tuple[jax.Array, Cache], block: Block, index: Any) -> tuple[jax.Array, Cache]:
             x, cache = carry
 
-            def attend(q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, KVCache]:
+            def attend(q: jax.Array, k: jax.Array, v: jax.Array, selectors: Selectors) -> tuple[jax.Array, Cache]:
+                if isinstance(cache, SparseKVCache):
+                    return attend_to_sparse_cache(q, k, v, selectors, positions, cache, index)
                 return attend_to_cache(q, k, v, positions, cache, index)
 
             return block(x, angles, attend)
@@ -143,9 +149,25 @@ def _map_declared(config: ModelConfig, leaf: Any) -> Params:
     return nnx.traversals.unflatten_mapping(flat)
 
 
-def abstract_params(config: ModelConfig) -> Params:
-    """Shapes and dtypes of all parameters, as `jax.ShapeDtypeStruct`."""
-    return _map_declared(config, lambda _, param: param.get_value())
+def abstract_params(config: ModelConfig, mesh: Mesh | AbstractMesh | None = None) -> Params:
+    """Shapes and dtypes of all parameters, as `jax.ShapeDtypeStruct`; with their shardings where a mesh is given.
+
+    Raises:
+        ConfigError: naming a parameter, or the heads, that the mesh does not divide.
+    """
+    params = _map_declared(config, lambda _, param: param.get_value())
+    if mesh is None:
+        return params
+    if config.num_heads % mesh.shape["tensor"]:
+        raise ConfigError(
+            f"MeshConfig.tensor = {mesh.shape['tensor']}: must divide ModelConfig.num_heads = {config.num_heads}",
+            field="MeshConfig.tensor",
+        )
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        params,
+        params_sharding(param_axes(config), params, mesh),
+    )
 
 
 def param_axes(config: ModelConfig) -> Params:

@@ -9,6 +9,11 @@ from cpm_jax.modeling.config import ModelConfig
 from cpm_jax.modeling.layers import Linear
 
 
+@jax.checkpoint  # the backward pass keeps the two operands alone, not what lies between
+def _swiglu(gate: Float[Array, "B T F"], up: Float[Array, "B T F"]) -> Float[Array, "B T F"]:
+    return jax.nn.silu(gate) * up
+
+
 class FeedForward(nnx.Module):
     """down(silu(gate(x)) * up(x)).
 
@@ -23,5 +28,5 @@ class FeedForward(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Applies the layer to every position by itself."""
         with jax.named_scope("mlp"):
-            inner = jax.nn.silu(self.gate_proj(x)) * self.up_proj(x)
+            inner = _swiglu(self.gate_proj(x), self.up_proj(x))
             return self.down_proj(constrain(inner, ("batch", "length", "mlp")))

@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from cpm_jax.common.sharding import constrain
 from cpm_jax.modeling.config import ModelConfig
+from cpm_jax.modeling.sparse_cache import SparseKVCache, init_sparse_cache
 
-# Queries that are scored together when a prompt is read: bounds the scores to [B, N, 128, S].
-QUERY_BLOCK = 128
+# Slots that are scored together: bounds the scores to [B, N, T, 512].
+KEY_BLOCK = 512
 
 
 @jax.tree_util.register_dataclass
@@ -36,17 +38,35 @@ class KVCache:
         return self.keys.shape[3]
 
 
-def init_cache(config: ModelConfig, batch_size: int, length: int, dtype: jnp.dtype | str | None = None) -> KVCache:
+# The kind that `init_cache` makes is the kind of attention: sparse where the model's config says so.
+Cache = KVCache | SparseKVCache
+
+
+def init_cache(config: ModelConfig, batch_size: int, length: int, dtype: jnp.dtype | str | None = None) -> Cache:
     """An empty cache of `length` slots for each of `batch_size` sequences.
 
     Args:
         config: of the model.
         batch_size: B.
-        length: S, the most tokens of a prompt and its continuation together. LongRoPE chooses its factors by it.
+        length: S, the most tokens of a prompt and its continuation together. LongRoPE chooses its factors by it, and
+            `config.sparse_config` whether attention is sparse.
         dtype: of keys and values; None takes the compute dtype.
     """
+    sparse = config.sparse_config
+    if sparse is not None and sparse.applies(length):
+        return init_sparse_cache(config, sparse, batch_size, length, dtype or config.dtype)
     shape = (config.num_layers, batch_size, config.num_kv_heads, length, config.head_size)
-    return KVCache(jnp.zeros(shape, dtype or config.dtype), jnp.zeros(shape, dtype or config.dtype))
+
+    @jax.jit  # so that each device of a mesh in scope makes its own part only
+    def make() -> KVCache:
+        return _constrain(KVCache(jnp.zeros(shape, dtype or config.dtype), jnp.zeros(shape, dtype or config.dtype)))
+
+    return make()
+
+
+def _constrain(cache: KVCache) -> KVCache:
+    """Divides the cache over a mesh in scope by sequences and, as far as they go round, heads."""
+    return jax.tree.map(lambda x: constrain(x, (None, "batch", "kv_heads", None, None)), cache)
 
 
 def attend_to_cache(
@@ -59,27 +79,51 @@ def attend_to_cache(
 ) -> tuple[Float[Array, "B T N H"], KVCache]:
     """Writes new keys and values to the slots of their positions, then attends to all slots up to each query's own.
 
-    Positions beyond the cache are not written. Softmax and sums are in float32.
+    Positions beyond the cache are not written. Softmax and sums are in float32. Several
+    queries read slots a block at a time and only as far as any of them sees, with the running softmax of flash
+    attention (arXiv 2205.14135): a prompt in a cache that is mostly empty costs no more than what is in it.
     """
     rows = jnp.arange(q.shape[0])[:, None]
-    cache = KVCache(
-        cache.keys.at[layer, rows, :, positions].set(k.astype(cache.keys.dtype), mode="drop"),
-        cache.values.at[layer, rows, :, positions].set(v.astype(cache.values.dtype), mode="drop"),
+    cache = _constrain(
+        KVCache(
+            cache.keys.at[layer, rows, :, positions].set(k.astype(cache.keys.dtype), mode="drop"),
+            cache.values.at[layer, rows, :, positions].set(v.astype(cache.values.dtype), mode="drop"),
+        )
     )
-    keys, values = cache.keys[layer].astype(q.dtype), cache.values[layer].astype(q.dtype)
-    slots = jnp.arange(cache.length)
+    batch, length, _, size = q.shape
+    num_kv_heads, block = k.shape[2], min(KEY_BLOCK, cache.length)
+    if length == 1:
+        block = cache.length  # Scores of one query are small, and no loop's length depends on data.
+    # The queries of a group share their keys: [B, K, G·T, H] times [B, K, block, H].
+    queries = q.reshape(batch, length, num_kv_heads, -1, size).transpose(0, 2, 3, 1, 4)
+    queries = queries.reshape(batch, num_kv_heads, -1, size)
+    limits = jnp.tile(positions, (1, queries.shape[2] // length))[:, None, :, None]
 
-    def attend_one(query: tuple[jax.Array, jax.Array]) -> jax.Array:
-        q, position = query  # [B, K, G, H], [B]
-        scores = jnp.einsum("bkgh,bksh->bkgs", q, keys, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-        scores = jnp.where((slots <= position[:, None])[:, None, None], scores, -jnp.inf)
-        weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
-        return jnp.einsum("bkgs,bksh->bkgh", weights, values)
+    def add_block(index: Array | int, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        maximum, total, attended = carry
+        first = jnp.minimum(index * block, cache.length - block)  # The last block may overlap the one before it.
+        keys, values = (
+            jax.lax.dynamic_slice(x, (layer, 0, 0, first, 0), (1, batch, num_kv_heads, block, size))[0].astype(q.dtype)
+            for x in (cache.keys, cache.values)
+        )
+        slots = first + jnp.arange(block)
+        scores = jnp.einsum("bkqh,bksh->bkqs", queries, keys, preferred_element_type=jnp.float32) * size**-0.5
+        scores = jnp.where((slots <= limits) & (slots >= index * block), scores, -jnp.inf)
+        new_maximum = jnp.maximum(maximum, scores.max(axis=-1, keepdims=True))
+        weights, shrink = jnp.exp(scores - new_maximum), jnp.exp(maximum - new_maximum)
+        product = jnp.einsum("bkqs,bksh->bkqh", weights.astype(q.dtype), values, preferred_element_type=jnp.float32)
+        return new_maximum, total * shrink + weights.sum(axis=-1, keepdims=True), attended * shrink + product
 
-    grouped = q.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
-    queries = (jnp.moveaxis(grouped, 1, 0), jnp.moveaxis(positions, 1, 0))
-    if q.shape[1] <= QUERY_BLOCK:
-        attended = jax.vmap(attend_one)(queries)
+    # Slot 0 is visible to every query, so that the maximum is finite from the first block on.
+    start = (
+        jnp.full((*queries.shape[:3], 1), -jnp.inf),
+        jnp.zeros((*queries.shape[:3], 1)),
+        jnp.zeros(queries.shape, jnp.float32),
+    )
+    if block == cache.length:
+        _, total, attended = add_block(0, start)
     else:
-        attended = jax.lax.map(attend_one, queries, batch_size=QUERY_BLOCK)
-    return jnp.moveaxis(attended, 0, 1).reshape(q.shape), cache
+        filled = jnp.minimum(positions.max() + 1, cache.length)
+        _, total, attended = jax.lax.fori_loop(0, (filled + block - 1) // block, add_block, start)
+    heads = (attended / total).astype(q.dtype).reshape(batch, num_kv_heads, -1, length, size)
+    return heads.transpose(0, 3, 1, 2, 4).reshape(q.shape), cache

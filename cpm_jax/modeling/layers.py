@@ -8,11 +8,13 @@ draw, describe and bind the parameter tree, so that no array is ever made by bui
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from cpm_jax.common.sharding import constrain
+from cpm_jax.common.sharding import activation_spec, is_divided
 from cpm_jax.modeling.config import ModelConfig
 from cpm_jax.modeling.fp8 import fp8_matmul
+from kernels_pallas.collectives import axis_names, gather_parameter
 
 
 def declare_param(
@@ -59,7 +61,11 @@ class Linear(nnx.Module):
     def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
         """Projects the last dimension of x."""
         kernel = self.kernel[...]
-        out = fp8_matmul(x, kernel) if self.fp8 else x @ kernel.astype(x.dtype)
+        # Rows that are not divided over devices become one dimension: the kernel's gradient is then a product of two
+        # matrices as they lie, where XLA on CPU would recompute what it sums over into a transposed copy.
+        rows = x if is_divided() else x.reshape(-1, x.shape[-1])
+        out = fp8_matmul(rows, kernel) if self.fp8 else rows @ kernel.astype(x.dtype)
+        out = out.reshape(*x.shape[:-1], -1)
         return out if self.bias is None else out + self.bias[...].astype(x.dtype)
 
 
@@ -95,10 +101,27 @@ class Embed(nnx.Module):
 
     def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         """Looks up tokens; the result has the compute dtype."""
-        # Gathered over fsdp before the look-up, as other parameters before their product: the partitioner would
-        # otherwise replicate what was looked up to move it from parts of D to parts of the batch.
-        table = constrain(self.embedding[...], ("vocab", None))
-        return table[tokens].astype(self.dtype) * self.scale
+        table = self.embedding[...]
+        rows = activation_spec(("batch", "length"), tokens.shape)
+        if rows is None or not any(rows):
+            return table[tokens].astype(self.dtype) * self.scale
+        token_axes = axis_names(rows[0]) + axis_names(rows[1])
+        parts = axis_names(activation_spec(("vocab", "embed"), table.shape)[1])  # type: ignore[index]
+
+        # Each device looks up its own tokens in the whole table, and sums its gradient into its part of it: left to
+        # itself the partitioner sums the gradient of the whole table on every device. A divided vocabulary stays so.
+        def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
+            if parts:
+                table = gather_parameter(parts, 1, jnp.dtype(self.dtype), table)
+            return table[tokens].astype(self.dtype) * self.scale
+
+        return jax.shard_map(
+            look_up,
+            in_specs=(PartitionSpec(None, parts or None), rows),
+            out_specs=PartitionSpec(*rows, None),
+            axis_names={*token_axes, *parts},
+            check_vma=False,
+        )(table, tokens)
 
 
 class Head(nnx.Module):

@@ -19,6 +19,7 @@ class MtpLayer(Block):
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
+        self.config = config
         self.token_layernorm = RMSNorm(config)
         self.hidden_layernorm = RMSNorm(config)
         self.input_proj = Linear(config, 2 * config.d_model, config.d_model, ("embed", "embed"))
@@ -33,5 +34,5 @@ class MtpLayer(Block):
     ) -> Float[Array, "B T D"]:
         """Combines hidden states with the embeddings of the tokens that follow them; returns the head's input."""
         both = jnp.concatenate([self.hidden_layernorm(hidden), self.token_layernorm(next_embeddings)], axis=-1)
-        x, _ = self(self.input_proj(both), angles, causal_attend(segment_ids))
+        x, _ = self(self.input_proj(both), angles, causal_attend(self.config, segment_ids))
         return self.final_layernorm(x)

@@ -1,4 +1,8 @@
-"""Rotary position embedding: plain RoPE (arXiv 2104.09864) and LongRoPE (arXiv 2402.13753)."""
+"""Rotary position embedding: plain RoPE (arXiv 2104.09864) and its extensions to longer sequences.
+
+LongRoPE is arXiv 2402.13753, YaRN arXiv 2309.00071; linear interpolation is arXiv 2306.15595; dynamic NTK and Llama 3's
+rule are defined by their implementations in Hugging Face's models.
+"""
 
 import math
 from typing import NamedTuple
@@ -8,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from cpm_jax.modeling.config import ModelConfig
+from cpm_jax.modeling.config import ModelConfig, RopeConfig
 
 
 class Rotation(NamedTuple):
@@ -22,24 +26,64 @@ def inverse_frequencies(config: ModelConfig, length: int) -> np.ndarray:
     """Radians per position of each pair of dimensions, float64 [H/2].
 
     Args:
-        config: gives theta, head_dim and the LongRoPE factors.
-        length: sequence length that decides between LongRoPE's short and long factors. It is the static length (of
-            the row, or of the cache when decoding), so that all keys that meet in one softmax are rotated alike.
+        config: gives theta, head_dim and how they are changed for long sequences.
+        length: sequence length that decides between LongRoPE's short and long factors, and the base of dynamic NTK. It
+            is the static length (of the row, or of the cache when decoding), so that all keys that meet in one softmax
+            are rotated alike.
     """
     rope, half = config.rope, config.head_size // 2
-    plain = rope.rope_theta ** -(np.arange(half, dtype=np.float64) / half)
-    if not rope.is_longrope:
-        return plain
-    return plain / np.asarray(
-        rope.long_factor if length > rope.original_max_position_embeddings else rope.short_factor, np.float64
-    )
+    exponents = np.arange(half, dtype=np.float64) / half
+    plain = rope.rope_theta**-exponents
+    if rope.is_longrope:
+        is_long = length > rope.original_max_position_embeddings
+        return plain / np.asarray(rope.long_factor if is_long else rope.short_factor, np.float64)
+    match rope.scaling:
+        case "linear":
+            return plain / rope.factor
+        case "dynamic":
+            # theta·(s·T/T0 - (s - 1))^(H/(H-2)): the slowest frequency falls as if positions were interpolated.
+            stretch = rope.factor * max(length / rope.original_max_position_embeddings, 1.0) - (rope.factor - 1)
+            return (rope.rope_theta * stretch ** (half / (half - 1))) ** -exponents
+        case "yarn":
+            kept = 1 - _yarn_ramp(rope, half)
+        case "llama3":
+            turns = rope.original_max_position_embeddings * plain / (2 * math.pi)
+            kept = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        case "none":
+            return plain
+    kept = np.clip(kept, 0, 1)
+    return plain * kept + plain / rope.factor * (1 - kept)
+
+
+def _yarn_ramp(rope: RopeConfig, half: int) -> np.ndarray:
+    """Share of interpolation of each pair of dimensions, before clipping.
+
+    Linear in the index of the pair, as in the code of YaRN's authors and everywhere since; the paper's equations
+    (arXiv 2309.00071, §3.2) are linear in the number of turns.
+    """
+
+    def dimension(turns: float) -> float:
+        """The pair of dimensions that turns so often within the original length."""
+        wavelength = rope.original_max_position_embeddings / turns
+        return half * math.log(wavelength / (2 * math.pi)) / math.log(rope.rope_theta)
+
+    low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, 2 * half - 1)
+    return (np.arange(half) - low) / max(high - low, 0.001)
 
 
 def attention_factor(config: ModelConfig) -> float:
-    """LongRoPE's factor on cos and sin: sqrt(1 + ln(s) / ln(original)) with s = max_position / original, at least 1."""
+    """The factor on cos and sin.
+
+    LongRoPE: sqrt(1 + ln(s) / ln(original)) with s = max_position / original, at least 1. YaRN: 0.1 ln(factor) + 1.
+    """
     rope = config.rope
     if rope.attention_factor is not None:
         return rope.attention_factor
+    if rope.scaling == "yarn":
+        return 0.1 * math.log(rope.factor) + 1
     if not rope.is_longrope:
         return 1.0
     scale = config.max_position_embeddings / rope.original_max_position_embeddings

@@ -40,6 +40,26 @@ def test_model_config_refuses(tiny_config: ModelConfig, changes: dict[str, Any],
         ({"short_factor": (1.0,), "long_factor": (1.0,)}, "original_max_position_embeddings = 0: LongRoPE needs"),
         ({"short_factor": (0.0,), "long_factor": (1.0,)}, "short_factor.0 = 0.0: input should be greater than 0"),
         ({"rope_theta": -1.0}, "rope_theta = -1.0: input should be greater than 0"),
+        ({"scaling": "ntk"}, "scaling = 'ntk': input should be 'none', 'linear', 'dynamic', 'yarn' or 'llama3'"),
+        ({"scaling": "yarn", "factor": 4.0}, "original_max_position_embeddings = 0: scaling 'yarn' needs"),
+        ({"scaling": "linear", "factor": 0.5}, "factor = 0.5: must be at least 1"),
+        (
+            {"scaling": "yarn", "original_max_position_embeddings": 8, "beta_fast": 1.0},
+            "beta_fast = 1.0: must be above beta_slow = 1.0",
+        ),
+        (
+            {"scaling": "llama3", "original_max_position_embeddings": 8, "low_freq_factor": 4.0},
+            "high_freq_factor = 4.0: must be above low_freq_factor = 4.0",
+        ),
+        (
+            {
+                "scaling": "linear",
+                "short_factor": (1.0,),
+                "long_factor": (1.0,),
+                "original_max_position_embeddings": 8,
+            },
+            "scaling = 'linear': short_factor and long_factor make it LongRoPE",
+        ),
     ],
 )
 def test_rope_config_refuses(values: dict[str, Any], message: str) -> None:

@@ -82,10 +82,10 @@ def test_right_padded_prompts_of_different_length(config: ModelConfig) -> None:
 
 
 @pytest.mark.parametrize("block", [4, 7, LENGTH])
-def test_blocks_of_queries_do_not_change_results(
+def test_blocks_of_slots_do_not_change_results(
     tiny_config: ModelConfig, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
-    monkeypatch.setattr(kv_cache, "QUERY_BLOCK", block)
+    monkeypatch.setattr(kv_cache, "KEY_BLOCK", block)
     params, tokens, full = make(tiny_config)
     positions = np.broadcast_to(np.arange(LENGTH), tokens.shape)
     hidden, _ = bind(tiny_config, params).decode(tokens, positions, init_cache(tiny_config, 2, LENGTH))

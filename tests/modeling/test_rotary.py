@@ -8,9 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from cpm_jax.checkpoints.hf_config import LAYOUTS, write_config
 from cpm_jax.modeling.config import ModelConfig, RopeConfig
-from cpm_jax.modeling.rotary import apply_rotary, attention_factor, rotation
+from cpm_jax.modeling.rotary import apply_rotary, attention_factor, inverse_frequencies, rotation
 
 ReadModel = Callable[[str, str], ModelConfig]
 
@@ -40,6 +44,81 @@ def test_exact_at_long_positions(read_model: ReadModel, arch: str, size: str, le
     ours = jax.jit(lambda p: rotation(config, p, length))(positions)
     np.testing.assert_allclose(ours.cos, np.cos(angles), rtol=0, atol=1e-6)
     np.testing.assert_allclose(ours.sin, np.sin(angles), rtol=0, atol=1e-6)
+
+
+def yarn_frequency(
+    pair: int, width: int, theta: float, factor: float, original: int, fast: float, slow: float
+) -> float:
+    """One frequency of YaRN by hand, with the ends of the ramp rounded outwards."""
+    ends = [width * math.log(original / (2 * math.pi * turns)) / (2 * math.log(theta)) for turns in (fast, slow)]
+    low, high = max(math.floor(ends[0]), 0), min(math.ceil(ends[1]), width - 1)
+    interpolated = min(max((pair - low) / (high - low), 0.0), 1.0)
+    frequency = theta ** (-2 * pair / width)
+    return frequency * (1 - interpolated) + frequency / factor * interpolated
+
+
+@pytest.mark.parametrize(
+    ("theta", "factor", "original", "fast", "slow"),
+    [(1e6, 4.0, 32_768, 32.0, 1.0), (1e4, 40.0, 4096, 32.0, 1.0), (640_000.0, 2.0, 32_768, 16.0, 2.0)],
+)
+def test_yarn_at_64k(
+    tiny_config: ModelConfig, theta: float, factor: float, original: int, fast: float, slow: float
+) -> None:
+    """Qwen2's, DeepSeek's and other constants, against the formula in float64, attention factor included."""
+    rope = RopeConfig(
+        rope_theta=theta,
+        scaling="yarn",
+        factor=factor,
+        original_max_position_embeddings=original,
+        beta_fast=fast,
+        beta_slow=slow,
+    )
+    config = dataclasses.replace(tiny_config, rope=rope, head_dim=128, max_position_embeddings=65_536)
+    positions = np.array([[0, 1, 4095, 32_767, 32_768, 40_001, 65_534, 65_535]])
+    frequencies = np.array([yarn_frequency(pair, 128, theta, factor, original, fast, slow) for pair in range(64)])
+    assert (np.diff(frequencies) < 0).all()
+    angles = positions[..., None] * frequencies
+    temperature = 0.1 * math.log(factor) + 1
+    ours = jax.jit(lambda p: rotation(config, p, 65_536))(positions)
+    np.testing.assert_allclose(ours.cos, np.cos(angles) * temperature, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(ours.sin, np.sin(angles) * temperature, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("length", [32, 64, 65, 200])
+@pytest.mark.parametrize(
+    "rope",
+    [
+        RopeConfig(),
+        RopeConfig(scaling="linear", factor=4.0),
+        RopeConfig(scaling="dynamic", factor=3.0, original_max_position_embeddings=64),
+        RopeConfig(scaling="yarn", factor=4.0, original_max_position_embeddings=64),
+        RopeConfig(scaling="yarn", factor=4.0, original_max_position_embeddings=64, truncate=False, beta_fast=8.0),
+        RopeConfig(scaling="yarn", factor=2.0, original_max_position_embeddings=64, attention_factor=1.5),
+        RopeConfig(
+            scaling="llama3",
+            rope_theta=5e5,
+            factor=8.0,
+            original_max_position_embeddings=64,
+            low_freq_factor=1.5,
+            high_freq_factor=5.0,
+        ),
+        RopeConfig(short_factor=(1.0,) * 8, long_factor=tuple(range(2, 10)), original_max_position_embeddings=64),
+    ],
+    ids=lambda rope: rope.rope_type,
+)
+def test_frequencies_of_transformers(tiny_config: ModelConfig, rope: RopeConfig, length: int) -> None:
+    """The functions by which transformers makes them, in float32, and its factor on cos and sin."""
+    config = dataclasses.replace(tiny_config, rope=rope, max_position_embeddings=256)
+    entries = write_config(
+        dataclasses.replace(config, scale_emb=1.0, scale_depth=0.0, dim_model_base=0), LAYOUTS["llama"]
+    )
+    theirs = transformers.LlamaConfig(**entries)
+    if rope.rope_type == "default":
+        frequencies, factor = LlamaRotaryEmbedding.compute_default_rope_parameters(theirs)
+    else:
+        frequencies, factor = ROPE_INIT_FUNCTIONS[rope.rope_type](theirs, "cpu", seq_len=length)
+    np.testing.assert_allclose(inverse_frequencies(config, length), frequencies.numpy(), rtol=2e-6)
+    assert attention_factor(config) == pytest.approx(factor)
 
 
 def test_float32_products_would_not_be_exact(read_model: ReadModel) -> None:
