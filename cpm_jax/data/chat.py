@@ -32,6 +32,7 @@ CHATML = """\
 
 # They bracket what the assistant says while a template is rendered. Unicode guarantees that no text needs them.
 _BEGIN, _END = "\ufdd0", "\ufdd1"
+_CUT = "\ufdd2"  # marks where the last message of an open conversation ends
 _ROLE_OF_SPEAKER = {"human": "user", "gpt": "assistant", "observation": "tool", "function": "tool"}
 
 
@@ -116,7 +117,11 @@ def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, 
 
 
 class ChatTemplate:
-    """A chat template as Hugging Face defines them: Jinja in a sandbox."""
+    """A chat template as Hugging Face defines them: Jinja in a sandbox.
+
+    Attributes:
+        source: the Jinja source.
+    """
 
     def __init__(self, source: str, special_tokens: dict[str, str]):
         """Compiles a template.
@@ -138,6 +143,7 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
             raise ChatError("chat template is not valid", str(error)) from error
+        self.source = source
         self._special_tokens = special_tokens
 
     def _render(self, messages: list[dict[str, Any]], tools: Any, add_generation_prompt: bool) -> str:
@@ -160,6 +166,27 @@ class ChatTemplate:
         """
         text = self._render(conversation.messages, conversation.tools, add_generation_prompt)
         return text.replace(_BEGIN, "").replace(_END, "")
+
+    def render_open(self, conversation: Conversation) -> str:
+        """The text of a conversation up to the last character of its last message, which is to be continued.
+
+        Raises:
+            ChatError: the template refuses the conversation, or leaves its last message out.
+        """
+        *before, last = conversation.messages
+        marked = [*before, last | {"content": f"{last['content']}{_CUT}"}]
+        text = self.render(Conversation(marked, conversation.tools))
+        if _CUT not in text:
+            raise ChatError("chat template leaves out the last message")
+        return text[: text.rindex(_CUT)]
+
+    def end_of_turn(self) -> tuple[str, ...]:
+        """What the template puts after the assistant's words, as stop strings: "<|im_end|>" for ChatML."""
+        said = "x"
+        turns = Conversation([{"role": "user", "content": said}, {"role": "assistant", "content": said}])
+        text, spans = self.render_with_spans(turns)
+        end = text[slice(*spans[-1])].rpartition(said)[2].strip()
+        return (end,) if end else ()
 
     def render_with_spans(self, conversation: Conversation) -> tuple[str, list[tuple[int, int]]]:
         """The text of a conversation, and the ranges of characters that the assistant says (with the end of turn).

@@ -40,8 +40,24 @@ class Encoded:
 class Encoder:
     """Tokenises documents of one format."""
 
-    def __init__(self, tokenizer: Tokenizer, format: Format, seq_len: int, long_conversations: LongConversations):
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        format: Format,
+        seq_len: int,
+        long_conversations: LongConversations,
+        min_tokens: int | None = None,
+        max_tokens: int | None = None,
+    ):
         """Checks that the tokenizer has what the format needs.
+
+        Args:
+            tokenizer: what to tokenise with.
+            format: of the documents.
+            seq_len: tokens per row; a record has one more.
+            long_conversations: what to do with a conversation that is longer than a record.
+            min_tokens: shorter documents are rejected.
+            max_tokens: longer documents are rejected.
 
         Raises:
             DataError: it has no end-of-document token, or no chat template.
@@ -50,6 +66,7 @@ class Encoder:
         self._format = format
         self._max_tokens = seq_len + 1
         self._long_conversations = long_conversations
+        self._least, self._most = min_tokens, max_tokens
         if format == "chat":
             tokenizer.require_chat_template()
         elif tokenizer.eos_id is None:
@@ -59,9 +76,17 @@ class Encoder:
             )
 
     @classmethod
-    def load(cls, folder: Path, format: Format, seq_len: int, long_conversations: LongConversations) -> "Encoder":
+    def load(
+        cls,
+        folder: Path,
+        format: Format,
+        seq_len: int,
+        long_conversations: LongConversations,
+        min_tokens: int | None = None,
+        max_tokens: int | None = None,
+    ) -> "Encoder":
         """An encoder with the tokenizer of a folder."""
-        return cls(Tokenizer.load(folder), format, seq_len, long_conversations)
+        return cls(Tokenizer.load(folder), format, seq_len, long_conversations, min_tokens, max_tokens)
 
     def __call__(self, texts: Sequence[str]) -> Encoded:
         """Tokenises documents, as `Document.text` holds them."""
@@ -71,18 +96,29 @@ class Encoder:
         before = [self._tokenizer.bos_id] if self._tokenizer.add_bos else []
         after = [self._tokenizer.eos_id]
         short = iter(self._tokenizer.encode_batch([text for text in texts if len(text) <= _LONG_DOCUMENT]))
-        pieces = []
-        for text in texts:
+        pieces, rejects = [], []
+        for index, text in enumerate(texts):
             parts = [next(short)] if len(text) <= _LONG_DOCUMENT else map(self._tokenizer.encode, _cut(text))
-            pieces.append(np.concatenate([np.array(ids, np.uint32) for ids in (before, *parts, after)]))
+            tokens = np.concatenate([np.array(ids, np.uint32) for ids in (before, *parts, after)])
+            if reason := self._out_of_range(len(tokens)):
+                rejects.append((index, reason, f"{len(tokens)} tokens"))
+                tokens = np.zeros(0, np.uint32)
+            pieces.append(tokens)
         lengths = np.array([len(piece) for piece in pieces], np.uint32)
-        return Encoded(TokenizedDocuments(np.concatenate([*pieces, np.zeros(0, np.uint32)]), lengths))
+        return Encoded(TokenizedDocuments(np.concatenate([*pieces, np.zeros(0, np.uint32)]), lengths), tuple(rejects))
+
+    def _out_of_range(self, num_tokens: int) -> str:
+        if self._least is not None and num_tokens < self._least:
+            return f"fewer than {self._least} tokens"
+        return f"more than {self._most} tokens" if self._most is not None and num_tokens > self._most else ""
 
     def _encode_chat(self, texts: Sequence[str]) -> Encoded:
         pieces, masks, rejects, truncated = [], [], [], 0
         for index, text in enumerate(texts):
             try:
                 tokens, mask = self.encode_conversation(Conversation.from_record(json.loads(text)))
+                if reason := self._out_of_range(len(tokens)):
+                    raise ChatError(reason, f"{len(tokens)} tokens")
                 if len(tokens) > self._max_tokens:
                     if self._long_conversations == "reject":
                         raise ChatError("longer than a record", f"{len(tokens)} tokens, at most {self._max_tokens}")

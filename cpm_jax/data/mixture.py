@@ -163,7 +163,7 @@ class _Period:
             mine = self.order == component
             self.rank[mine] = np.arange(np.count_nonzero(mine))
 
-    def taken(self, examples: int) -> Int[np.ndarray, "C"]:
+    def taken(self, examples: int) -> Int[np.ndarray, " C"]:
         """Examples of each component among the first `examples`."""
         periods, rest = divmod(examples, PERIOD)
         return periods * self.counts + np.bincount(self.order[:rest], minlength=len(self.counts))
@@ -198,7 +198,7 @@ class ExampleOrder:
         in_stage = periods * period.counts[component] + period.rank[rest]
         return Place(component, int(self._taken_before[stage][component] + in_stage))
 
-    def taken(self, examples: int) -> Int[np.ndarray, "C"]:
+    def taken(self, examples: int) -> Int[np.ndarray, " C"]:
         """How many examples of each component are among the first `examples` of the run."""
         stage = max(bisect.bisect_left(self._starts, examples) - 1, 0)
         return self._taken_before[stage] + self._periods[stage].taken(examples - self._starts[stage])

@@ -20,9 +20,9 @@ class TokenizedDocuments:
         loss_mask: per token, or None when all are learned.
     """
 
-    tokens: UInt32[np.ndarray, "n"]
-    lengths: UInt32[np.ndarray, "k"]
-    loss_mask: Bool[np.ndarray, "n"] | None = None
+    tokens: UInt32[np.ndarray, " n"]
+    lengths: UInt32[np.ndarray, " k"]
+    loss_mask: Bool[np.ndarray, " n"] | None = None
 
 
 class ConcatThenSplit:

@@ -52,6 +52,9 @@ class PrepareConfig:
         validation_fraction: share of the documents to hold out, chosen by the hash of their ids; of a small corpus
             at least one document. 0 for no validation split.
         long_conversations: what to do with a conversation that is longer than a record.
+        min_tokens: documents of fewer tokens are rejected, those with which they begin and end included; None rejects
+            none.
+        max_tokens: documents of more tokens are rejected; None rejects none.
         shard_bytes: text per shard in bytes; also what is done again at most after a kill.
         max_bytes: reading ends before the document that would take the text beyond it; None reads all. The manifest
             says when something was left unread.
@@ -69,6 +72,8 @@ class PrepareConfig:
     tfds_data_dir: str | None = None
     validation_fraction: float = 0.01
     long_conversations: LongConversations = "reject"
+    min_tokens: int | None = None
+    max_tokens: int | None = None
     shard_bytes: int = 1 << 26
     max_bytes: int | None = None
     seed: int = 0
@@ -83,7 +88,8 @@ class PrepareConfig:
                 "PrepareConfig.tokenizer = None: give a tokenizer (a path), or vocab_size to train one",
                 "PrepareConfig.tokenizer",
             )
-        for name, least in [("seq_len", 1), ("shard_bytes", 1), ("max_bytes", 1), ("num_workers", 0)]:
+        least_of = {"seq_len": 1, "min_tokens": 1, "max_tokens": self.min_tokens or 1, "shard_bytes": 1, "max_bytes": 1}
+        for name, least in (least_of | {"num_workers": 0}).items():
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ConfigError(f"PrepareConfig.{name} = {value}: must be at least {least}", f"PrepareConfig.{name}")
@@ -163,7 +169,13 @@ def _prepare(
     tokenizer_dir = output_dir / "tokenizer"
     tokenizer = _make_tokenizer(config, corpus, threshold, tokenizer_dir, progress)
     make_encoder = functools.partial(
-        Encoder.load, tokenizer_dir, config.format, config.seq_len, config.long_conversations
+        Encoder.load,
+        tokenizer_dir,
+        config.format,
+        config.seq_len,
+        config.long_conversations,
+        config.min_tokens,
+        config.max_tokens,
     )
     make_encoder()  # a tokenizer that does not fit is found before any worker starts
 

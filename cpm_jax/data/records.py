@@ -26,9 +26,9 @@ class PackedRecord:
         loss_mask: whether a token is to be learned when it is a target; False for what a user said in a conversation.
     """
 
-    tokens: UInt32[np.ndarray, "n"]
-    document_starts: UInt32[np.ndarray, "k"]
-    loss_mask: Bool[np.ndarray, "n"]
+    tokens: UInt32[np.ndarray, " n"]
+    document_starts: UInt32[np.ndarray, " k"]
+    loss_mask: Bool[np.ndarray, " n"]
 
 
 def encode_record(record: PackedRecord) -> bytes:

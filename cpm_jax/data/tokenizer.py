@@ -10,7 +10,7 @@ from typing import Any
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
-from cpm_jax.data.chat import CHATML, ChatTemplate, Conversation
+from cpm_jax.data.chat import CHATML, ChatError, ChatTemplate, Conversation
 from cpm_jax.data.errors import DataError
 
 PAD, BOS, EOS, IM_START, IM_END = "<pad>", "<s>", "</s>", "<|im_start|>", "<|im_end|>"
@@ -35,19 +35,14 @@ class Tokenizer:
         backend.no_padding()
         self._backend = backend
         self._settings = settings
-        self.special_tokens = {
-            name: token["content"] if isinstance(token, dict) else token
-            for name in _SPECIAL_NAMES
-            if (token := settings.get(name)) is not None
-        }
+        self.special_tokens = _special_tokens(settings)
         self.vocab_size: int = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         self.bos_id = self._special_id("bos_token")
         self.eos_id = self._special_id("eos_token")
         pad_id = self._special_id("pad_token")
         self.pad_id = self.eos_id if pad_id is None else pad_id
         self.add_bos = self.bos_id is not None and backend.encode("").ids[:1] == [self.bos_id]
-        template = settings.get("chat_template")
-        self.chat_template = None if template is None else ChatTemplate(template, self.special_tokens)
+        self.chat_template = _chat_template(settings, self.special_tokens)
 
     def _special_id(self, name: str) -> int | None:
         if name not in self.special_tokens:
@@ -79,11 +74,22 @@ class Tokenizer:
         settings |= _read_json(file.with_name("tokenizer_config.json"))
         template_file = file.with_name("chat_template.jinja")
         if template_file.is_file():
-            settings["chat_template"] = template_file.read_text("utf-8")
+            try:
+                settings["chat_template"] = template_file.read_text("utf-8")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{template_file} is not UTF-8: {error.reason}") from error
         if isinstance(templates := settings.get("chat_template"), list):
-            named = {item["name"]: item["template"] for item in templates}
+            try:
+                named = {item["name"]: item["template"] for item in templates}
+            except (TypeError, KeyError) as error:
+                raise DataError(
+                    f'tokenizer {str(file)!r}: the items of its list chat_template must be {{"name": …, "template": …}}'
+                ) from error
             settings["chat_template"] = named.get("default")
-        return cls(backend, settings)
+        try:
+            return cls(backend, settings)
+        except DataError as error:
+            raise DataError(f"tokenizer {str(file)!r}: {error}") from error
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -179,12 +185,38 @@ class Tokenizer:
         return self.chat_template
 
 
+def _special_tokens(settings: dict[str, Any]) -> dict[str, str]:
+    """The named special tokens of a tokenizer_config.json, where a token is a text or an object with its content."""
+    tokens = {}
+    for name in _SPECIAL_NAMES:
+        if (token := settings.get(name)) is None:
+            continue
+        text = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(text, str):
+            raise DataError(
+                f'tokenizer_config.json says {name} = {token!r}: accepted are a text and {{"content": a text, …}}'
+            )
+        tokens[name] = text
+    return tokens
+
+
+def _chat_template(settings: dict[str, Any], special_tokens: dict[str, str]) -> ChatTemplate | None:
+    if (source := settings.get("chat_template")) is None:
+        return None
+    if not isinstance(source, str):
+        raise DataError(f"its chat_template is {type(source).__name__}: accepted is Jinja in a text")
+    try:
+        return ChatTemplate(source, special_tokens)
+    except ChatError as error:
+        raise DataError(f"its {error}") from error
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
         content = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise DataError(f"{path} must hold a JSON object")

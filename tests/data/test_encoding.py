@@ -43,3 +43,20 @@ def test_tokenizer_without_end_of_document(tokenizer, tmp_path):
     (tmp_path / "tokenizer_config.json").unlink()
     with pytest.raises(DataError, match="has no eos_token, with which documents end"):
         Encoder.load(tmp_path, "text", 8, "reject")
+
+
+def test_documents_of_a_range_of_lengths(tokenizer):
+    """With their first and last token; what is left out is said, and all ranges together have every document once."""
+    every = Encoder(tokenizer, "text", 8, "reject")(TEXTS).documents.lengths
+    most = int(sorted(every)[1])
+    assert most < sorted(every)[2]
+    short, long = (Encoder(tokenizer, "text", 8, "reject", *ends)(TEXTS) for ends in ((None, most), (most + 1, None)))
+    assert (short.documents.lengths + long.documents.lengths == every).all()
+    assert (short.documents.lengths[every > most] == 0).all()
+    assert len(short.documents.tokens) == short.documents.lengths.sum() == every[every <= most].sum()
+    assert [(index, reason) for index, reason, _ in long.rejects] == [
+        (index, f"fewer than {most + 1} tokens") for index in np.flatnonzero(every <= most)
+    ]
+    assert [reject[1:] for reject in short.rejects] == [
+        (f"more than {most} tokens", f"{length} tokens") for length in every if length > most
+    ]

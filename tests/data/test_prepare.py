@@ -165,6 +165,28 @@ def test_reading_ends_at_the_limit_and_the_manifest_says_so(folder, tmp_path):
     assert prepare(settings(folder, max_bytes=total), tmp_path / "all", progress=False).complete
 
 
+def test_ranges_of_lengths_make_datasets_that_share_no_document(folder, tmp_path):
+    tokenizer = Tokenizer.train([path.read_text() for path in folder.rglob("*.txt")], 300)
+    tokenizer.save(tmp_path / "tokenizer")
+
+    def dataset(name, **ends):
+        config = settings(
+            folder, tokenizer=str(tmp_path / "tokenizer"), vocab_size=None, validation_fraction=0.0, **ends
+        )
+        manifest = prepare(config, tmp_path / name, progress=False)
+        ends_of = np.flatnonzero(np.array(read_stream(tmp_path / name, "train")) == tokenizer.eos_id)
+        return manifest, np.diff(ends_of, prepend=-1).tolist()
+
+    _, every = dataset("every")
+    middle = int(np.median(every))
+    short, long = dataset("short", max_tokens=middle), dataset("long", min_tokens=middle + 1)
+    assert sorted(short[1] + long[1]) == sorted(every)
+    assert max(short[1]) <= middle < min(long[1])
+    assert short[0].rejects == {f"more than {middle} tokens": len(long[1])}
+    with pytest.raises(ConfigError, match=r"PrepareConfig.max_tokens = 5: must be at least 6"):
+        settings(folder, min_tokens=6, max_tokens=5)
+
+
 def test_what_cannot_be_prepared_is_named(tmp_path):
     def refused(match, source, **changes):
         with pytest.raises(DataError, match=match):

@@ -133,6 +133,37 @@ def test_bad_tokenizers_are_named(tokenizer, tmp_path):
         Tokenizer.load(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ("{", "tokenizer_config.json is not JSON"),
+        ("[" * 100_000, "tokenizer_config.json is not JSON"),
+        ({"eos_token": 4}, "says eos_token = 4: accepted are a text"),
+        ({"eos_token": ["</s>"]}, "says eos_token = ['</s>']: accepted are a text"),
+        ({"bos_token": {"id": 1}}, "says bos_token = {'id': 1}: accepted are a text"),
+        ({"chat_template": "{% if %}"}, "its chat template is not valid: "),
+        ({"chat_template": {"default": "x"}}, "its chat_template is dict: accepted is Jinja in a text"),
+        ({"chat_template": ["x"]}, "the items of its list chat_template must be"),
+        ({"chat_template": [{"name": "default"}]}, "the items of its list chat_template must be"),
+        ({"chat_template": [{"name": "default", "template": 3}]}, "its chat_template is int"),
+    ],
+)
+def test_settings_that_mean_nothing_are_named(tokenizer, tmp_path, settings, words):
+    tokenizer.save(tmp_path)
+    text = settings if isinstance(settings, str) else json.dumps(settings)
+    (tmp_path / "tokenizer_config.json").write_text(text)
+    with pytest.raises(DataError) as caught:
+        Tokenizer.load(tmp_path)
+    assert words in str(caught.value)
+
+
+def test_a_template_file_that_is_no_text(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(DataError, match=r"chat_template\.jinja is not UTF-8"):
+        Tokenizer.load(tmp_path)
+
+
 def _word_piece():
     vocab = {"[UNK]": 0, "[CLS]": 1, "hello": 2, "wor": 3, "##ld": 4, "!": 5}
     backend = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
