@@ -10,6 +10,8 @@ from typing import Any, ParamSpec, TypeVar, cast, dataclass_transform
 import pydantic
 import pydantic.dataclasses
 
+from cpm_jax.common import exit_codes
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -24,7 +26,10 @@ class ConfigError(Exception):
 
     Attributes:
         field: "ModelConfig.d_model", or just the class name when several fields disagree.
+        code: the exit code of a process that it ends.
     """
+
+    code = exit_codes.BAD_CONFIG
 
     def __init__(self, message: str, field: str = ""):
         super().__init__(message)
@@ -95,7 +100,13 @@ def config_function(function: Callable[P, T]) -> Callable[P, T]:
 
 
 class InputError(Exception):
-    """Data or a checkpoint that cannot be read or does not fit; the message is meant for the user as it is."""
+    """Data or a checkpoint that cannot be read or does not fit; the message is meant for the user as it is.
+
+    Attributes:
+        code: the exit code of a process that it ends.
+    """
+
+    code = exit_codes.BAD_INPUT
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:

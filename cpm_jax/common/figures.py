@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
@@ -210,7 +211,7 @@ def bar_figure(
         height = 0.75 + 0.42 * len(bars)
         canvas = Canvas(figsize=(8.6, height) if wide else (4.4, height), layout="constrained")
         axes = canvas.add_subplot()
-        top = max(bars.values(), default=1.0) or 1.0
+        top = max((value + (errors or {}).get(name, 0.0) for name, value in bars.items()), default=1.0) or 1.0
         for place, (name, value) in enumerate(bars.items()):
             stressed = not strong or name in strong
             axes.barh(place, value, height=0.62, color=COLORS[0] if stressed else "#b9c2cd")
@@ -235,6 +236,100 @@ def bar_figure(
         axes.set_title(ylabel, loc="left", fontsize=10, color=_SOFT, pad=8)
         alt = f"{ylabel}: " + ", ".join(f"{name} {write(value)}" for name, value in bars.items())
         return Figure(svg=_to_svg(canvas), caption=caption, alt=alt, wide=wide)
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure with its uncertainty.
+
+    Attributes:
+        value: the figure.
+        low: lower end of its interval.
+        high: upper end.
+    """
+
+    value: float
+    low: float
+    high: float
+
+
+def interval_figure(intervals: Mapping[str, Interval], *, ylabel: str, caption: str = "") -> Figure:
+    """Draws differences as dots with their intervals around a line at zero; those that exclude zero are stressed.
+
+    Args:
+        intervals: by name, from top to bottom.
+        ylabel: what the figures measure, with its unit.
+        caption: a sentence below the figure.
+
+    Returns:
+        A block for a report's section.
+    """
+    with matplotlib.rc_context({**_STYLE, "axes.grid.axis": "x", "axes.spines.bottom": False}):
+        canvas = Canvas(figsize=(8.6, 0.9 + 0.42 * len(intervals)), layout="constrained")
+        axes = canvas.add_subplot()
+        axes.axvline(0, color=_SOFT, linewidth=1)
+        for place, interval in enumerate(intervals.values()):
+            color = COLORS[0] if interval.low > 0 or interval.high < 0 else _SOFT
+            axes.plot([interval.low, interval.high], [place, place], color=color, linewidth=2.4)
+            axes.plot(interval.value, place, "o", color=color, markersize=6, markeredgecolor="white")
+        axes.set_yticks(range(len(intervals)), list(intervals), color=_INK)
+        axes.set_ylim(len(intervals) - 0.5, -0.5)
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.tick_params(axis="x", length=0)
+        axes.set_title(ylabel, loc="left", fontsize=10, color=_SOFT, pad=8)
+        said = ", ".join(f"{name} {i.value:+.3g} ({i.low:+.3g} to {i.high:+.3g})" for name, i in intervals.items())
+        return Figure(svg=_to_svg(canvas), caption=caption, alt=f"{ylabel}: {said}", wide=True)
+
+
+def heat_map_figure(
+    values: Sequence[Sequence[float]],
+    *,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    xlabel: str,
+    ylabel: str,
+    title: str,
+    caption: str = "",
+    wide: bool = False,
+) -> Figure:
+    """Draws a table of shares as colours, each with its value written in it: pale is 0, dark is 1.
+
+    Args:
+        values: in [0, 1], by row and column; what is not finite stays white and empty.
+        rows: labels from top to bottom.
+        columns: labels from left to right.
+        xlabel: what the columns are.
+        ylabel: what the rows are.
+        title: what the values are, written above.
+        caption: a sentence below the figure.
+        wide: whether the figure takes the page's width, or half of it.
+
+    Returns:
+        A block for a report's section.
+    """
+    with matplotlib.rc_context({**_STYLE, "axes.grid": False, "axes.spines.bottom": False, "xtick.major.size": 0}):
+        width = 8.6 if wide else 4.4
+        canvas = Canvas(figsize=(width, 1.15 + 0.32 * len(rows)), layout="constrained")
+        axes = canvas.add_subplot()
+        colors = LinearSegmentedColormap.from_list("shares", ["#eef3f9", COLORS[0]])
+        table = np.ma.masked_invalid(np.asarray(values, float))
+        # Cells are rectangles of the drawing, not pixels of an image, so that they stay sharp at any size.
+        axes.pcolormesh(table, cmap=colors, vmin=0, vmax=1, edgecolors="white", linewidth=1.5)
+        for (row, column), value in np.ndenumerate(table.filled(np.nan)):
+            if np.isfinite(value):
+                ink = "white" if value > 0.55 else _INK
+                axes.text(column + 0.5, row + 0.5, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=8.5)
+        axes.set_xticks(np.arange(len(columns)) + 0.5, list(columns))
+        axes.set_yticks(np.arange(len(rows)) + 0.5, list(rows))
+        axes.invert_yaxis()
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
+        axes.set_title(title, loc="left", fontsize=10, color=_SOFT, pad=8)
+        said = "; ".join(
+            f"{row}: " + ", ".join("–" if not np.isfinite(value) else f"{value:.2f}" for value in cells)
+            for row, cells in zip(rows, values, strict=True)
+        )
+        return Figure(svg=_to_svg(canvas), caption=caption, alt=f"{title}, {ylabel} by {xlabel}: {said}", wide=wide)
 
 
 def _cycle(count: int) -> list[str]:

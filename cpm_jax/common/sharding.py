@@ -10,7 +10,8 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from cpm_jax.common.config import ConfigError, config_dataclass
 
@@ -25,6 +26,11 @@ RULES: dict[str, tuple[str, ...]] = {
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
+    # Within attention, which needs whole rows: what divided their length then divides the heads (DeepSpeed-Ulysses,
+    # arXiv 2309.14509), so that every device does an equal part of the causal work.
+    "attention_heads": ("tensor", "context"),
+    # Queries that choose blocks for a whole group of heads: what the key and value heads leave over divides them.
+    "query_length": ("context", "tensor"),
     "head_dim": (),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
@@ -69,6 +75,25 @@ class MeshConfig:
         return (self.data, self.fsdp, self.tensor, self.context)
 
 
+def mesh_sizes(config: MeshConfig, num_devices: int) -> tuple[int, ...]:
+    """Sizes of the mesh axes on a number of devices, -1 resolved.
+
+    Raises:
+        ConfigError: if the sizes do not multiply to the number of devices.
+    """
+    known = math.prod(size for size in config.sizes if size != -1)
+    sizes = tuple(num_devices // known if size == -1 else size for size in config.sizes)
+    if math.prod(sizes) != num_devices:
+        given = " x ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, config.sizes, strict=True))
+        named = [f"MeshConfig.{axis}" for axis, size in zip(MESH_AXES, config.sizes, strict=True) if size != 1]
+        raise ConfigError(
+            f"MeshConfig: {given} does not fit {num_devices} devices: the product of {', '.join(named)} must be "
+            f"{num_devices} (one size may be -1)",
+            field="MeshConfig",
+        )
+    return sizes
+
+
 def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Mesh:
     """Arranges devices in a mesh with the axes data, fsdp, tensor, context.
 
@@ -80,16 +105,22 @@ def make_mesh(config: MeshConfig, devices: list[jax.Device] | None = None) -> Me
         ConfigError: if the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    known = math.prod(size for size in config.sizes if size != -1)
-    sizes = tuple(len(devices) // known if size == -1 else size for size in config.sizes)
-    if math.prod(sizes) != len(devices):
-        given = " x ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, config.sizes, strict=True))
-        raise ConfigError(
-            f"MeshConfig: {given} does not fit {len(devices)} devices: the product of the sizes must be "
-            f"{len(devices)} (one size may be -1)",
-            field="MeshConfig",
-        )
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices)
+    sizes = mesh_sizes(config, len(devices))
+    # Follows the wiring of a TPU's torus; `jax.make_mesh` would refuse sizes that divide one of its sides.
+    arranged = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+    return Mesh(arranged, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def make_abstract_mesh(config: MeshConfig) -> AbstractMesh:
+    """The same without devices, to compute layouts for a machine that is not there.
+
+    An axis of -1 takes the devices that this process sees.
+
+    Raises:
+        ConfigError: if an axis is -1 and the others do not divide the number of devices here.
+    """
+    sizes = mesh_sizes(config, jax.device_count() if -1 in config.sizes else math.prod(config.sizes))
+    return AbstractMesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
 def data_shard(mesh: Mesh) -> tuple[int, int]:
@@ -138,24 +169,25 @@ def _resolve(
             if strict and axis not in MAY_REPLICATE:
                 raise ConfigError(
                     f"{name}: its dimension {axis!r} of size {shape[dim]} cannot be divided into {parts} parts "
-                    f"(mesh {' x '.join(f'{a} {mesh_shape[a]}' for a in mesh_axes)}); choose mesh sizes that divide "
-                    f"{shape[dim]}",
+                    f"({' x '.join(f'MeshConfig.{a} = {mesh_shape[a]}' for a in mesh_axes)}); choose mesh sizes that "
+                    f"divide {shape[dim]}",
                     field=name,
                 )
-            mesh_axes = ()
+            while shape[dim] % math.prod(mesh_shape[a] for a in mesh_axes):
+                mesh_axes = mesh_axes[:-1]
         used.update(mesh_axes)
         entries.append(mesh_axes[0] if len(mesh_axes) == 1 else mesh_axes or None)
     return PartitionSpec(*entries)
 
 
 def logical_sharding(
-    axes: tuple[str | None, ...], mesh: Mesh, shape: tuple[int, ...] | None = None, name: str = "array"
+    axes: tuple[str | None, ...], mesh: Mesh | AbstractMesh, shape: tuple[int, ...] | None = None, name: str = "array"
 ) -> NamedSharding:
     """Resolves the logical axes of an array that is held (a parameter, a batch) to its sharding.
 
     Args:
         axes: a logical axis for each dimension; None keeps a dimension whole.
-        mesh: from `make_mesh`.
+        mesh: from `make_mesh` or `make_abstract_mesh`.
         shape: checked for divisibility where given. Dimensions named in MAY_REPLICATE are replicated instead.
         name: what to call the array in errors.
 
@@ -165,7 +197,7 @@ def logical_sharding(
     return NamedSharding(mesh, _resolve(axes, dict(mesh.shape), shape, name, strict=True))
 
 
-def params_sharding(axes: Any, params: Any, mesh: Mesh) -> Any:
+def params_sharding(axes: Any, params: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Shardings of a whole parameter tree.
 
     Args:
@@ -188,17 +220,22 @@ def params_sharding(axes: Any, params: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(leaf, params, axes)
 
 
+def is_divided() -> bool:
+    """Whether the mesh in scope has more than one device, so that activations may lie in parts."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return not mesh.empty and math.prod(mesh.shape.values()) > 1
+
+
 def activation_spec(axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec | None:
     """Resolves the logical axes of an activation on the mesh in scope; None outside a mesh.
 
     The mesh is the one in context (`jax.sharding.use_abstract_mesh` inside a jitted function, or `jax.set_mesh`). A
-    dimension that the mesh does not divide, such as a batch of one in decoding, stays whole: an activation's layout
-    changes speed, never values.
+    dimension that the mesh axes of its name do not divide, such as a batch of one in decoding, is divided by the first
+    of them only, or stays whole: an activation's layout changes speed, never values.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or math.prod(mesh.shape.values()) == 1:
+    if not is_divided():
         return None
-    return _resolve(axes, dict(mesh.shape), shape, "activation", strict=False)
+    return _resolve(axes, dict(jax.sharding.get_abstract_mesh().shape), shape, "activation", strict=False)
 
 
 def constrain(x: jax.Array, axes: tuple[str | None, ...]) -> jax.Array:

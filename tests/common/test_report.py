@@ -6,7 +6,19 @@ import numpy as np
 import pytest
 
 from cpm_jax.common import report
-from cpm_jax.common.figures import Series, _running_mean, bar_figure, human, human_bytes, human_seconds, line_figure
+from cpm_jax.common.figures import (
+    COLORS,
+    Interval,
+    Series,
+    _running_mean,
+    bar_figure,
+    heat_map_figure,
+    human,
+    human_bytes,
+    human_seconds,
+    interval_figure,
+    line_figure,
+)
 from cpm_jax.common.training_report import write_training_report
 
 
@@ -100,6 +112,37 @@ def test_line_figure_thins_long_series_and_survives_gaps():
     assert len(long.svg) < 60_000
     line_figure({"x": Series([1, 2, 3], [1.0, float("nan"), 2.0])}, xlabel="step", ylabel="y")
     line_figure({"x": Series([], [])}, xlabel="step", ylabel="y")
+
+
+def test_intervals_that_exclude_zero_are_stressed():
+    shown = interval_figure(
+        {"surely": Interval(0.2, 0.1, 0.3), "perhaps": Interval(0.1, -0.1, 0.3)}, ylabel="ours minus theirs"
+    )
+    assert shown.svg.count(f"stroke: {COLORS[0]}") == 1
+    assert "surely +0.2 (+0.1 to +0.3), perhaps" in shown.alt
+
+
+def test_a_map_writes_its_values_and_leaves_out_what_is_not_there():
+    shown = heat_map_figure(
+        [[1.0, 0.254], [float("nan"), 0.0]],
+        rows=["early", "late"],
+        columns=["1K", "2K"],
+        xlabel="length",
+        ylabel="depth",
+        title="found",
+    )
+    assert shown.alt == "found, depth by length: early: 1.00, 0.25; late: –, 0.00"
+    written = set(re.findall(r"<text[^>]*>([^<]+)<", shown.svg))
+    assert {"1.00", "0.25", "0.00", "early", "late", "1K", "2K"} <= written
+    assert "nan" not in written
+
+
+def test_bars_leave_room_for_their_whiskers():
+    def right_end(errors):
+        svg = bar_figure({"a": 1.0, "b": 0.5}, ylabel="y", errors=errors).svg
+        return float(svg.split('id="patch_3"')[1].split("L ")[1].split()[0])  # of the first bar, in the drawing
+
+    assert right_end({"a": 1.0}) < right_end({})
 
 
 def test_smoothed_line_is_the_running_mean():

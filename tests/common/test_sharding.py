@@ -11,9 +11,11 @@ from cpm_jax.common.sharding import (
     MESH_AXES,
     MeshConfig,
     _row_groups,
+    activation_spec,
     constrain,
     data_shard,
     logical_sharding,
+    make_abstract_mesh,
     make_mesh,
     params_sharding,
 )
@@ -46,7 +48,9 @@ def test_axes_of_size_one_are_left_out():
 def test_indivisible_parameter_is_an_error_naming_it():
     shapes = {"mlp": {"up_proj": {"kernel": jax.ShapeDtypeStruct((64, 100), jnp.float32)}}}
     axes = {"mlp": {"up_proj": {"kernel": ("embed", "mlp")}}}
-    with pytest.raises(ConfigError, match=r"mlp/up_proj/kernel.*'mlp' of size 100.*into 8 parts.*tensor 8"):
+    with pytest.raises(
+        ConfigError, match=r"mlp/up_proj/kernel.*'mlp' of size 100.*into 8 parts.*MeshConfig.tensor = 8"
+    ):
         params_sharding(axes, shapes, abstract_mesh(tensor=8))
 
 
@@ -71,6 +75,15 @@ def test_mesh_config_rejects_impossible_sizes():
         make_mesh(MeshConfig(tensor=7), devices=jax.devices()[:1])
 
 
+def test_a_mesh_for_devices_that_are_not_there():
+    mesh = make_abstract_mesh(MeshConfig(data=2, fsdp=64, tensor=4))
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 64, "tensor": 4, "context": 1}
+    assert logical_sharding(("embed", "mlp"), mesh, (128, 64)).shard_shape((128, 64)) == (2, 16)
+    assert make_abstract_mesh(MeshConfig()).size == jax.device_count()
+    with pytest.raises(ConfigError, match=r"the product of MeshConfig.fsdp, MeshConfig.tensor must be \d"):
+        make_abstract_mesh(MeshConfig(tensor=7))
+
+
 def test_mesh_of_one_device_and_no_mesh_leave_arrays_alone():
     mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
     assert dict(mesh.shape) == {"data": 1, "fsdp": 1, "tensor": 1, "context": 1}
@@ -91,6 +104,13 @@ def test_constrain_reaches_the_partitioner_and_keeps_indivisible_dimensions_whol
 
     assert constraints((4, 6)) == [PartitionSpec("data", "tensor")]
     assert constraints((3, 6)) == [PartitionSpec(None, "tensor")]
+
+
+@pytest.mark.parametrize(("heads", "expected"), [(8, ("tensor", "context")), (6, "tensor"), (3, None)])
+def test_heads_of_attention_take_the_context_axis_where_they_go_round(heads, expected):
+    with jax.sharding.use_abstract_mesh(abstract_mesh(data=2, tensor=2, context=4)):
+        spec = activation_spec(("batch", None, "attention_heads", None), (4, 64, heads, 16))
+    assert spec == PartitionSpec("data", None, expected, None)
 
 
 @pytest.mark.parametrize(
