@@ -159,7 +159,8 @@ def train(
         workdir: folder of the run.
         fixed: settings, as JSON, that must be the same at each restart.
         initial_state: gives the first state, laid out as the abstract one it is called with, and `tokens_seen` as
-            its metadata; None draws parameters by the seed.
+            its metadata; None draws parameters by the seed. "imported" in its metadata, what an imported model was
+            published with, goes into all checkpoints of this run.
 
     Returns:
         Number of steps that this call took; 0 says that the run was done.
@@ -187,10 +188,8 @@ def train(
         "process_count": jax.process_count(),
     }
     about["config_sha256"] = _sha256([about["model"], about["fixed"]])
-    if jax.process_count() > 1:
-        multihost_utils.assert_equal(
-            np.frombuffer(bytes.fromhex(about["config_sha256"]), np.uint8), "the processes have different configs"
-        )
+    same = about | {"train": config_to_dict(config), "checkpoint": config_to_dict(checkpoint)}
+    _check_same_everywhere({key: value for key, value in same.items() if key not in ("git_revision", "versions")})
 
     abstract = abstract_state(model, update, mesh)
     workdir.mkdir(parents=True, exist_ok=True)
@@ -213,6 +212,8 @@ def train(
                     field="TrainConfig.steps",
                 )
         state, step = restored.state, restored.step
+        if "imported" in restored.meta:
+            about["imported"] = restored.meta["imported"]
 
         writer = make_metric_writer(workdir, step, jax.process_index())
         stack.callback(writer.close)
@@ -281,6 +282,21 @@ def train(
 
 def _sha256(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _check_same_everywhere(settings: Any) -> None:
+    """Refuses processes with different settings, which would wait for each other in different places.
+
+    Raises:
+        ConfigError: in all processes, naming those that differ from process 0.
+    """
+    ours = np.frombuffer(bytes.fromhex(_sha256(settings)), np.uint8)
+    hashes = np.reshape(multihost_utils.process_allgather(ours), (-1, ours.size))
+    if others := [str(i) for i, theirs in enumerate(hashes) if (theirs != hashes[0]).any()]:
+        raise ConfigError(
+            f"of {len(hashes)} processes number {', '.join(others)} have other settings than number 0: start the same "
+            "command, with the same files, on every host"
+        )
 
 
 # They decide how the arithmetic is laid out, not what it is.

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from cpm_jax.common.config import config_dataclass, config_function
+from cpm_jax.common.sharding import activation_spec
 from cpm_jax.modeling.decoder import Decoder
 from kernels_pallas.linear_cross_entropy.api import linear_cross_entropy
 
@@ -53,9 +54,9 @@ class LossSums(NamedTuple):
     """
 
     nll: Float[Array, ""]
-    mtp_nll: Float[Array, "M"]
-    source_nll: Float[Array, "S"]
-    source_weight: Float[Array, "S"]
+    mtp_nll: Float[Array, " M"]
+    source_nll: Float[Array, " S"]
+    source_weight: Float[Array, " S"]
 
 
 def _ahead(x: Int[Array, "B T"] | Float[Array, "B T"], by: int) -> jax.Array:
@@ -82,7 +83,7 @@ def mtp_targets(batch: Batch, depth: int) -> tuple[Int[Array, "B T"], Int[Array,
     return _ahead(batch["targets"], depth), _ahead(batch["targets"], shift), weights
 
 
-def loss_weights(batch: Batch, num_mtp_layers: int) -> tuple[Float[Array, ""], Float[Array, "M"]]:
+def loss_weights(batch: Batch, num_mtp_layers: int) -> tuple[Float[Array, ""], Float[Array, " M"]]:
     """Total weights by which `LossSums.nll` and `LossSums.mtp_nll` of the batch are to be divided."""
     mtp = [jnp.sum(mtp_targets(batch, depth)[2]) for depth in range(num_mtp_layers)]
     return jnp.sum(batch["loss_weights"]), jnp.stack(mtp) if mtp else jnp.zeros((0,), jnp.float32)
@@ -91,6 +92,19 @@ def loss_weights(batch: Batch, num_mtp_layers: int) -> tuple[Float[Array, ""], F
 def mean(total: Array, weight: Array) -> Array:
     """total / weight, and 0 where nothing has weight."""
     return total / jnp.where(weight > 0, weight, 1)
+
+
+def _head_loss(
+    model: Decoder, hidden: Array, kernel: Array, targets: Array, weights: Array
+) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
+    return linear_cross_entropy(
+        model.head_inputs(hidden),
+        kernel,
+        targets,
+        weights,
+        hidden_spec=activation_spec(("batch", "length", None), hidden.shape),
+        kernel_spec=activation_spec(("embed", "vocab"), kernel.shape),
+    )
 
 
 def loss_sums(model: Decoder, batch: Batch, num_sources: int) -> LossSums:
@@ -103,15 +117,15 @@ def loss_sums(model: Decoder, batch: Batch, num_sources: int) -> LossSums:
     """
     kernel = model.lm_head_kernel()
     hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"])
-    total, nll = linear_cross_entropy(model.head_inputs(hidden), kernel, batch["targets"], batch["loss_weights"])
+    total, nll = _head_loss(model, hidden, kernel, batch["targets"], batch["loss_weights"])
 
     mtp_totals = []
     for depth in range(model.config.num_nextn_predict_layers):
         next_tokens, targets, weights = mtp_targets(batch, depth)
         hidden = model.mtp(hidden, next_tokens, batch["positions"], batch["segment_ids"], depth)
-        mtp_totals.append(linear_cross_entropy(model.head_inputs(hidden), kernel, targets, weights)[0])
+        mtp_totals.append(_head_loss(model, hidden, kernel, targets, weights)[0])
 
-    def by_source(per_token: Float[Array, "B T"]) -> Float[Array, "S"]:
+    def by_source(per_token: Float[Array, "B T"]) -> Float[Array, " S"]:
         return jax.ops.segment_sum(jnp.sum(per_token, axis=1), batch["source_ids"], num_segments=num_sources)
 
     return LossSums(

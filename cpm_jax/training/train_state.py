@@ -6,10 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
-from cpm_jax.common.sharding import params_sharding
 from cpm_jax.modeling import decoder
 from cpm_jax.modeling.config import ModelConfig
 from cpm_jax.training.optimizer import Optimizer
@@ -35,7 +34,7 @@ class TrainState:
     nonfinite_total: Int[Array, ""]
 
 
-def abstract_state(config: ModelConfig, optimizer: Optimizer, mesh: Mesh | None = None) -> TrainState:
+def abstract_state(config: ModelConfig, optimizer: Optimizer, mesh: Mesh | AbstractMesh | None = None) -> TrainState:
     """Shapes and types of the whole state, with shardings where a mesh is given; what a checkpoint is restored to."""
     state = jax.eval_shape(lambda: _make_state(config, optimizer, jax.random.key(0)))
     if mesh is None:
@@ -47,14 +46,14 @@ def abstract_state(config: ModelConfig, optimizer: Optimizer, mesh: Mesh | None 
     )
 
 
-def state_sharding(config: ModelConfig, optimizer: Optimizer, mesh: Mesh) -> TrainState:
+def state_sharding(config: ModelConfig, optimizer: Optimizer, mesh: Mesh | AbstractMesh) -> TrainState:
     """The state's tree of shardings: moments lie as their parameters, counters everywhere.
 
     Raises:
-        ConfigError: naming a parameter that the mesh does not divide.
+        ConfigError: naming a parameter, or the heads, that the mesh does not divide.
     """
     state = abstract_state(config, optimizer)
-    params = params_sharding(decoder.param_axes(config), state.params, mesh)
+    params = jax.tree.map(lambda leaf: leaf.sharding, decoder.abstract_params(config, mesh))
     everywhere: Any = NamedSharding(mesh, PartitionSpec())
     return TrainState(
         step=everywhere,

@@ -1,13 +1,12 @@
 """The training step and the evaluation step, compiled functions of state and batch."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
 from cpm_jax.common.config import ConfigError
@@ -46,22 +45,22 @@ def put_batch(batch: Batch, mesh: Mesh) -> Batch:
     }
 
 
-def check_batch_size(batch_size: int, seq_len: int, mesh: Mesh | None, num_microbatches: int = 1) -> None:
+def check_batch_size(batch_size: int, seq_len: int, mesh: Mesh | AbstractMesh, num_microbatches: int = 1) -> None:
     """Checks that a global batch can be divided over micro-batches and devices.
 
     Raises:
         ConfigError: naming batch size or sequence length, and what would divide it.
     """
-    rows = math.prod(mesh.shape[axis] for axis in ("data", "fsdp")) if mesh else 1
-    if batch_size % (num_microbatches * rows):
+    data, fsdp, context = (mesh.shape[axis] for axis in ("data", "fsdp", "context"))
+    if batch_size % (num_microbatches * data * fsdp):
         raise ConfigError(
-            f"batch_size = {batch_size}: must be a multiple of num_microbatches x data x fsdp = "
-            f"{num_microbatches} x {rows} = {num_microbatches * rows}",
+            f"batch_size = {batch_size}: must be a multiple of num_microbatches x MeshConfig.data x MeshConfig.fsdp = "
+            f"{num_microbatches} x {data} x {fsdp} = {num_microbatches * data * fsdp}",
             field="batch_size",
         )
-    if mesh and seq_len % mesh.shape["context"]:
+    if seq_len % context:
         raise ConfigError(
-            f"seq_len = {seq_len}: must be a multiple of the mesh's context = {mesh.shape['context']}", field="seq_len"
+            f"seq_len = {seq_len}: must be a multiple of MeshConfig.context = {context}", field="MeshConfig.context"
         )
 
 
@@ -83,7 +82,7 @@ def _loss_and_grads(
     num_sources: int,
     num_microbatches: int,
     mtp_factor: Float[Array, ""],
-) -> tuple[LossSums, Float[Array, ""], Float[Array, "M"], Any]:
+) -> tuple[LossSums, Float[Array, ""], Float[Array, " M"], Any]:
     """Loss sums, the two total weights, and float32 gradients of the weighted mean loss of the whole batch."""
     num_mtp = config.num_nextn_predict_layers
     weight, mtp_weights = loss_weights(batch, num_mtp)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -57,7 +58,27 @@ def test_two_processes_are_one_run(tmp_path):
     assert len((tmp_path / "two" / "command.txt").read_text().splitlines()) == 1
 
 
-def test_an_address_without_numbers_is_explained(tmp_path, capsys):
-    arguments = [*PRETRAIN, f"--workdir={tmp_path}", "--coordinator_address=127.0.0.1:1"]
-    assert run.main(arguments) == exit_codes.BAD_CONFIG
-    assert "give --coordinator_address, --num_processes and --process_id" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--coordinator_address=127.0.0.1:1"], "give --coordinator_address, --num_processes and --process_id"),
+        (["--distributed"], "give --coordinator_address, --num_processes and --process_id"),
+        (["--coordinator_address=node0", "--num_processes=2", "--process_id=0"], "=node0: must be HOST:PORT"),
+        (
+            ["--coordinator_address=127.0.0.1:1", "--num_processes=2", "--process_id=2"],
+            "--process_id=2: must be from 0 to below",
+        ),
+    ],
+)
+def test_addresses_and_numbers_that_cannot_be_are_explained(tmp_path, capsys, flags, message):
+    assert run.main([*PRETRAIN, f"--workdir={tmp_path}", *flags]) == exit_codes.BAD_CONFIG
+    assert message in capsys.readouterr().err
+
+
+def test_the_flags_of_the_documentation_exist():
+    text = (ROOT / "docs" / "many_devices.md").read_text()
+    commands = re.findall(r"experiments\.run (?:[^\n]*\\\n)*[^\n]*", text)
+    flags = {flag for command in commands for flag in re.findall(r"--([a-z_]+)(?==| |\n|$)", command)}
+    assert {"distributed", "coordinator_address", "num_processes", "process_id", "workdir", "dry_run"} <= flags
+    known = {action.dest for action in run._parser()._actions}
+    assert flags <= known, flags - known

@@ -1,6 +1,10 @@
-"""A training step on a mesh of 8 devices, forced by XLA_FLAGS as `make test` does, equals that on one."""
+"""Training and evaluation steps on a mesh of 8 devices, forced by XLA_FLAGS as `make test` does.
+
+That loss and gradients equal those of one device is in test_gradients.py.
+"""
 
 import dataclasses
+import re
 
 import jax
 import numpy as np
@@ -12,17 +16,16 @@ from cpm_jax.common.sharding import MeshConfig, make_mesh
 from cpm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from cpm_jax.training.schedules import Phase, ScheduleConfig
 from cpm_jax.training.train_state import abstract_state, init_state
-from cpm_jax.training.train_step import check_batch_size, make_eval_step, make_train_step, put_batch
+from cpm_jax.training.train_step import (
+    BATCH_AXES,
+    batch_sharding,
+    check_batch_size,
+    make_eval_step,
+    make_train_step,
+    put_batch,
+)
 
 pytestmark = pytest.mark.multidevice
-
-
-@pytest.fixture(autouse=True)
-def compile_quickly():
-    """Compiling for 8 devices is most of the time here; what is divided and summed does not depend on the level."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture
@@ -30,15 +33,9 @@ def config(tiny_config):
     return dataclasses.replace(tiny_config, attention_bias=True)
 
 
-def make(config):
-    # Without clipping Adam's first moment after one step is a tenth of the gradient.
-    schedule = ScheduleConfig(phases=(Phase(steps=1, end=0.01),))
-    return make_optimizer(OptimizerConfig(max_grad_norm=None), schedule, config)
-
-
 @pytest.fixture
 def optimizer(config):
-    return make(config)
+    return make_optimizer(OptimizerConfig(), ScheduleConfig(phases=(Phase(steps=1, end=0.01),)), config)
 
 
 @pytest.fixture
@@ -70,35 +67,38 @@ def test_there_are_eight_devices():
     assert jax.device_count() == 8, "set XLA_FLAGS=--xla_force_host_platform_device_count=8"
 
 
-@pytest.mark.parametrize(
-    ("mesh_config", "num_microbatches", "num_mtp_layers"),
-    [
-        (MeshConfig(data=8, fsdp=1), 1, 0),
-        (MeshConfig(fsdp=8), 2, 0),
-        (MeshConfig(fsdp=2, tensor=4), 1, 0),
-        (MeshConfig(data=2, fsdp=2, tensor=2), 2, 1),
-        (MeshConfig(data=2, fsdp=2, context=2), 1, 0),
-    ],
-    ids=["data", "fsdp", "tensor", "all", "context"],
-)
-def test_step_equals_that_of_one_device(config, batch, mesh_config, num_microbatches, num_mtp_layers):
-    config = dataclasses.replace(config, num_nextn_predict_layers=num_mtp_layers)
-    mesh, optimizer = make_mesh(mesh_config), make(config)
-    alone = init_state(config, optimizer, jax.random.key(0))
-    shared = init_state(config, optimizer, jax.random.key(0), mesh)
-    jax.tree.map(np.testing.assert_array_equal, alone.params, shared.params)
-
-    alone, expected = make_train_step(config, optimizer, num_sources=2)(alone, batch)
-    step = make_train_step(config, optimizer, num_sources=2, num_microbatches=num_microbatches, mesh=mesh)
-    shared, metrics = step(shared, put_batch(batch, mesh))
-    assert_close(expected, metrics)
-    assert_close(alone.opt_state[1].mu, shared.opt_state[1].mu)
-    # The state keeps its layout, so that the second step does not compile again.
+def test_the_state_keeps_its_layout(config, optimizer, batch):
+    """So that the second step does not compile again."""
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+    state = init_state(config, optimizer, jax.random.key(0), mesh)
+    jax.tree.map(np.testing.assert_array_equal, init_state(config, optimizer, jax.random.key(0)).params, state.params)
+    state, _ = make_train_step(config, optimizer, num_sources=2, mesh=mesh)(state, put_batch(batch, mesh))
     jax.tree.map(
         lambda x, s: x.sharding.is_equivalent_to(s.sharding, x.ndim) or pytest.fail(str(x.sharding)),
-        shared,
+        state,
         abstract_state(config, optimizer, mesh),
     )
+
+
+def test_context_exchanges_tokens_for_heads(config, optimizer):
+    """Attention needs whole rows: no device gathers them, nor computes what another does."""
+    mesh = make_mesh(MeshConfig(fsdp=2, context=4))
+    config = dataclasses.replace(config, num_kv_heads=4)  # with fewer, keys and values are gathered
+    rows, length = 4, 64
+    shardings = batch_sharding(mesh)
+    batch = {
+        key: jax.ShapeDtypeStruct(
+            (rows, length)[: len(axes)], np.float32 if key == "loss_weights" else np.int32, sharding=shardings[key]
+        )
+        for key, axes in BATCH_AXES.items()
+    }
+    step = make_train_step(config, optimizer, mesh=mesh)
+    program = step.lower(abstract_state(config, optimizer, mesh), batch).compile().as_text()
+    found = [line for line in program.splitlines() if re.search(r"all-(to-all|gather|reduce)\(", line)]
+    exchanged = [line for line in found if "all-to-all(" in line and "self_attn" in line]
+    assert len(exchanged) >= 8  # q, k, v and the output, and their gradients
+    whole_rows = re.compile(rf"= \(?f32\[{rows // 2},{length},(\d+,)?\d+\]")
+    assert [line for line in found if whole_rows.search(line) and "replica_groups={{0},{1}" not in line] == []
 
 
 def test_parameters_and_moments_are_divided(config, optimizer):
@@ -126,7 +126,7 @@ def test_sizes_that_do_not_fit_the_mesh_are_named(config, optimizer):
     odd = dataclasses.replace(config, vocab_size=130)
     with pytest.raises(ConfigError, match=r"embed_tokens/embedding.*'vocab' of size 130.*into 4 parts"):
         init_state(odd, optimizer, jax.random.key(0), mesh)
-    with pytest.raises(ConfigError, match=r"batch_size = 6: must be a multiple of .* 2 x 2 = 4"):
+    with pytest.raises(ConfigError, match=r"batch_size = 6: must be a multiple of .* 2 x 1 x 2 = 4"):
         check_batch_size(6, 32, mesh, num_microbatches=2)
-    with pytest.raises(ConfigError, match=r"seq_len = 33: must be a multiple of the mesh's context = 2"):
+    with pytest.raises(ConfigError, match=r"seq_len = 33: must be a multiple of MeshConfig.context = 2"):
         check_batch_size(8, 33, make_mesh(MeshConfig(fsdp=4, context=2)))

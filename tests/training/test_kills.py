@@ -45,8 +45,9 @@ def wait_for_step(workdir, step):
 def test_killed_at_random_moments_ends_bit_identical(job, unbroken, tmp_path):
     counts = run_with_kills(job, tmp_path, KILLS, seed=1)
     assert counts.total() == KILLS
-    # A third are aimed at saves; how many of the others hit one too depends on how fast the machine writes.
+    # A quarter are aimed at saves and a quarter between them; where the others fall is the machine's affair.
     assert counts["save"] >= 3, counts
+    assert counts["step"] >= 3, counts
     assert differences(tmp_path, unbroken) == []
     steps = [row["step"] for row in figures(tmp_path) if "loss" in row]
     assert steps == list(range(1, STEPS + 1))

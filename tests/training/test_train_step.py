@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from cpm_jax.common.config import ConfigError
+from cpm_jax.common.sharding import MeshConfig, make_mesh
 from cpm_jax.modeling import decoder
+from cpm_jax.modeling.config import SparseConfig
 from cpm_jax.training.losses import LossConfig, loss_sums
 from cpm_jax.training.optimizer import OptimizerConfig, global_norm, make_optimizer
 from cpm_jax.training.schedules import Phase, ScheduleConfig, wsd
@@ -27,8 +29,13 @@ def assert_trees_equal(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_memorises_a_batch_with_falling_mtp_loss(tiny_config, batch):
-    config = dataclasses.replace(tiny_config, num_nextn_predict_layers=1)
+@pytest.mark.parametrize(
+    "sparse",
+    [None, SparseConfig(kernel_size=2, kernel_stride=1, block_size=4, window_size=4, topk=2, dense_len=-1)],
+    ids=["dense", "sparse"],
+)
+def test_memorises_a_batch_with_falling_mtp_loss(tiny_config, batch, sparse):
+    config = dataclasses.replace(tiny_config, num_nextn_predict_layers=1, sparse_config=sparse)
     schedule = wsd(peak_lr=0.02, train_steps=120, warmup_steps=10, decay_steps=30)
     optimizer = make_optimizer(OptimizerConfig(), schedule, config)
     step = make_train_step(config, optimizer)
@@ -181,9 +188,10 @@ def test_eval_sums_of_batches_give_the_mean_of_all(tiny_config, make_batch):
 
 
 def test_impossible_batch_sizes_are_named():
-    check_batch_size(8, 32, None, num_microbatches=4)
-    with pytest.raises(ConfigError, match=r"batch_size = 6: must be a multiple of .* 4 x 1 = 4"):
-        check_batch_size(6, 32, None, num_microbatches=4)
+    mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
+    check_batch_size(8, 32, mesh, num_microbatches=4)
+    with pytest.raises(ConfigError, match=r"batch_size = 6: must be a multiple of .* 4 x 1 x 1 = 4"):
+        check_batch_size(6, 32, mesh, num_microbatches=4)
 
 
 def test_bfloat16_parameters_keep_their_type_and_learn(tiny_config, batch):
