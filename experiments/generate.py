@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import os
 import sys
 import time
@@ -10,13 +11,17 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+import jax
+from jax.sharding import Mesh
 from pydantic import NonNegativeInt, PositiveInt
 
 from cpm_jax.common.config import ConfigError, InputError, config_dataclass
+from cpm_jax.common.sharding import MeshConfig, make_mesh
 from cpm_jax.data.chat import ChatError, Conversation
 from cpm_jax.data.tokenizer import Tokenizer
 from cpm_jax.inference.generate import Generator, Piece, collect
 from cpm_jax.inference.sampling import SamplingConfig
+from cpm_jax.modeling.config import SparseConfig
 
 
 @config_dataclass
@@ -30,13 +35,16 @@ class GenerateConfig:
         prompts: a prompt, or several.
         prompts_file: a .jsonl file whose records have `prompt` or, for a chat, `messages`; or a .txt file with a prompt
             per line. Without any prompts, lines are read from the standard input until it ends.
-        chat: whether a prompt is a user's turn in the tokenizer's chat template, which the assistant answers.
+        chat: whether a prompt is a user's turn in the tokenizer's chat template, which the assistant answers. Lines
+            of the standard input are then the turns of one conversation.
         sampling: the distribution that tokens are drawn from.
         max_new_tokens: most tokens per prompt.
         stop: strings that end an output, and are not part of it.
         seed: of the draws; the same seed, prompts and order give the same outputs.
         batch_size: prompts that are continued together.
         output: .jsonl file to write the outputs to; "" writes none.
+        mesh: how parameters and cache lie on the first devices of this machine; one device unless it says otherwise.
+        sparse_config: sparse attention to use with these weights; None is what the checkpoint says.
     """
 
     checkpoint: str = ""
@@ -50,6 +58,8 @@ class GenerateConfig:
     seed: NonNegativeInt = 0
     batch_size: PositiveInt = 8
     output: str = ""
+    mesh: MeshConfig = MeshConfig(fsdp=1)
+    sparse_config: SparseConfig | None = None
 
     def __post_init__(self) -> None:
         if self.prompts and self.prompts_file:
@@ -64,6 +74,11 @@ class GenerateConfig:
             )
         if "" in self.stop:
             raise ConfigError("GenerateConfig.stop = '': a stop string cannot be empty", field="GenerateConfig.stop")
+
+    @property
+    def reads_stdin(self) -> bool:
+        """Whether prompts are lines of the standard input."""
+        return not self.prompts and not self.prompts_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,19 +103,26 @@ def run(config: GenerateConfig, workdir: Path) -> None:
         InputError: if the checkpoint, its tokenizer or a prompt cannot be used.
         ConfigError: if a prompt does not leave room for max_new_tokens, or the output cannot be written.
     """
-    batches = read_batches(config)
+    batches, mesh = read_batches(config), make_decoding_mesh(config.mesh)
     with open_output(config.output) as output:
-        generator = Generator.from_checkpoint(config.checkpoint or workdir, config.tokenizer or None)
-        stop = (*config.stop, *end_of_turn(generator.tokenizer)) if config.chat else config.stop
+        generator = Generator.from_checkpoint(
+            config.checkpoint or workdir, config.tokenizer or None, mesh, config.sparse_config
+        )
+        stop = config.stop
+        if config.chat:
+            stop += generator.tokenizer.require_chat_template().end_of_turn()
+        dialogue = Dialogue(generator, config.max_new_tokens) if config.chat and config.reads_stdin else None
         speed, done = Speed(), 0
         for batch in batches:
+            if dialogue is not None:
+                batch = [dialogue.say(prompt) for prompt in batch]
             stream = generator.stream(
                 [encode(prompt, generator.tokenizer, config.chat) for prompt in batch],
                 sampling=config.sampling,
                 max_new_tokens=config.max_new_tokens,
                 stop=stop,
                 seed=config.seed,
-                first_index=done,
+                indices=range(done, done + len(batch)),
             )
             printer = Printer(batch, first_index=done, echo=not config.chat)
             pieces = []
@@ -108,6 +130,8 @@ def run(config: GenerateConfig, workdir: Path) -> None:
                 printer.show(piece)
                 pieces.append(piece)
             for prompt, completion in zip(batch, collect(pieces), strict=True):
+                if dialogue is not None:
+                    dialogue.hear(completion.text)
                 record = {
                     "index": completion.index,
                     "prompt": prompt.content,
@@ -119,6 +143,19 @@ def run(config: GenerateConfig, workdir: Path) -> None:
             output.flush()
             done += len(batch)
     print(f"{done} prompts, {speed.summary()}", file=sys.stderr)
+
+
+def make_decoding_mesh(config: MeshConfig) -> Mesh | None:
+    """The mesh of as many of this machine's devices as its sizes ask for; None for one device.
+
+    Raises:
+        ConfigError: if there are not as many, or other processes were joined.
+    """
+    if jax.process_count() > 1:
+        raise ConfigError("generate runs in one process: leave out --distributed and --coordinator_address")
+    wanted = jax.device_count() if -1 in config.sizes else math.prod(config.sizes)
+    mesh = make_mesh(config, jax.devices()[:wanted])
+    return mesh if mesh.size > 1 else None
 
 
 def read_batches(config: GenerateConfig) -> Iterable[Sequence[Prompt]]:
@@ -197,13 +234,41 @@ def encode(prompt: Prompt, tokenizer: Tokenizer, chat: bool) -> list[int]:
     return tokenizer.encode(text)
 
 
-def end_of_turn(tokenizer: Tokenizer) -> tuple[str, ...]:
-    """What the chat template puts after the assistant's words, as stop strings: "<|im_end|>" for ChatML."""
-    said = "x"
-    turns = Conversation([{"role": "user", "content": said}, {"role": "assistant", "content": said}])
-    text, spans = tokenizer.require_chat_template().render_with_spans(turns)
-    end = text[slice(*spans[-1])].rpartition(said)[2].strip()
-    return (end,) if end else ()
+class Dialogue:
+    """A conversation of which the user's turns come one by one; the oldest are forgotten when it grows too long."""
+
+    def __init__(self, generator: Generator, max_new_tokens: int):
+        """Begins without a word.
+
+        Args:
+            generator: gives the chat template and the longest sequence.
+            max_new_tokens: room that each answer needs.
+        """
+        self._tokenizer = generator.tokenizer
+        self._longest = generator.config.max_position_embeddings - max_new_tokens
+        self._messages: list[dict[str, Any]] = []
+
+    def say(self, prompt: Prompt) -> Prompt:
+        """Adds a turn of the user; returns the conversation up to it, as far as the model can read it.
+
+        Raises:
+            InputError: if the chat template refuses the conversation.
+        """
+        self._messages.append({"role": "user", "content": prompt.content})
+        forgotten = 0
+        while True:
+            conversation = Prompt(list(self._messages), prompt.place)
+            if len(self._messages) == 1 or len(encode(conversation, self._tokenizer, chat=True)) <= self._longest:
+                break
+            del self._messages[:2]  # a question and its answer
+            forgotten += 1
+        if forgotten:
+            print(f"(forgotten to make room: the oldest {forgotten} questions with their answers)", file=sys.stderr)
+        return conversation
+
+    def hear(self, answer: str) -> None:
+        """Adds the assistant's turn."""
+        self._messages.append({"role": "assistant", "content": answer})
 
 
 class Printer:

@@ -13,14 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, Key
 
+from cpm_jax.common.config import ConfigError
 from cpm_jax.inference.sampling import SamplingConfig, sample, sequence_keys
 from cpm_jax.modeling.config import ModelConfig
 from cpm_jax.modeling.decoder import Params, bind
-from cpm_jax.modeling.kv_cache import KVCache, init_cache
+from cpm_jax.modeling.kv_cache import Cache, init_cache
 
 NO_TOKEN = -1
 SMALLEST_CACHE = 128
-PREFILL_CHUNKS = (256, 32)
+PREFILL_CHUNKS = (512, 256, 32)
 
 
 @jax.tree_util.register_dataclass
@@ -38,32 +39,40 @@ class DecodeState:
         seen: tokens that occur in each sequence; None without a repetition penalty.
     """
 
-    cache: KVCache
-    tokens: Int[Array, "B"]
-    positions: Int[Array, "B"]
-    limits: Int[Array, "B"]
-    finished: Bool[Array, "B"]
-    keys: Key[Array, "B"]
+    cache: Cache
+    tokens: Int[Array, " B"]
+    positions: Int[Array, " B"]
+    limits: Int[Array, " B"]
+    finished: Bool[Array, " B"]
+    keys: Key[Array, " B"]
     seen: Bool[Array, "B V"] | None
 
 
 def cache_length(config: ModelConfig, length: int) -> int:
     """Number of cache slots for sequences of up to `length` tokens: a power of two, so that few programs are compiled.
 
-    It never exceeds max_position_embeddings, nor, as long as the sequences do not, the length up to which LongRoPE uses
-    its short factors: the model picks the factors by the length of the cache.
+    It never exceeds max_position_embeddings, nor, as long as the sequences do not, a length above which the model
+    computes in another way (LongRoPE's factors, dynamic NTK's base, sparse attention): it goes by the length of the
+    cache.
+
+    Raises:
+        ConfigError: such sequences are longer than the model's context.
     """
+    if length > config.max_position_embeddings:
+        raise ConfigError(
+            f"a cache for sequences of {length} tokens: must be at most ModelConfig.max_position_embeddings = "
+            f"{config.max_position_embeddings}",
+            field="ModelConfig.max_position_embeddings",
+        )
     slots = max(SMALLEST_CACHE, 1 << (length - 1).bit_length())
-    limits = [config.max_position_embeddings]
-    if config.rope.is_longrope and length <= config.rope.original_max_position_embeddings:
-        limits.append(config.rope.original_max_position_embeddings)
-    return min(slots, *limits)
+    switches = (switch for switch in config.switch_lengths if length <= switch)
+    return min(slots, config.max_position_embeddings, *switches)
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def _prefill(
-    params: Params, tokens: Int[Array, "B C"], start: Int[Array, ""], cache: KVCache, *, config: ModelConfig
-) -> KVCache:
+    params: Params, tokens: Int[Array, "B C"], start: Int[Array, ""], cache: Cache, *, config: ModelConfig
+) -> Cache:
     positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
     return bind(config, params).decode(tokens, positions, cache)[1]
 
@@ -89,8 +98,8 @@ def start(
         max_new_tokens: most tokens that a sequence gets.
         seed: of the random keys.
         indices: index of each sequence among all prompts of the run, for its random key.
-        prefill_chunks: sizes of chunks, from large to small: a call takes the largest that is filled, else the last.
-            Attention is never larger than the first times the length of the cache, and padding less than the last.
+        prefill_chunks: sizes of chunks, from large to small: a call takes the largest that is more than half filled,
+            else the last.
 
     Returns:
         The state from which `extend` goes on with the last token of each prompt.
@@ -98,13 +107,13 @@ def start(
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     slots = cache_length(config, int(lengths.max()) + max_new_tokens)
     # Padding may run over the end of the cache: it is not written there.
-    tokens = np.zeros((len(prompts), int(lengths.max()) + prefill_chunks[-1]), np.int32)
+    tokens = np.zeros((len(prompts), int(lengths.max()) + prefill_chunks[0]), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
     cache = init_cache(config, len(prompts), slots)
     first, end = 0, int(lengths.max()) - 1
     while first < end:
-        size = next((size for size in prefill_chunks if size <= end - first), prefill_chunks[-1])
+        size = next((size for size in prefill_chunks if size < 2 * (end - first)), prefill_chunks[-1])
         cache = _prefill(params, tokens[:, first : first + size], np.int32(first), cache, config=config)
         first += size
     seen = None
@@ -127,7 +136,7 @@ def start(
 def extend(
     params: Params,
     state: DecodeState,
-    eos_ids: Int[Array, "E"],
+    eos_ids: Int[Array, " E"],
     *,
     num_tokens: int,
     config: ModelConfig,

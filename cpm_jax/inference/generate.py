@@ -1,5 +1,6 @@
 """Text from a decoder: batches of prompts of any lengths, streamed, with stop strings and reproducible samples."""
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,14 +10,15 @@ from typing import Literal, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from cpm_jax.checkpoints.manager import find_checkpoint, find_tokenizer, restore_params
-from cpm_jax.common.config import ConfigError, InputError, config_from_dict
+from cpm_jax.common.config import ConfigError, InputError
 from cpm_jax.data.tokenizer import StreamDecoder, Tokenizer
 from cpm_jax.inference.decode_loop import NO_TOKEN, PREFILL_CHUNKS, DecodeState, extend, start
+from cpm_jax.inference.load import load_model
 from cpm_jax.inference.sampling import SamplingConfig
 from cpm_jax.inference.stop_strings import StopStringFilter
-from cpm_jax.modeling.config import ModelConfig
+from cpm_jax.modeling.config import ModelConfig, SparseConfig
 from cpm_jax.modeling.decoder import Params
 
 DEFAULT_SAMPLING = SamplingConfig()
@@ -91,7 +93,8 @@ class Generator:
     tokens that are all but equally probable).
 
     MTP layers only serve training; they are left out here. LongRoPE models use one list of factors for a whole
-    sequence: the long ones when prompt + max_new_tokens exceeds `original_max_position_embeddings`.
+    sequence: the long ones when prompt + max_new_tokens exceeds `original_max_position_embeddings`. Attention is sparse
+    for a whole sequence when prompt + max_new_tokens exceeds `dense_len` of the model's `sparse_config`.
     """
 
     def __init__(
@@ -100,6 +103,8 @@ class Generator:
         params: Params,
         tokenizer: Tokenizer,
         *,
+        eos_ids: Sequence[int] = (),
+        mesh: Mesh | None = None,
         tokens_per_call: int = 16,
         prefill_chunks: Sequence[int] = PREFILL_CHUNKS,
     ):
@@ -109,6 +114,9 @@ class Generator:
             config: the model.
             params: its parameters, as in a checkpoint.
             tokenizer: turns tokens to text.
+            eos_ids: tokens that end a sequence, besides the tokenizer's own.
+            mesh: what the parameters lie on, from `common.sharding.make_mesh`; the cache is then divided over it by
+                sequences and key/value heads. None is one device.
             tokens_per_call: tokens that the compiled loop makes before the host looks for stop strings and passes
                 text on.
             prefill_chunks: prompt tokens that are read per call, see `decode_loop.start`.
@@ -123,35 +131,36 @@ class Generator:
             )
         self.config = dataclasses.replace(config, num_nextn_predict_layers=0)
         self.tokenizer = tokenizer
-        self._params = _decoding_params(config, params)
+        self._eos_ids = {*eos_ids} if tokenizer.eos_id is None else {*eos_ids, tokenizer.eos_id}
+        self._params = decoding_params(config, params)
+        if mesh is None:
+            self._params = unstack_on_cpu(self._params)
+        self._mesh = mesh
         self._tokens_per_call = tokens_per_call
         self._prefill_chunks = prefill_chunks
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path, tokenizer: str | Path | None = None) -> Self:
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        tokenizer: str | Path | None = None,
+        mesh: Mesh | None = None,
+        sparse_config: SparseConfig | None = None,
+    ) -> Self:
         """Loads model and tokenizer of a run.
 
         Args:
-            path: a workdir or a checkpoints directory (the newest checkpoint that is whole is taken), one checkpoint,
-                or an averaged one.
-            tokenizer: a tokenizer.json or its folder; None takes the `tokenizer/` of the workdir.
+            path: as in `load.load_model`.
+            tokenizer: a tokenizer.json or its folder; None takes the one that lies with the model.
+            mesh: how the parameters are to lie, whatever they were trained on; None is one device.
+            sparse_config: sparse attention to use with these weights; None is what the checkpoint says.
 
         Raises:
-            CheckpointError: if there is no checkpoint, none is whole, or no tokenizer was found with it.
-            DataError: if the tokenizer cannot be read.
-            InputError: if the tokenizer does not fit the model.
+            ConfigError: if the mesh does not divide the parameters, or `sparse_config` does not fit the model.
+            InputError: if the checkpoint or its tokenizer cannot be used, see `load.load_model`.
         """
-        step_dir = find_checkpoint(path)
-        folder = tokenizer or find_tokenizer(step_dir)
-        loaded = Tokenizer.load(folder)
-        params, meta = restore_params(step_dir)
-        trained_with = meta.get("fixed", {}).get("tokenizer_sha256", loaded.sha256)
-        if trained_with != loaded.sha256:
-            raise InputError(
-                f"the tokenizer {folder} is not the one that the model in {step_dir} was trained with: its sha256 is "
-                f"{loaded.sha256}, not {trained_with}"
-            )
-        return cls(config_from_dict(ModelConfig, meta["model"]), params, loaded)
+        loaded = load_model(path, tokenizer, mesh=mesh, sparse_config=sparse_config)
+        return cls(loaded.config, loaded.params, loaded.tokenizer, eos_ids=loaded.eos_ids, mesh=mesh)
 
     def stream(
         self,
@@ -161,7 +170,7 @@ class Generator:
         max_new_tokens: int = 256,
         stop: Sequence[str] = (),
         seed: int = 0,
-        first_index: int = 0,
+        indices: Sequence[int] | None = None,
     ) -> Iterator[Piece]:
         """Continues a batch of prompts, yielding what is new after every call of the compiled loop.
 
@@ -172,7 +181,9 @@ class Generator:
             stop: strings that end a sequence; neither they nor what follows is part of the text. One that is a special
                 token of the tokenizer is looked for among the tokens, as special tokens do not show in the text.
             seed: of the draws.
-            first_index: index of the first prompt, when a run has several batches; the draws depend on it.
+            indices: index of each prompt among all of the run, if it has several batches; all different. The draws
+                depend on it.
+                None counts from 0.
 
         Returns:
             An iterator of pieces of all sequences, in no particular order across sequences; the last one of each has a
@@ -183,28 +194,30 @@ class Generator:
                 together with a prompt.
             InputError: for an empty prompt, or a token that the model does not have.
         """
-        self._check(prompts, max_new_tokens, stop, first_index)
-        rope = self.config.rope
-        by_factors: dict[bool, list[int]] = {}
+        numbers = range(len(prompts)) if indices is None else indices
+        self._check(prompts, max_new_tokens, stop, numbers)
+        by_kind: dict[int, list[int]] = {}
         for row, prompt in enumerate(prompts):
-            is_long = rope.is_longrope and len(prompt) + max_new_tokens > rope.original_max_position_embeddings
-            by_factors.setdefault(is_long, []).append(row)  # The model picks the factors by the length of the cache.
+            # The model goes by the length of the cache, which rows of one batch share.
+            passed = sum(len(prompt) + max_new_tokens > switch for switch in self.config.switch_lengths)
+            by_kind.setdefault(passed, []).append(row)
 
         def run(rows: Sequence[int]) -> Iterator[Piece]:
-            indices = [first_index + row for row in rows]
-            state = start(
-                self._params,
-                [prompts[row] for row in rows],
-                config=self.config,
-                sampling=sampling,
-                max_new_tokens=max_new_tokens,
-                seed=seed,
-                indices=indices,
-                prefill_chunks=self._prefill_chunks,
-            )
-            return self._run(state, indices, sampling, max_new_tokens, stop)
+            chosen = [numbers[row] for row in rows]
+            with self._on_mesh():
+                state = start(
+                    self._params,
+                    [prompts[row] for row in rows],
+                    config=self.config,
+                    sampling=sampling,
+                    max_new_tokens=max_new_tokens,
+                    seed=seed,
+                    indices=chosen,
+                    prefill_chunks=self._prefill_chunks,
+                )
+            return self._run(state, chosen, sampling, max_new_tokens, stop)
 
-        return itertools.chain.from_iterable(map(run, by_factors.values()))
+        return itertools.chain.from_iterable(map(run, by_kind.values()))
 
     def _run(
         self,
@@ -221,18 +234,23 @@ class Generator:
         while not all(row.finished for row in rows):
             # Only the host knows of stop strings.
             state = dataclasses.replace(state, finished=jnp.asarray([row.finished for row in rows]))
-            state, new_tokens = extend(
-                self._params,
-                state,
-                end_ids,
-                num_tokens=self._tokens_per_call,
-                config=self.config,
-                sampling=sampling,
-            )
+            with self._on_mesh():
+                state, new_tokens = extend(
+                    self._params,
+                    state,
+                    end_ids,
+                    num_tokens=self._tokens_per_call,
+                    config=self.config,
+                    sampling=sampling,
+                )
             for row, tokens in zip(rows, np.asarray(new_tokens).tolist(), strict=True):
                 if not row.finished:
                     yield row.push([token for token in tokens if token != NO_TOKEN], left)
             left -= self._tokens_per_call
+
+    def _on_mesh(self) -> contextlib.AbstractContextManager:
+        """Puts the mesh in context, where compiled functions look for it."""
+        return jax.set_mesh(self._mesh) if self._mesh else contextlib.nullcontext()
 
     def _ends(self, stop: Sequence[str]) -> dict[int, FinishReason]:
         """The tokens that end a sequence, and what it is then said to end with."""
@@ -241,19 +259,19 @@ class Generator:
             ids = self.tokenizer.encode(text)
             if len(ids) == 1 and not self.tokenizer.decode(ids, skip_special_tokens=True):
                 ends[ids[0]] = "stop"
-        if self.tokenizer.eos_id is not None:
-            ends[self.tokenizer.eos_id] = "eos"
+        for token in self._eos_ids:
+            ends[token] = "eos"
         return ends
 
     def _check(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[str], first_index: int
+        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Sequence[str], indices: Sequence[int]
     ) -> None:
         if max_new_tokens < 1:
             raise ConfigError(f"max_new_tokens = {max_new_tokens}: must be at least 1", field="max_new_tokens")
         if "" in stop:
             raise ConfigError("stop = '': a stop string cannot be empty", field="stop")
         longest = self.config.max_position_embeddings
-        for index, prompt in enumerate(prompts, start=first_index):
+        for index, prompt in zip(indices, prompts, strict=True):
             if not prompt:
                 raise InputError(f"prompt {index} is empty: there is nothing to continue")
             if len(prompt) + max_new_tokens > longest:
@@ -288,7 +306,7 @@ def collect(pieces: Iterable[Piece]) -> list[Completion]:
     return completions
 
 
-def _decoding_params(config: ModelConfig, params: Params) -> Params:
+def decoding_params(config: ModelConfig, params: Params) -> Params:
     """Parameters without MTP layers, with matrices and biases in the compute dtype.
 
     The model casts them to it in any case before it multiplies, so casting them once changes no result and halves what
@@ -302,3 +320,15 @@ def _decoding_params(config: ModelConfig, params: Params) -> Params:
         return leaf if path[-1].key == "scale" else jnp.asarray(leaf, config.dtype)
 
     return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def unstack_on_cpu(params: Params) -> Params:
+    """On a CPU the same parameters with a tuple of L arrays for each stack, which `modeling.block.run_layers` unrolls.
+
+    XLA's CPU backend copies a layer that is sliced out of its stack before it multiplies, for every token: three times
+    the memory traffic of reading the weights, which is what decoding is bound by. Accelerators keep the stack, which
+    compiles faster.
+    """
+    if jax.default_backend() != "cpu":
+        return params
+    return params | {"layers": jax.tree.map(lambda stack: tuple(jnp.unstack(stack)), params["layers"])}

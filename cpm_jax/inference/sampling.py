@@ -93,7 +93,7 @@ def process_logits(
     return logits
 
 
-def sequence_keys(seed: Int[Array, ""] | int, sequence_indices: Int[Array, "B"]) -> Key[Array, "B"]:
+def sequence_keys(seed: Int[Array, ""] | int, sequence_indices: Int[Array, " B"]) -> Key[Array, " B"]:
     """One random key per sequence, made from the seed and the index of the sequence among all prompts of the run."""
     # The generator is named so that a changed default does not change anyone's samples.
     key = jax.random.key(seed, impl="threefry2x32")
@@ -103,10 +103,10 @@ def sequence_keys(seed: Int[Array, ""] | int, sequence_indices: Int[Array, "B"])
 def sample(
     logits: Float[Array, "B V"],
     seen: Bool[Array, "B V"] | None,
-    keys: Key[Array, "B"],
-    positions: Int[Array, "B"],
+    keys: Key[Array, " B"],
+    positions: Int[Array, " B"],
     config: SamplingConfig,
-) -> Int[Array, "B"]:
+) -> Int[Array, " B"]:
     """Draws the next token of each sequence.
 
     The draw depends on the sequence's key and on the position alone: neither on the other rows of the batch nor on

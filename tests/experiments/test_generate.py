@@ -11,11 +11,11 @@ from cpm_jax.checkpoints.manager import CheckpointConfig, Checkpointer, Checkpoi
 from cpm_jax.common import exit_codes
 from cpm_jax.common.config import ConfigError, InputError, config_to_dict
 from cpm_jax.data.tokenizer import Tokenizer
-from cpm_jax.inference.generate import Piece
+from cpm_jax.inference.generate import Generator, Piece
 from cpm_jax.inference.sampling import SamplingConfig
 from cpm_jax.modeling.config import ModelConfig
 from cpm_jax.modeling.decoder import init_params
-from experiments.generate import GenerateConfig, Printer, Prompt, encode, end_of_turn, read_batches, run
+from experiments.generate import Dialogue, GenerateConfig, Printer, Prompt, encode, read_batches, run
 from experiments.run import main
 
 TEXT = "the quick brown fox jumps over the lazy dog. "
@@ -80,6 +80,31 @@ def test_the_batch_size_does_not_change_the_outputs(workdir, tmp_path, capsys):
     assert outputs[0] == outputs[1] == outputs[2]
 
 
+def test_weights_that_were_trained_dense_run_sparse(workdir, tmp_path, capsys):
+    def completions(*flags):
+        output = tmp_path / "out.jsonl"
+        prompt = "the quick brown fox jumps over the lazy dog. the quick brown fox"
+        given = [
+            f"--gin.CHECKPOINT={workdir}",
+            f"--gin.PROMPTS={prompt}",
+            f"--gin.OUTPUT={output}",
+            "--gin.TEMPERATURE=0",
+        ]
+        code = main(["generate", f"--workdir={tmp_path / 'work'}", "--gin_file=runs/generate.gin", *flags, *given])
+        return [r["completion"] for r in records(output)] if code == exit_codes.OK else code
+
+    sizes = {"kernel_size": 4, "kernel_stride": 2, "block_size": 4, "window_size": 8, "dense_len": -1}
+    small = ["--gin_file=arch/infllm_v2.gin", *(f"--gin.SparseConfig.{name}={value}" for name, value in sizes.items())]
+    short = "--gin.MAX_NEW_TOKENS=40"
+    dense = completions(short)
+    assert completions(short, *small, "--gin.SparseConfig.topk=32") == dense  # all blocks
+    assert completions(short, *small, "--gin.SparseConfig.topk=1") != dense
+    assert completions(short, "--gin_file=arch/infllm_v2.gin") == dense  # shorter than DENSE_LEN
+    capsys.readouterr()
+    assert completions(short, "--gin_file=arch/infllm_v2.gin", "--gin.DENSE_LEN=-1") == exit_codes.BAD_CONFIG
+    assert "SparseConfig.topk = 64: must be at most the 2 blocks of 64 tokens" in capsys.readouterr().err
+
+
 def test_reads_lines_from_the_terminal_until_it_ends(workdir, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("the quick\n\nbrown fox\n"))
     run(GenerateConfig(max_new_tokens=5, sampling=SamplingConfig(temperature=0.0)), workdir)
@@ -138,11 +163,39 @@ class TestChat:
         assert text.startswith("<|im_start|>system\nbe brief<|im_end|>")
 
     def test_the_end_of_the_turn_ends_the_output(self, tokenizer):
-        assert end_of_turn(tokenizer) == ("<|im_end|>",)
+        assert tokenizer.require_chat_template().end_of_turn() == ("<|im_end|>",)
 
     def test_malformed_messages_name_their_line(self, tokenizer):
         with pytest.raises(InputError, match=r"a.jsonl:7"):
             encode(Prompt([{"content": "hi"}], "a.jsonl:7"), tokenizer, chat=False)
+
+    def test_lines_of_the_terminal_are_turns_of_one_conversation(self, workdir, tmp_path, monkeypatch):
+        output = tmp_path / "out.jsonl"
+        monkeypatch.setattr("sys.stdin", io.StringIO("hi\nand then?\n"))
+        run(GenerateConfig(chat=True, max_new_tokens=5, output=str(output)), workdir)
+        first, second = records(output)
+        asked = [{"role": "user", "content": "hi"}]
+        assert first["prompt"] == asked
+        answered = [{"role": "assistant", "content": first["completion"]}, {"role": "user", "content": "and then?"}]
+        assert second["prompt"] == asked + answered
+
+    def test_a_long_conversation_forgets_its_beginning(self, workdir, capsys):
+        dialogue = Dialogue(Generator.from_checkpoint(workdir), max_new_tokens=8)
+        seen = []
+        for turn in range(12):
+            seen.append(dialogue.say(Prompt(f"question {turn}", "line")).content)
+            dialogue.hear(f"answer {turn}")
+        assert seen[0] == [{"role": "user", "content": "question 0"}]
+        last = seen[-1]
+        assert 1 < len(last) < 23
+        assert last[0] == {"role": "user", "content": f"question {12 - (len(last) + 1) // 2}"}
+        assert last[-1] == {"role": "user", "content": "question 11"}
+        assert "forgotten to make room: the oldest 1 questions" in capsys.readouterr().err
+
+    def test_a_prompt_that_never_fits_is_refused(self, workdir, monkeypatch):
+        monkeypatch.setattr("sys.stdin", io.StringIO("the quick brown fox " * 60 + "\n"))
+        with pytest.raises(ConfigError, match=r"together more than the model's max_position_embeddings = 128"):
+            run(GenerateConfig(chat=True, max_new_tokens=5), workdir)
 
     def test_runs(self, workdir, capsys):
         run(GenerateConfig(prompts="hi", chat=True, max_new_tokens=5), workdir)

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cpm_jax.common.config import ConfigError
 from cpm_jax.inference.decode_loop import NO_TOKEN, cache_length, extend, start
 from cpm_jax.inference.sampling import SamplingConfig
-from cpm_jax.modeling.config import ModelConfig, RopeConfig
+from cpm_jax.modeling.config import ModelConfig, RopeConfig, SparseConfig
 from cpm_jax.modeling.decoder import Params, bind, init_params
 
 GREEDY = SamplingConfig(temperature=0.0)
@@ -186,8 +187,11 @@ class TestCacheLength:
             128, 128, 256, 256, 512, 1000, 1000
         ]  # fmt: skip
 
-    def test_longrope_picks_its_factors_by_the_length_of_the_sequence(self, config):
-        rope = RopeConfig(short_factor=(1.0,) * 8, long_factor=(4.0,) * 8, original_max_position_embeddings=150)
+    @pytest.mark.parametrize(
+        "kind", [{"short_factor": (1.0,) * 8, "long_factor": (4.0,) * 8}, {"scaling": "dynamic", "factor": 4.0}]
+    )
+    def test_frequencies_are_picked_by_the_length_of_the_sequence(self, config, kind):
+        rope = RopeConfig(original_max_position_embeddings=150, **kind)
         config = dataclasses.replace(config, rope=rope, max_position_embeddings=600)
         assert [cache_length(config, n) for n in (100, 129, 150, 151, 300, 600)] == [128, 150, 150, 256, 512, 600]
 
@@ -204,3 +208,42 @@ def test_longrope_equals_the_full_forward_on_both_sides_of_the_switch(config, le
     (new,) = decode(config, params, [prompt], max_new_tokens=30)
     logits = full_logits(config, params, prompt + new)
     np.testing.assert_array_equal(logits[len(prompt) - 1 : -1].argmax(-1), new)
+
+
+# ---------------------------------------------------------------- sparse attention
+
+
+@pytest.fixture
+def sparse_config(config: ModelConfig) -> ModelConfig:
+    sparse = SparseConfig(kernel_size=4, kernel_stride=2, block_size=4, window_size=8, topk=2, dense_len=32)
+    return dataclasses.replace(config, sparse_config=sparse)
+
+
+def test_sparse_decoding_is_greedy_on_the_full_forward_pass(sparse_config: ModelConfig, params: Params) -> None:
+    """Prompts of different lengths in one batch, read in chunks; the full pass is made sparse at every length."""
+    always = dataclasses.replace(
+        sparse_config, sparse_config=dataclasses.replace(sparse_config.sparse_config, dense_len=-1)
+    )
+    prompts = random_prompts(sparse_config, [45, 2, 30, 17])
+    for prompt, new in zip(prompts, decode(sparse_config, params, prompts), strict=True):
+        logits = full_logits(always, params, prompt + new)
+        assert new == logits[len(prompt) - 1 : -1].argmax(-1).tolist()
+
+
+def test_sparse_decoding_does_not_depend_on_chunks(sparse_config: ModelConfig, params: Params) -> None:
+    prompts = random_prompts(sparse_config, [40, 5])
+    whole = decode(sparse_config, params, prompts, RANDOM)
+    for chunks in ((3,), (64,)):
+        assert decode(sparse_config, params, prompts, RANDOM, prefill_chunks=chunks) == whole
+
+
+def test_short_sequences_get_a_dense_cache(sparse_config: ModelConfig, config: ModelConfig, params: Params) -> None:
+    """The power of two above would already be a sparse one."""
+    assert [cache_length(sparse_config, n) for n in (1, 32, 33, 200)] == [32, 32, 128, 256]
+    prompts = random_prompts(config, [12, 3])
+    assert decode(sparse_config, params, prompts) == decode(config, params, prompts)
+
+
+def test_a_cache_beyond_the_context_is_refused(config: ModelConfig, params: Params) -> None:
+    with pytest.raises(ConfigError, match=r"a cache for sequences of 257 tokens: must be at most .* = 256"):
+        start(params, [[1] * 200], config=config, sampling=GREEDY, max_new_tokens=57, seed=0, indices=[0])

@@ -1,8 +1,10 @@
 """Text generation: streams, stop strings, ends, errors and checkpoints."""
 
 import dataclasses
+import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -133,7 +135,7 @@ def test_a_stop_string_ends_its_own_row_only(generator):
 @pytest.mark.parametrize("sampling", [GREEDY, SamplingConfig(temperature=1.0, top_p=0.9)])
 def test_batches_and_their_order_do_not_matter(generator, sampling):
     together = complete(generator, PROMPTS, sampling=sampling)
-    alone = [complete(generator, [p], sampling=sampling, first_index=i)[0] for i, p in enumerate(PROMPTS)]
+    alone = [complete(generator, [p], sampling=sampling, indices=[i])[0] for i, p in enumerate(PROMPTS)]
     assert together == alone
 
 
@@ -148,7 +150,7 @@ def test_mtp_layers_change_nothing(config, tokenizer, generator):
 def test_parameters_are_held_in_the_compute_dtype(config, params, tokenizer):
     half = dataclasses.replace(config, dtype="bfloat16")
     held = Generator(half, params, tokenizer)._params
-    assert held["layers"]["mlp"]["up_proj"]["kernel"].dtype == "bfloat16"
+    assert {leaf.dtype for leaf in held["layers"]["mlp"]["up_proj"]["kernel"]} == {jnp.dtype("bfloat16")}
     assert held["norm"]["scale"].dtype == "float32"
 
 
@@ -160,7 +162,7 @@ def test_longrope_rows_of_both_kinds_in_one_batch(config, tokenizer):
     options = {"sampling": GREEDY, "max_new_tokens": 40}
     together = collect(generator.stream(prompts, **options))
     for index, prompt in enumerate(prompts):
-        assert collect(generator.stream([prompt], first_index=index, **options)) == [together[index]]
+        assert collect(generator.stream([prompt], indices=[index], **options)) == [together[index]]
 
 
 class TestErrors:
@@ -209,6 +211,25 @@ class TestFromCheckpoint:
         averaged = write_average(workdir, workdir / "averaged", last=2)
         for path in (workdir, workdir / "checkpoints", workdir / "checkpoints" / "1", averaged, averaged.parent):
             assert complete(Generator.from_checkpoint(path), PROMPTS) == expected
+
+    def test_any_end_that_was_published(self, config, params, tokenizer, generator, tmp_path):
+        """generation_config.json goes before config.json, as in `transformers`; the tokenizer's own id ends always."""
+        whole = complete(generator, ["the quick"])[0].token_ids
+        ends = {token: whole.index(token) for token in whole[5:20]}
+        first, second = sorted(ends, key=lambda token: ends[token])[:2]
+        published = {
+            "config": {"eos_token_id": first},
+            "generation_config": {"eos_token_id": [tokenizer.eos_id, second]},
+        }
+        tokenizer.save(tmp_path / "tokenizer")
+        for left_out, end in (({}, second), ({"generation_config"}, first), ({"generation_config", "config"}, None)):
+            imported = {name: content for name, content in published.items() if name not in left_out}
+            shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+            with Checkpointer(tmp_path / "checkpoints", CheckpointConfig(every=1)) as checkpointer:
+                checkpointer.save(1, {"params": params}, {"model": config_to_dict(config), "imported": imported})
+            completion = complete(Generator.from_checkpoint(tmp_path), ["the quick"])[0]
+            assert completion.token_ids == (whole if end is None else whole[: ends[end] + 1])
+            assert completion.finish_reason == ("length" if end is None else "eos")
 
     def test_another_tokenizer(self, workdir, tokenizer, tmp_path):
         (workdir / "tokenizer").rename(workdir / "elsewhere")
