@@ -9,7 +9,6 @@ A document longer than the window is read in windows that overlap by half: each 
 first window from at least half a window of its own document.
 """
 
-import dataclasses
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,12 +17,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from cpm_jax.common.progress import Progress
 from cpm_jax.evaluation.documents import Documents
+from cpm_jax.inference.scoring import Scorer
 from cpm_jax.modeling.config import ModelConfig
-from cpm_jax.training.train_step import make_eval_step
 
-_BATCH_TOKENS = 8192
+_ROWS = 256  # read together, where they are short
 
 
 @dataclass(frozen=True)
@@ -52,7 +50,7 @@ class BitsPerByte:
         return f"{self.value:.4f}{error} bits per byte ({self.documents} document{'s' * (self.documents != 1)})"
 
 
-def summarise(document_bits: Float[np.ndarray, "n"], documents: Documents) -> BitsPerByte:
+def summarise(document_bits: Float[np.ndarray, " n"], documents: Documents) -> BitsPerByte:
     """The score of a split from the bits of each of its documents."""
     bits, sizes, num_bytes = document_bits, documents.document_bytes, documents.text_bytes
     value = float(bits.sum() / num_bytes)
@@ -63,7 +61,7 @@ def summarise(document_bits: Float[np.ndarray, "n"], documents: Documents) -> Bi
     return BitsPerByte(value, error, float(bits.sum()), num_bytes, tokens, n)
 
 
-def first_token_bits(documents: Documents, bos_id: int | None, vocab_size: int) -> Float[np.ndarray, "n"]:
+def first_token_bits(documents: Documents, bos_id: int | None, vocab_size: int) -> Float[np.ndarray, " n"]:
     """Bits charged for tokens that nothing precedes: none for a BOS, log2(vocab_size) for any other."""
     charged = [bool(len(tokens)) and int(tokens[0]) != bos_id for tokens in documents.tokens]
     return np.array(charged, np.float64) * math.log2(vocab_size)
@@ -88,30 +86,9 @@ def _windows(lengths: Sequence[int], size: int) -> Iterator[_Window]:
             begin += stride
 
 
-def _row_length(window: _Window, size: int) -> int:
-    """The next power of two, so that few programs are compiled and little is padding."""
-    return min(size, 1 << max(5, (window.end - window.begin - 1).bit_length()))
-
-
-def _batch(windows: Sequence[_Window], documents: Documents, rows: int, length: int) -> dict[str, np.ndarray]:
-    zeros = np.zeros((rows, length), np.int32)
-    batch: dict[str, np.ndarray] = {name: zeros.copy() for name in ("tokens", "targets", "segment_ids", "positions")}
-    batch["loss_weights"] = np.zeros((rows, length), np.float32)
-    # The evaluation step sums by source: a source for each row gives the loss of each.
-    batch["source_ids"] = np.arange(rows, dtype=np.int32)
-    for row, window in enumerate(windows):
-        tokens, size = documents.tokens[window.document], window.end - window.begin
-        batch["tokens"][row, :size] = tokens[window.begin : window.end]
-        batch["targets"][row, :size] = tokens[window.begin + 1 : window.end + 1]
-        batch["segment_ids"][row, :size] = 1
-        batch["positions"][row, :size] = np.arange(size)
-        batch["loss_weights"][row, window.first_scored - window.begin - 1 : size] = 1
-    return batch
-
-
 def document_bits(
     params: dict[str, Any], config: ModelConfig, documents: Documents, window: int, *, progress: bool = False
-) -> Float[np.ndarray, "n"]:
+) -> Float[np.ndarray, " n"]:
     """The bits that a model needs for each document, without those of `first_token_bits`.
 
     Args:
@@ -121,25 +98,14 @@ def document_bits(
         window: longest row in tokens, the length that the model was trained with.
         progress: whether to show how far it is.
     """
-    config = dataclasses.replace(config, num_nextn_predict_layers=0)
-    params = {name: value for name, value in params.items() if name != "mtp_layers"}
-    windows = sorted(
-        _windows([len(tokens) for tokens in documents.tokens], window), key=lambda item: _row_length(item, window)
-    )
+    windows = list(_windows([len(tokens) for tokens in documents.tokens], window))
+    requests = []
+    for item in windows:
+        tokens = documents.tokens[item.document].tolist()
+        requests.append((tokens[item.begin : item.first_scored], tokens[item.first_scored : item.end + 1]))
+    scores = Scorer(config, params, batch_size=_ROWS).score(requests, progress=progress)
     bits = np.zeros(len(documents), np.float64)
-    steps: dict[int, Any] = {}
-    with Progress("evaluate", len(windows), enabled=progress, tokens_per_step=window // 2) as bar:
-        place = 0
-        while place < len(windows):
-            length = _row_length(windows[place], window)
-            rows = max(1, _BATCH_TOKENS // length)
-            chosen = [item for item in windows[place : place + rows] if _row_length(item, window) == length]
-            step = steps.setdefault(rows, make_eval_step(config, num_sources=rows))
-            sums = step(params, _batch(chosen, documents, rows, length))
-            nll = np.asarray(sums.source_nll, np.float64)[: len(chosen)]
-            np.add.at(bits, [item.document for item in chosen], nll / math.log(2))
-            place += len(chosen)
-            bar.update(place)
+    np.add.at(bits, [item.document for item in windows], [-score.log_likelihood / math.log(2) for score in scores])
     return bits
 
 

@@ -23,7 +23,7 @@ class Documents:
         text_bytes: bytes of the original texts in UTF-8, by the manifest.
     """
 
-    tokens: list[UInt32[np.ndarray, "n"]]
+    tokens: list[UInt32[np.ndarray, " n"]]
     texts: list[str]
     text_bytes: int
 

@@ -26,13 +26,13 @@ class _Order:
         left: by number of the context: what the discounts leave for the order below, the sum of them.
     """
 
-    keys: Int[np.ndarray, "n"]
-    discounted: Float[np.ndarray, "n"]
-    totals: Float[np.ndarray, "c"]
-    left: Float[np.ndarray, "c"]
+    keys: Int[np.ndarray, " n"]
+    discounted: Float[np.ndarray, " n"]
+    totals: Float[np.ndarray, " c"]
+    left: Float[np.ndarray, " c"]
 
 
-def _discounts(counts: Int[np.ndarray, "n"]) -> tuple[float, float, float]:
+def _discounts(counts: Int[np.ndarray, " n"]) -> tuple[float, float, float]:
     """D1, D2 and D3+ by Chen and Goodman's equation 26, from how many n-grams occur once, twice, three and four times.
 
     Where a corpus has no n-grams of one of these counts the estimate does not exist; D = k - 1/2 is taken then.
@@ -109,7 +109,7 @@ class NgramModel:
         left = np.bincount(contexts, weights=discounts, minlength=num_contexts)
         return _Order(keys, counts - discounts, totals, left)
 
-    def log_probabilities(self, documents: Sequence[np.ndarray]) -> list[Float[np.ndarray, "n"]]:
+    def log_probabilities(self, documents: Sequence[np.ndarray]) -> list[Float[np.ndarray, " n"]]:
         """Natural logarithms of the probability of every token but the first of each document."""
         tokens, index = _flatten(documents)
         probability = np.full(len(tokens), 1 / self.vocab_size)
@@ -129,12 +129,12 @@ class NgramModel:
         ends = np.cumsum([len(document) for document in documents])[:-1]
         return [part[1:] for part in np.split(np.log(probability), ends)]
 
-    def document_bits(self, documents: Sequence[np.ndarray]) -> Float[np.ndarray, "n"]:
+    def document_bits(self, documents: Sequence[np.ndarray]) -> Float[np.ndarray, " n"]:
         """Bits of each document, without its first token."""
         return np.array([-part.sum() / math.log(2) for part in self.log_probabilities(documents)])
 
 
-def _flatten(documents: Sequence[np.ndarray]) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
+def _flatten(documents: Sequence[np.ndarray]) -> tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]:
     """All tokens, and the index of each within its document."""
     tokens = np.concatenate([np.zeros(0, np.int64), *(np.asarray(document, np.int64) for document in documents)])
     index = np.concatenate([np.zeros(0, np.int64), *(np.arange(len(document)) for document in documents)])

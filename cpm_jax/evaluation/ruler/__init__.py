@@ -1,0 +1,1 @@
+"""Questions about long texts: whether a model finds, follows and counts what lies far back."""
