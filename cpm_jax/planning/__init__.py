@@ -1,0 +1,1 @@
+"""What a pod would do: ahead-of-time compilation for TPUs that are not there, and the arithmetic around it."""

@@ -1,0 +1,89 @@
+"""The formulas that choose what is compiled."""
+
+import dataclasses
+
+import pytest
+
+from cpm_jax.common.sharding import MeshConfig
+from cpm_jax.modeling.config import ModelConfig
+from cpm_jax.modeling.model_size import train_flops_per_token
+from cpm_jax.planning.analytic import FILL, attention_flops, candidates, guess, meshes, train_flops
+from cpm_jax.planning.chips import parse_topology
+from cpm_jax.planning.workload import Candidate, Workload
+
+MINICPM4_8B = ModelConfig(
+    vocab_size=73448, num_layers=32, d_model=4096, num_heads=32, num_kv_heads=2, d_ff=16384, scale_emb=12.0
+)
+V5P, V6E = parse_topology("v5p:8x8x8"), parse_topology("v6e:16x16")
+TRAIN = Workload("train", MINICPM4_8B, 4096)
+
+
+@pytest.mark.parametrize("num_mtp_layers", [0, 1])
+def test_flops_are_those_of_model_flops_utilisation_but_for_attention_and_remat(num_mtp_layers):
+    """6·N·tokens agrees with `train_flops_per_token`, which counts attention as the model needs it."""
+    model = dataclasses.replace(MINICPM4_8B, num_nextn_predict_layers=num_mtp_layers)
+    layers = 32 + num_mtp_layers
+    needed = train_flops_per_token(model, 4096) - 6 * layers * 4096 * 4096
+    ours = train_flops(model, 4096, 1, "none") - attention_flops(model, 4096, 9)
+    assert ours / 4096 == pytest.approx(needed, rel=1e-9)
+
+
+def test_attention_in_blocks_is_half_of_all_pairs_and_the_diagonal():
+    all_pairs = 2 * 2 * 32 * 32 * 4096**2 * 128
+    assert attention_flops(MINICPM4_8B, 4096, 2) == pytest.approx(all_pairs * 9 / 16)
+
+
+def test_remat_costs_a_forward_pass_without_its_last_product():
+    none, dots, full = (train_flops(MINICPM4_8B, 4096, 1, remat) for remat in ("none", "dots", "full"))
+    attention = attention_flops(MINICPM4_8B, 4096, 2)
+    assert dots - none == attention
+    layer = 4096 * (2 * 4096 + 2 * 256 + 2 * 16384)
+    assert full - dots == 2 * 32 * layer * 4096
+
+
+def test_parameters_and_moments_by_hand():
+    """16 bytes of each parameter, divided over 512 chips, are in every guess."""
+    one = guess(TRAIN, Candidate(MeshConfig(data=1, fsdp=512), 512), V5P)
+    eight = guess(TRAIN, Candidate(MeshConfig(data=8, fsdp=64), 512), V5P)
+    assert eight.memory - one.memory == pytest.approx(16 * 8_185_253_888 * (1 / 64 - 1 / 512))
+
+
+def test_meshes_multiply_to_the_chips_and_divide_the_model():
+    found = meshes(TRAIN, V5P)
+    assert all(m.data * m.fsdp * m.tensor * m.context == 512 for m in found)
+    assert {m.tensor for m in found} == {1, 2, 4, 8}  # 16 does not divide the vocabulary
+    assert all(m.fsdp == 1 for m in meshes(dataclasses.replace(TRAIN, kind="decode"), V6E))
+
+
+def test_candidates_fit_and_come_in_order_of_speed():
+    found = candidates(TRAIN, V6E, (1024,), ("none", "dots", "full"))
+    assert found
+    assert all(g.memory <= FILL * V6E.chip.hbm_bytes for g in found)
+    assert found[0].seconds <= 1.02 * min(g.seconds for g in found)
+    assert all(g.candidate.batch_size % (g.candidate.mesh.data * g.candidate.mesh.fsdp) == 0 for g in found)
+
+
+def test_parts_too_small_to_gather_come_after_those_that_are_not():
+    """512 parts of 4,096 rows hold 8 each, less than a tile of bfloat16."""
+    (best, *_) = candidates(TRAIN, V5P, (1024,), ("dots",))
+    assert best.candidate.mesh.fsdp <= 128
+
+
+def test_where_nothing_fits_those_that_need_least_come_first():
+    tiny = parse_topology("v5e:2x2")
+    found = candidates(TRAIN, tiny, (4,), ("full", "none"))
+    assert found[0].memory > tiny.chip.hbm_bytes
+    assert [g.memory for g in found] == sorted(g.memory for g in found)
+
+
+def test_batches_that_no_mesh_divides():
+    assert candidates(TRAIN, V5P, (3,), ("full",), [MeshConfig(data=1, fsdp=512)]) == []
+
+
+def test_decoding_reads_weights_and_cache_once_a_token():
+    decode = Workload("decode", MINICPM4_8B, 4096)
+    topology = parse_topology("v6e:2x4")
+    found = guess(decode, Candidate(MeshConfig(data=4, fsdp=1, tensor=2), 32), topology)
+    weights = 2 * 8_185_253_888 / 2
+    cache = 2 * 2 * 32 * 8 * 1 * 4096 * 128
+    assert found.seconds == pytest.approx((weights + cache) / topology.chip.hbm_bandwidth, rel=0.1)
