@@ -3,9 +3,9 @@
     python -m benchmarks.kills [number of kills]
 
 A small model is trained once without a break, and once by the same command over and over, each time killed by SIGKILL.
-A third of the kills come at a random time after the start, a third after a random number of steps, and a third while
-a checkpoint is being written. Then all arrays of the last checkpoint and all lines of metrics.jsonl (but for timings)
-must be equal to those of the unbroken run, bit for bit.
+A quarter of the kills come at a random time after the start, a quarter after a random number of steps, a quarter while
+a checkpoint is being written and a quarter while none is. Then all arrays of the last checkpoint and all lines of
+metrics.jsonl (but for timings) must be equal to those of the unbroken run, bit for bit.
 """
 
 import dataclasses
@@ -151,13 +151,21 @@ def _saving(workdir: Path) -> bool:
     return any((workdir / CHECKPOINTS_DIR).glob("*.orbax-checkpoint-tmp*"))
 
 
+def _freeze(process: subprocess.Popen[str]) -> None:
+    """Stops a process, so that what it does can be looked at and does not change before the kill."""
+    process.send_signal(signal.SIGSTOP)
+    if process.returncode is None:
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+
+
 def kill_once(job: Job, workdir: Path, moment: str, rng: random.Random, seconds: float) -> str:
     """Starts the command and kills it.
 
     Args:
         job: the command.
         workdir: of the run.
-        moment: "time" kills at a random time, "step" some steps on, "save" while a checkpoint is written.
+        moment: "time" kills at a random time, "step" some steps further than any life before, "save" while a checkpoint
+            is written, "between" while none is: in the first steps of this life, before the first is due.
         rng: draws the moment.
         seconds: how long a start usually takes, for "time".
 
@@ -173,14 +181,18 @@ def kill_once(job: Job, workdir: Path, moment: str, rng: random.Random, seconds:
             progress = _steps_logged(workdir)
             if moment == "time" and time.monotonic() >= until:
                 break
-            if moment == "step" and before < progress and progress >= before + steps:
-                break
-            if moment == "save" and progress != before and _saving(workdir):
+            if moment == "step" and progress >= before + steps:
                 break
             if progress >= before + 3 * job.every:  # enough for one life
                 break
+            if moment in ("save", "between") and progress != before and _saving(workdir) == (moment == "save"):
+                if moment == "save":  # not always at its beginning
+                    time.sleep(rng.uniform(0, 0.02))
+                _freeze(process)
+                if _saving(workdir) == (moment == "save") and _steps_logged(workdir) != before:
+                    break
+                process.send_signal(signal.SIGCONT)
             time.sleep(0.002)
-        time.sleep(rng.uniform(0, 0.02))
         process.send_signal(signal.SIGKILL)
         process.wait()
         if process.returncode != -signal.SIGKILL:
@@ -207,7 +219,7 @@ def run_with_kills(job: Job, workdir: Path, kills: int, seed: int) -> Counter[st
     """
     rng = random.Random(seed)
     seconds = 5.0
-    moments = [("save", "step", "time")[i % 3] for i in range(kills)]
+    moments = [("save", "between", "step", "time")[i % 4] for i in range(kills)]
     rng.shuffle(moments)
     counts: Counter[str] = Counter()
     for moment in moments:
