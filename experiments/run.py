@@ -39,11 +39,15 @@ class Verb:
 
 
 VERBS = {
+    "convert": Verb("published weights into a checkpoint, checkpoints into Hugging Face folders", reads_runs=True),
     "prepare": Verb("tokenise and pack documents into a dataset folder", uses_devices=False),
     "pretrain": Verb("train a model on dataset folders; the same command resumes"),
     "sft": Verb("fine-tune a checkpoint on conversations, with the loss on assistant turns only"),
     "generate": Verb("continue prompts with a trained model", reads_runs=True),
+    "evaluate": Verb("score a model on tasks, item by item, and compare it with another; the same command resumes"),
+    "ruler": Verb("ask a model, ours or behind a server, about long texts: a score for every length and depth"),
     "quickstart": Verb("prepare, pretrain, evaluate, sample and export a small model; ends with report.html"),
+    "plan": Verb("what a TPU pod will do: memory, time and cost, compiled without the pod", uses_devices=False),
 }
 
 _EPILOG = """\
@@ -54,7 +58,7 @@ order:
   flags win over files, a later file wins over an earlier one, files win over the config that a workdir has saved.
   In a workdir with a saved config no --gin_file is needed: `pretrain --workdir=X` goes on with the run in X.
 `<verb> --help` lists the macros of a verb. Exit codes: 0 done, 1 failed, 2 bad configuration, 3 bad input,
-75 preempted and 76 stuck (run the same command again), 77 loss not finite.
+75 preempted, 76 stuck and 78 another process lost (run the same command again), 77 loss not finite.
 """
 
 
@@ -84,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--debug", action="store_true", help="show the traceback of an error in configuration or input")
     hosts = parser.add_argument_group("many hosts (the same command on each)")
     hosts.add_argument(
-        "--distributed", action="store_true", help="find the other processes as TPU pods, SLURM, MPI allow"
+        "--distributed", action="store_true", help="find the others as Cloud TPU, SLURM, Open MPI, Kubernetes allow"
     )
     hosts.add_argument("--coordinator_address", metavar="HOST:PORT", help="address of process 0")
     hosts.add_argument("--num_processes", type=int, metavar="N", help="how many processes there are")
@@ -128,36 +132,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, InputError, exit_codes.Stop) as error:
         if args.debug:
             traceback.print_exc()
-        print(f"{'' if isinstance(error, exit_codes.Stop) else 'error: '}{error}", file=sys.stderr)
-        if isinstance(error, exit_codes.Stop):
-            return error.code
-        return exit_codes.BAD_CONFIG if isinstance(error, ConfigError) else exit_codes.BAD_INPUT
+        print(f"{'' if isinstance(error, exit_codes.Stop) else 'error: '}{error}", file=sys.stderr, flush=True)
+        return error.code
     return exit_codes.OK
 
 
 def _run(args: argparse.Namespace, argv: Sequence[str]) -> None:
-    verb = VERBS[args.verb]
     if args.dry_run:
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # shapes need no accelerator, and must not take one from a run
-    process = _join_processes(args) if verb.uses_devices else 0
+    with _joined(args) as process:
+        from cpm_jax.common.config import ConfigError
+        from cpm_jax.common.gin_utils import Settings
 
-    from cpm_jax.common.config import ConfigError
-    from cpm_jax.common.gin_utils import Settings
+        module, config_class = import_verb(args.verb)
+        files = args.gin_file or default_files(args.verb, args.workdir)
+        settings = Settings(files, [a for a in argv if a.startswith("--gin.")], config_class)
+        config = settings.build()
+        try:
+            if args.dry_run:
+                from experiments.dry_run import describe
 
-    module, config_class = import_verb(args.verb)
-    files = args.gin_file or default_files(args.verb, args.workdir)
-    settings = Settings(files, [a for a in argv if a.startswith("--gin.")], config_class)
-    config = settings.build()
-    try:
-        if args.dry_run:
-            from experiments.dry_run import describe
+                _print(f"{describe(config, args.workdir)}\n\n{settings.config_str()}")
+            else:
+                with _recorded(args.verb, args.workdir, argv, settings) if process == 0 else contextlib.nullcontext():
+                    module.run(config, args.workdir)
+        except ConfigError as error:
+            raise settings.with_origins(error) from error
 
-            _print(f"{describe(config, args.workdir)}\n\n{settings.config_str()}")
-        else:
-            with _recorded(args.verb, args.workdir, argv, settings) if process == 0 else contextlib.nullcontext():
-                module.run(config, args.workdir)
-    except ConfigError as error:
-        raise settings.with_origins(error) from error
+
+def _joined(args: argparse.Namespace) -> contextlib.AbstractContextManager[int]:
+    """Among the other processes of a run on many hosts, if there are others; gives the number of this one."""
+    asked = args.distributed or args.coordinator_address or "JAX_COORDINATOR_ADDRESS" in os.environ
+    if args.dry_run or not asked or not VERBS[args.verb].uses_devices:
+        return contextlib.nullcontext(0)
+    from cpm_jax.common import processes  # imports jax, which not every verb needs
+
+    return processes.joined(args.coordinator_address, args.num_processes, args.process_id)
 
 
 def _print(text: str) -> None:
@@ -166,24 +176,6 @@ def _print(text: str) -> None:
         print(text, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
-def _join_processes(args: argparse.Namespace) -> int:
-    """Joins the other processes of a run on many hosts, before anything asks for a device; returns our index."""
-    if not (args.distributed or args.coordinator_address or os.environ.get("JAX_COORDINATOR_ADDRESS")):
-        return 0
-    import jax
-
-    from cpm_jax.common.config import ConfigError
-
-    try:
-        jax.distributed.initialize(args.coordinator_address, args.num_processes, args.process_id)
-    except (ValueError, RuntimeError) as error:
-        raise ConfigError(
-            f"cannot join the other processes: {error}\n  outside TPU pods, SLURM and MPI give --coordinator_address, "
-            "--num_processes and --process_id"
-        ) from error
-    return jax.process_index()
 
 
 def import_verb(verb: str) -> tuple[ModuleType, type]:

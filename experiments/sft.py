@@ -13,7 +13,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from cpm_jax.checkpoints.manager import CheckpointConfig, find_checkpoint, find_tokenizer, read_meta
 from cpm_jax.common.config import ConfigError, InputError, config_dataclass, config_from_dict
-from cpm_jax.common.sharding import MeshConfig
+from cpm_jax.common.sharding import MeshConfig, make_mesh
 from cpm_jax.data.encoding import LongConversations
 from cpm_jax.data.manifest import FILE_NAME as MANIFEST
 from cpm_jax.data.manifest import Manifest
@@ -80,6 +80,7 @@ def run(config: SftConfig, workdir: Path) -> None:
         exit_codes.Stop: the run was told to stop, or its loss is not finite.
     """
     model, tokenizer = starting_model(config)
+    pretrain.check_divides(model, config.train, make_mesh(config.mesh), config.seq_len)
     if (preparation := preparation_of(config, tokenizer)) and jax.process_index() == 0:
         prepare(preparation, workdir / DATA_DIR)
     if jax.process_count() > 1:

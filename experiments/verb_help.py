@@ -53,8 +53,9 @@ def _macro_table(file: GinFile) -> list[str]:
     for setting in file.settings:
         if setting.is_macro:
             value = "REQUIRED" if setting.value == REQUIRED else repr(setting.value)
-            rows.append((value != "REQUIRED", f"  {setting.name:<22}{value:<12}{setting.comment}".rstrip()))
-    return [row for _, row in sorted(rows, key=lambda row: row[0])]
+            row = f"  {setting.name:<22}{value:<11} {setting.comment}".rstrip()
+            rows.append((value != "REQUIRED", textwrap.wrap(row, _WIDTH, subsequent_indent=" " * 24)))
+    return [line for _, lines in sorted(rows, key=lambda row: row[0]) for line in lines]
 
 
 def _title(file: GinFile) -> str:

@@ -1,4 +1,4 @@
-"""Shared by all tests: CPU only, a small model, and a compilation cache so that repeated programs compile once."""
+"""Shared by all tests: CPU only, a small model, and a compilation cache for the processes that tests start."""
 
 import importlib.util
 import os
@@ -11,9 +11,14 @@ os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettemp
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import jax
 import pytest
 
 from cpm_jax.modeling.config import ModelConfig
+
+# Programs that a test starts share compiled code; the test process itself compiles anew. Reading large CPU programs
+# back (`deserialize_executable`) has crashed a test process, and with it all that the process had yet to run.
+jax.config.update("jax_enable_compilation_cache", False)
 
 # `make test-latest` runs where no small build of PyTorch exists: files that compare with it are then left out, and the
 # header of the run says which.

@@ -13,7 +13,7 @@ ARROWS = {
     "kernels_pallas": set(),
     "cpm_jax.common": set(),
     "cpm_jax.modeling": {"cpm_jax.common", "kernels_pallas"},
-    "cpm_jax.checkpoints": {"cpm_jax.common", "cpm_jax.modeling"},
+    "cpm_jax.checkpoints": {"cpm_jax.common", "cpm_jax.modeling", "cpm_jax.data"},
     "cpm_jax.data": {"cpm_jax.common"},
     "cpm_jax.training": {
         "cpm_jax.common",
@@ -22,6 +22,7 @@ ARROWS = {
         "cpm_jax.checkpoints",
         "kernels_pallas",
     },
+    "cpm_jax.planning": {"cpm_jax.common", "cpm_jax.modeling", "cpm_jax.training"},
     "cpm_jax.inference": {"cpm_jax.common", "cpm_jax.modeling", "cpm_jax.checkpoints", "cpm_jax.data"},
     "cpm_jax.evaluation": {
         "cpm_jax.common",
@@ -30,7 +31,9 @@ ARROWS = {
         "cpm_jax.data",
         "cpm_jax.training",
         "cpm_jax.inference",
+        "cpm_jax.tools",
     },
+    "cpm_jax.tools": {"cpm_jax.common"},
 }
 EXPORT_MAY_IMPORT = set(ARROWS) | {"export"}
 

@@ -8,9 +8,11 @@ import pytest
 
 from cpm_jax.common import exit_codes
 from cpm_jax.common.config import ConfigError
+from cpm_jax.common.sharding import MeshConfig, make_abstract_mesh
 from cpm_jax.data.mixture import from_folders
 from cpm_jax.data.prepare import PrepareConfig, prepare
 from cpm_jax.modeling import decoder
+from cpm_jax.modeling.config import ModelConfig
 from cpm_jax.training.loop import TrainConfig
 from cpm_jax.training.losses import loss_sums
 from cpm_jax.training.schedules import wsd
@@ -89,15 +91,57 @@ def test_parts_that_do_not_fit_are_found(tiny_config, dataset, tmp_path):
         dry_run.describe(odd, tmp_path)
 
 
+def memory(lines):
+    """(one copy, per device) in MiB by what it is."""
+    table = [line.split("MiB") for line in lines[1:]]
+    return {what.strip(): (float(whole.replace(",", "")), float(one.replace(",", ""))) for whole, one, what in table}
+
+
 def test_memory_is_that_of_the_state(tiny_config, dataset):
     config = pretrain_config(tiny_config, dataset)
-    lines = dry_run.memory_lines(config.model, config.optimizer, config.schedule, 2, 64)
     params = sum(leaf.size for leaf in jax.tree.leaves(decoder.abstract_params(config.model)))
-    mib = {line.split("MiB")[1].strip(): float(line.split()[0].replace(",", "")) for line in lines[1:]}
-    assert mib["parameters"] == pytest.approx(4 * params / 2**20, abs=0.051)
-    assert mib["optimizer"] == pytest.approx(8 * params / 2**20, abs=0.051)
+    one_device = make_abstract_mesh(MeshConfig())
+    mib = memory(dry_run.memory_lines(config.model, config.optimizer, config.schedule, 2, 64, one_device))
+    assert mib["parameters"][0] == pytest.approx(4 * params / 2**20, abs=0.0051)
+    assert mib["optimizer"][0] == pytest.approx(8 * params / 2**20, abs=0.0051)
     assert mib["gradients"] == mib["parameters"]
-    assert sum(mib.values()) == pytest.approx(2 * mib["in all"], abs=0.3)
+    assert sum(whole for whole, _ in mib.values()) == pytest.approx(2 * mib["in all"][0], abs=0.03)
+    assert all(whole == one for whole, one in mib.values())
+
+
+def test_memory_per_device_by_hand(dataset):
+    """Llama-shaped: matrices are divided over fsdp and tensor, norms lie on every device."""
+    model = ModelConfig(
+        vocab_size=1024, num_layers=4, d_model=256, num_heads=8, num_kv_heads=2, d_ff=512, head_dim=32, dtype="float32"
+    )
+    config = pretrain_config(model, dataset)
+    mesh = make_abstract_mesh(MeshConfig(data=2, fsdp=4, tensor=4, context=2))
+    # The vocabulary is pretrain_config's, 512.
+    matrices = 2 * 512 * 256 + 4 * (256 * 256 * 2 + 256 * 64 * 2 + 3 * 256 * 512)
+    norms = 4 * 2 * 256 + 256
+    mib = memory(dry_run.memory_lines(config.model, config.optimizer, config.schedule, 16, 64, mesh))
+    assert mib["parameters"] == pytest.approx(
+        (4 * (matrices + norms) / 2**20, 4 * (matrices / 16 + norms) / 2**20), abs=0.0051
+    )
+    assert mib["optimizer"][1] == pytest.approx(8 * (matrices / 16 + norms) / 2**20, abs=0.0051)
+    whole, one = mib["activations of 16 x 64 tokens (estimate)"]
+    assert one == pytest.approx(whole / (2 * 4 * 2), abs=0.0051)  # rows over data and fsdp, lengths over context
+
+
+def test_mesh_of_another_machine(tiny_config, dataset, tmp_path):
+    config = dataclasses.replace(pretrain_config(tiny_config, dataset), mesh=MeshConfig(fsdp=2))
+    assert "mesh         data 1 x fsdp 2 x tensor 1 x context 1: 2 devices; 1 seen here" in dry_run.describe(
+        config, tmp_path
+    )
+    for mesh, message in [
+        (MeshConfig(fsdp=1, tensor=3), "MeshConfig.tensor = 3: must divide ModelConfig.num_heads = 4"),
+        (MeshConfig(fsdp=3), "size 64 cannot be divided into 3 parts .MeshConfig.fsdp = 3"),
+        (MeshConfig(data=4, fsdp=1), "batch_size = 4: must be a multiple of .* 2 x 4 x 1 = 8"),
+        (MeshConfig(fsdp=1, context=3), "seq_len = 64: must be a multiple of MeshConfig.context = 3"),
+        (MeshConfig(tensor=2), "tensor 2 x context 1 does not fit 1 devices"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            dry_run.describe(dataclasses.replace(config, mesh=mesh), tmp_path)
 
 
 def test_prepare(tmp_path, capsys):

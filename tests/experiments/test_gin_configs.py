@@ -55,6 +55,7 @@ OPTIMS = sorted(name for name in ALL if name.startswith("optim/"))
 
 COMMANDS = {name: example(name) for name in sorted(set(RUNS) - INCLUDED_ONLY)}
 COMMANDS |= {f"{a} {s}": [*pretrain(a, s), *optim_flags("optim/wsd_mup.gin")] for a, s in PAIRS}
+COMMANDS["arch/infllm_v2.gin"] = example("arch/infllm_v2.gin")
 COMMANDS |= {name: [*pretrain("arch/minicpm4.gin", "size/5m.gin", name), *optim_flags(name)] for name in OPTIMS}
 
 
@@ -76,9 +77,11 @@ def test_every_file_builds_its_config_and_so_does_what_is_saved_of_it(name, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if command[0] not in ("sft", "generate")])
+@pytest.mark.parametrize(
+    "name", [name for name, command in COMMANDS.items() if command[0] not in ("convert", "sft", "generate")]
+)
 def test_every_file_dry_runs(name, tmp_path, capsys):
-    # Those that need a checkpoint, sft and generate, dry-run in test_end_to_end.py.
+    # Those that need a checkpoint or weights dry-run in test_end_to_end.py (sft, generate) and test_convert.py.
     arguments = [a for a in COMMANDS[name] if not a.startswith("--workdir=")]
     code = run.main([*arguments, f"--workdir={tmp_path / 'work'}", "--dry_run"])
     printed = capsys.readouterr()
