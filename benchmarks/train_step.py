@@ -54,6 +54,9 @@ MODELS = {
     "36m": dataclasses.replace(_15M, num_layers=10, d_model=512, num_heads=8, d_ff=1920),
 }
 TOKENS = 4096  # a step
+# Ours takes a step's rows in two parts: half the temporaries, whose pages XLA takes anew each step (docs/speed.md).
+# PyTorch, which keeps its memory, gains nothing by it.
+NUM_MICROBATCHES = 2
 COMPILED_LAYERS = 32  # MiniCPM4-8B's
 LEARNING_RATE = 1e-3
 MAX_GRAD_NORM = 1.0
@@ -89,7 +92,7 @@ class OurSide:
         tree = traverse_util.unflatten_dict({path: jnp.array(x) for path, x in params.items()}, sep="/")
         self._state = state_from_params(tree, optimizer)
         self._batch = jax.device_put(full_batch(rows))
-        self._step = make_train_step(config, optimizer)
+        self._step = make_train_step(config, optimizer, num_microbatches=NUM_MICROBATCHES)
         self._flatten = lambda tree: {
             path: np.asarray(x) for path, x in traverse_util.flatten_dict(tree, sep="/").items()
         }
