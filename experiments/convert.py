@@ -331,6 +331,11 @@ def write_folder(config: ConvertConfig, weights: Weights, workdir: Path) -> str:
             imported_config=weights.imported.get("config"),
             imported_generation_config=weights.imported.get("generation_config"),
         )
+    except ConfigError as error:
+        if error.field != "dtype":
+            raise
+        # The folder's type, which is ours to name: `dtype` is here that of activations.
+        raise ConfigError(f"ConvertConfig.param_dtype: {error}", field="ConvertConfig.param_dtype") from error
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(
             f"{workdir / HF_DIR} cannot be written: {error}. An earlier folder there is as it was"

@@ -10,11 +10,11 @@ from cpm_jax.common.config import ConfigError, config_dataclass
 from cpm_jax.common.files import write_json
 from cpm_jax.common.progress import Progress
 from cpm_jax.common.sharding import MeshConfig
-from cpm_jax.planning.analytic import Guess, candidates
+from cpm_jax.planning.analytic import Guess
 from cpm_jax.planning.aot import libtpu_path
 from cpm_jax.planning.chips import parse_topology
 from cpm_jax.planning.plan_report import build_page, describe, libtpu_init_args
-from cpm_jax.planning.search import Evaluation, Plan, choose, make_plan, to_json
+from cpm_jax.planning.search import Evaluation, Plan, choose, find_guesses, make_plan, to_json
 from cpm_jax.planning.workload import Remat, Workload
 
 REPORT_FILE = "report.html"
@@ -63,8 +63,12 @@ class PlanConfig:
 
 
 def find_candidates(config: PlanConfig) -> list[Guess]:
-    """All candidates that the formulas let fit, best first."""
-    return candidates(
+    """All candidates that the formulas let fit, best first.
+
+    Raises:
+        ConfigError: no batch size and mesh go together.
+    """
+    return find_guesses(
         config.workload, parse_topology(config.topology), config.batch_sizes, config.remats, config.meshes
     )
 

@@ -238,8 +238,9 @@ def find_layout(hf: Json) -> Layout:
     """
     model_type = hf.get("model_type")
     architectures = hf.get("architectures") or []
+    named = architectures if isinstance(architectures, list) else [architectures]
     for layout in LAYOUTS.values():
-        if model_type == layout.model_type or (model_type is None and layout.architecture in architectures):
+        if model_type == layout.model_type or (model_type is None and layout.architecture in named):
             return layout
     raise SourceError(
         f"config.json: model_type = {model_type!r} (architectures {architectures}): accepted are {', '.join(LAYOUTS)}"

@@ -36,7 +36,7 @@ class ConfigError(Exception):
         self.field = field
 
 
-_SETTINGS = pydantic.ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True)
+_SETTINGS = pydantic.ConfigDict(strict=True, extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
 
 
 def _translate(name: str, error: pydantic.ValidationError) -> ConfigError:
@@ -53,8 +53,9 @@ def _translate(name: str, error: pydantic.ValidationError) -> ConfigError:
 def config_dataclass(cls: type[T]) -> type[T]:
     """Makes `cls` a frozen, hashable dataclass whose fields are checked when it is built.
 
-    Types are checked strictly (an int is accepted for a float, nothing else is converted), `Literal` fields list
-    what they accept, and a `__post_init__` may raise `ConfigError` for values that do not go together.
+    Types are checked strictly (an int is accepted for a float, nothing else is converted), numbers are finite,
+    `Literal` fields list what they accept, and a `__post_init__` may raise `ConfigError` for values that do not go
+    together.
 
     Raises:
         ConfigError: from the constructor, naming every field of a wrong type or value.

@@ -9,7 +9,7 @@ from typing import Any
 from cpm_jax.common.config import ConfigError, config_to_dict
 from cpm_jax.common.sharding import MeshConfig
 from cpm_jax.modeling.model_size import count_params, train_flops_per_token
-from cpm_jax.planning.analytic import Guess, candidates
+from cpm_jax.planning.analytic import Guess, candidates, meshes
 from cpm_jax.planning.aot import Compiled, compile_candidate
 from cpm_jax.planning.chips import Topology
 from cpm_jax.planning.hlo_costs import KINDS, Costs, count_costs
@@ -107,6 +107,30 @@ def bill(evaluation: Evaluation, num_chips: int, tokens: float, price_per_chip_h
         chip_hours=hours,
         cost=hours * price_per_chip_hour,
     )
+
+
+def find_guesses(
+    workload: Workload,
+    topology: Topology,
+    batch_sizes: Sequence[int],
+    remats: Sequence[Remat],
+    mesh_choices: Sequence[MeshConfig] = (),
+) -> list[Guess]:
+    """The candidates of `analytic.candidates`, of which there is at least one.
+
+    Raises:
+        ConfigError: no batch size and mesh go together.
+    """
+    guesses = candidates(workload, topology, batch_sizes, remats, mesh_choices)
+    if not guesses:
+        groups = sorted({mesh.data * mesh.fsdp for mesh in mesh_choices or meshes(workload, topology)})
+        raise ConfigError(
+            f"PlanConfig.batch_sizes = {tuple(batch_sizes)}: none is a multiple of data x fsdp of any mesh of the "
+            f"{topology.num_chips} chips of {topology.name} that divides the model; choose multiples of "
+            f"{' or '.join(map(str, groups))}",
+            field="PlanConfig.batch_sizes",
+        )
+    return guesses
 
 
 def choose(guesses: Sequence[Guess], number: int) -> list[Guess]:
@@ -241,14 +265,7 @@ def make_plan(
         ConfigError: no batch size and mesh go together, or what `compile_candidate` raises.
         InputError: as `compile_candidate`.
     """
-    guesses = candidates(workload, topology, batch_sizes, remats, mesh_choices)
-    if not guesses:
-        raise ConfigError(
-            f"PlanConfig.batch_sizes = {tuple(batch_sizes)}: none is a multiple of data x fsdp of any mesh of "
-            f"{topology.num_chips} chips that divides the model; choose multiples of a power of two up to "
-            f"{topology.num_chips}",
-            field="PlanConfig.batch_sizes",
-        )
+    guesses = find_guesses(workload, topology, batch_sizes, remats, mesh_choices)
     found: list[Evaluation] = []
 
     def compile_all(chosen: Sequence[Guess]) -> None:

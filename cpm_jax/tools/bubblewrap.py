@@ -149,12 +149,16 @@ class _Descriptors:
         self._stack = stack
         self.passed: list[int] = []
 
-    def memory(self, content: bytes) -> str:
-        """Passes a file in memory."""
+    def memory(self, content: bytes) -> int:
+        """Opens a file in memory."""
         descriptor = _memory_file(content)
         self._stack.callback(os.close, descriptor)
-        self.passed.append(descriptor)
-        return str(descriptor)
+        return descriptor
+
+    def pass_memory(self, content: bytes) -> str:
+        """Passes a file in memory, which bubblewrap closes when it has read it."""
+        self.passed.append(self.memory(content))
+        return str(self.passed[-1])
 
 
 def _options(
@@ -169,12 +173,14 @@ def _options(
         options += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID", "--cap-add", "CAP_SETPCAP"]
     program = syscall_filter()
     if program is not None:
-        options += ["--seccomp", descriptors.memory(program)]
+        options += ["--seccomp", descriptors.pass_memory(program)]
 
     def memory_file_system(path: str, size: int) -> list[str]:
         return ["--perms", "1777", "--size", str(size), "--tmpfs", path]
 
     options += ["--proc", "/proc", "--dev", "/dev", *memory_file_system("/dev/shm", limits.file_bytes)]
+    # Gives zeros too, but cannot be mapped: what is shared of /dev/zero stays when its processes let go of it.
+    options += ["--dev-bind", "/dev/full", "/dev/zero"]
     # The first process is bubblewrap's: out of reach, and with it the command line that names the host's paths.
     options += [*memory_file_system("/proc/1", 4096), "--remount-ro", "/proc/1", "--remount-ro", "/dev"]
     options += memory_file_system("/tmp", limits.file_bytes)
@@ -186,12 +192,12 @@ def _options(
     for option, path in seen:
         options += [option, os.readlink(path) if option == "--symlink" else path, path]
     account = f"sandbox:x:{uid}:{uid}::{WORKING_DIRECTORY}:/bin/sh\n".encode()
-    options += ["--ro-bind-data", descriptors.memory(account), "/etc/passwd"]
+    options += ["--ro-bind-data", descriptors.pass_memory(account), "/etc/passwd"]
     folders = {parent for path in files for parent in path.parents} | {PurePosixPath()}
     for folder in sorted(folders):
         options += ["--perms", "0777", "--dir", str(WORKING_DIRECTORY / folder)]
     for name, content in files.items():
-        options += ["--perms", "0666", "--file", descriptors.memory(content), str(WORKING_DIRECTORY / name)]
+        options += ["--perms", "0666", "--file", descriptors.pass_memory(content), str(WORKING_DIRECTORY / name)]
     return [*options, "--remount-ro", "/", "--chdir", str(WORKING_DIRECTORY)]
 
 
@@ -277,8 +283,8 @@ def run_behind_walls(
         theirs.callback(os.close, status_write)
         theirs.callback(os.close, block_read)
         options += ["--json-status-fd", str(status_write), "--block-fd", str(block_read)]
-        arguments = descriptors.memory(os.fsencode("\0".join(options)))
-        source = int(descriptors.memory(stdin))
+        arguments = descriptors.pass_memory(os.fsencode("\0".join(options)))
+        source = descriptors.memory(stdin)
         try:
             process = subprocess.Popen(
                 [bwrap, "--args", arguments, "--", *_become(walls, uid), *argv],

@@ -39,7 +39,7 @@ class Limits:
     def __post_init__(self) -> None:
         for name in ("cpu_seconds", "wall_seconds"):
             value = getattr(self, name)
-            if not (math.isfinite(value) and value > 0):
+            if value <= 0:
                 raise ConfigError(f"Limits.{name} = {value}: give a number above 0", field=f"Limits.{name}")
         least = {"memory_bytes": _LEAST_MEMORY, "max_processes": 1, "file_bytes": 4096, "output_bytes": 0}
         for name, minimum in least.items():

@@ -1,8 +1,9 @@
 """The system calls that a sandboxed program may not make, as a filter for the kernel (classic BPF).
 
 The namespaces already take the power out of most of these calls. The filter takes the calls themselves away, which
-keeps nested namespaces and the kernel's rarely used doors shut, and closes the ways to hold memory that belongs to
-no process and that no watcher would see (System V segments, anonymous files).
+keeps nested namespaces and the kernel's rarely used doors shut, shuts kinds of sockets that no network namespace holds
+back (AF_VSOCK reaches the host of a virtual machine), and closes the ways to hold memory that belongs to no process and
+that no watcher would see (System V segments, anonymous files, shared mappings without a file).
 """
 
 import errno
@@ -79,24 +80,29 @@ _DENIED: dict[str, tuple[int | None, int | None]] = {
     "shmget": (29, 194),
     "msgget": (68, 186),
     "semget": (64, 190),
+    "vmsplice": (278, 75),
 }
-_CLONE, _CLONE3, _IOCTL = (56, 220), (435, 435), (16, 29)
+_CLONE, _CLONE3, _IOCTL, _MMAP = (56, 220), (435, 435), (16, 29), (9, 222)
+_SOCKET_CALLS = ((41, 198), (53, 199))  # socket, socketpair
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column above, AUDIT_ARCH_*
 
 _NEW_NAMESPACES = 0x7E020000  # CLONE_NEW{NS,CGROUP,UTS,IPC,USER,PID,NET}
 _TERMINAL_INPUT = (0x5412, 0x541C)  # TIOCSTI, TIOCLINUX: type into the terminal of the caller
+_SOCKETS = (1, 2, 10, 16)  # AF_UNIX, AF_INET, AF_INET6, AF_NETLINK: a network namespace has its own of each
+_MAP_SHARED, _MAP_ANONYMOUS = 0x01, 0x20
 
 # linux/bpf_common.h, linux/seccomp.h
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
-_NUMBER, _ARCH, _ARG0, _ARG1 = 0, 4, 16, 24  # offsets in struct seccomp_data (low words: little endian)
+_NUMBER, _ARCH, _ARG0, _ARG1, _ARG3 = 0, 4, 16, 24, 40  # offsets in struct seccomp_data (low words: little endian)
 
 
 def syscall_filter() -> bytes | None:
     """The filter for this machine's system calls.
 
-    Denied calls fail with EPERM, and `clone3`, whose flags no filter can read, with ENOSYS, so that the C library
-    falls back to `clone`. A process that calls by another architecture's table is killed.
+    Denied calls fail with EPERM; `clone3`, whose flags no filter can read, with ENOSYS, so that the C library
+    falls back to `clone`; sockets of other families with EAFNOSUPPORT, as where the kernel lacks them. A process that
+    calls by another architecture's table is killed.
 
     Returns:
         The program as `bwrap --seccomp` reads it; None on a machine whose numbers are not known here.
@@ -127,6 +133,19 @@ def syscall_filter() -> bytes | None:
     add(_ANY_BIT, _NEW_NAMESPACES, 0, 1)
     add(_RETURN, _ERRNO | errno.EPERM)
     add(_RETURN, _ALLOW)
+    add(_EQUAL, _MMAP[column], 0, 5)
+    add(_LOAD, _ARG3)
+    add(_ANY_BIT, _MAP_ANONYMOUS, 0, 2)
+    add(_ANY_BIT, _MAP_SHARED, 0, 1)
+    add(_RETURN, _ERRNO | errno.EPERM)
+    add(_RETURN, _ALLOW)
+    for numbers in _SOCKET_CALLS:
+        add(_EQUAL, numbers[column], 0, 3 + len(_SOCKETS))
+        add(_LOAD, _ARG0)
+        for left, family in zip(range(len(_SOCKETS), 0, -1), _SOCKETS, strict=True):
+            add(_EQUAL, family, left, 0)
+        add(_RETURN, _ERRNO | errno.EAFNOSUPPORT)
+        add(_RETURN, _ALLOW)
     add(_EQUAL, _IOCTL[column], 0, 1 + 2 * len(_TERMINAL_INPUT))
     add(_LOAD, _ARG1)
     for request in _TERMINAL_INPUT:

@@ -40,6 +40,8 @@ def test_accepts_an_int_for_a_float_and_is_hashable():
     [
         ({"size": "a"}, ["Example.size = 'a'", "integer"]),
         ({"size": 2.0}, ["Example.size = 2.0", "integer"]),
+        ({"size": 2, "rate": float("inf")}, ["Example.rate = inf", "finite"]),
+        ({"size": 2, "rate": float("nan")}, ["Example.rate = nan", "finite"]),
         ({"size": 2, "kind": "cubic"}, ["Example.kind = 'cubic'", "'linear' or 'cosine'"]),
         ({"size": 2, "sizes": 3}, ["Example.sizes = 3", "unexpected"]),
         ({}, ["Example.size", "required"]),

@@ -298,6 +298,20 @@ def test_refused(
     assert words in capsys.readouterr().err
 
 
+def test_values_beyond_float16_name_the_flag(
+    tmp_path: Path, tokenizer: Tokenizer, capsys: pytest.CaptureFixture
+) -> None:
+    tensors = write(tmp_path / "source", CONFIGS["llama"], shards=1)
+    tensors["model.norm.weight"] *= 1e5
+    safetensors.numpy.save_file(tensors, tmp_path / "source/model.safetensors")
+    tokenizer.save(tmp_path / "source")
+    assert convert(tmp_path, SOURCE=tmp_path / "source", FORMAT="hf", PARAM_DTYPE="float16") == exit_codes.BAD_CONFIG
+    said = capsys.readouterr().err
+    assert "ConvertConfig.param_dtype: dtype = 'float16': model.norm.weight has values up to" in said
+    assert "set by --gin.PARAM_DTYPE=float16" in said
+    assert "set by DTYPE" not in said
+
+
 def test_a_tokenizer_of_another_size_is_refused(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     other = tmp_path / "tokenizer"
     Tokenizer.train([f"{a}{b} {b}{c}{a}" for a in "abcdefgh" for b in "ijklmnop" for c in "qrs"], 400).save(other)

@@ -106,8 +106,14 @@ def test_different_meshes_and_policies_are_compiled():
 
 
 def test_batches_that_fit_no_mesh_are_named(monkeypatch):
-    with pytest.raises(ConfigError, match=r"batch_sizes = \(3,\).*4 chips"):
+    with pytest.raises(ConfigError, match=r"batch_sizes = \(3,\).*4 chips.*; choose multiples of 4$"):
         plan(monkeypatch, lambda c: compiled(), batch_sizes=(3,), mesh_choices=(MeshConfig(data=4, fsdp=1),))
+
+
+def test_batches_that_fit_meshes_of_an_odd_number_of_chips_are_told():
+    with pytest.raises(ConfigError, match=r"15 chips of v5e:3x5 .*; choose multiples of 15$"):
+        search.find_guesses(TRAIN, parse_topology("v5e:3x5"), (8,), ("full",))
+    assert search.find_guesses(TRAIN, parse_topology("v5e:3x5"), (8, 30), ("full",))
 
 
 def test_report_and_json_say_the_same(monkeypatch, tmp_path):

@@ -15,6 +15,14 @@ ESCAPES = {
         "socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP)",
         "socket.socket(socket.AF_PACKET, socket.SOCK_RAW)",
     ],
+    "sockets that no network namespace holds": [
+        "socket.socket(40, socket.SOCK_STREAM)",  # AF_VSOCK: the host of a virtual machine, and its other guests
+        "socket.socket(40, socket.SOCK_DGRAM)",
+        "syscall(41, 198, ctypes.c_long(0x1_0000_0028), 1, 0)",  # of which the kernel reads the lower half
+        "socket.socketpair(30, socket.SOCK_STREAM)",  # AF_TIPC
+        "socket.socket(38, socket.SOCK_SEQPACKET)",  # AF_ALG
+        "socket.socket(31, socket.SOCK_RAW, 1)",  # AF_BLUETOOTH
+    ],
     "name server": ["socket.getaddrinfo('example.com', 80)"],
     "unix socket": ["socket.socket(socket.AF_UNIX).connect(UNIX)"],
     "abstract unix socket": ["socket.socket(socket.AF_UNIX).connect('\\0' + TOKEN)"],
@@ -134,6 +142,10 @@ ESCAPES = {
         "call(libc.msgget(0, 0o1600))",
         "call(libc.semget(0, 1, 0o1600))",
         "os.memfd_create('x')",
+        "mmap.mmap(-1, 4096)",  # shared by default
+        "mmap.mmap(-1, 4096, mmap.MAP_SHARED | 2 | mmap.MAP_ANONYMOUS)",  # MAP_SHARED_VALIDATE
+        "mmap.mmap(os.open('/dev/zero', os.O_RDWR), 4096)",
+        "syscall(278, 75, os.pipe()[1], (ctypes.c_size_t * 2)(id(libc), 1), 1, 0)",
     ],
     "typing into the terminal": [
         "fcntl.ioctl(0, 0x5412, b'x')",
