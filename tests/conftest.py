@@ -1,9 +1,11 @@
 """Shared by all tests: CPU only, a small model, and a compilation cache for the processes that tests start."""
 
+import gc
 import importlib.util
 import os
 import re
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -34,6 +36,19 @@ def pytest_report_header() -> str:
     """Says what was left out."""
     names = ", ".join(sorted(Path(path).name for path in collect_ignore))
     return f"PyTorch is not installed; left out: {names}" if names else "PyTorch is installed: nothing is left out"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs() -> Iterator[None]:
+    """Lets compiled programs go between files once they hold half of the memory maps that a process may have.
+
+    A program takes three maps; at Linux's limit of 65,530 the next compilation ends the process by a fault.
+    """
+    yield
+    with open("/proc/self/maps") as maps:
+        if sum(1 for _ in maps) > 30_000:
+            jax.clear_caches()
+            gc.collect()
 
 
 @pytest.fixture
