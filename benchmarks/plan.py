@@ -30,7 +30,9 @@ CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "minicpm4_8b_32k_v5p": ((*_MINICPM4, "papers/minicpm4/plan_32k.gin"), _V5P),
     "minicpm4_8b_32k_v6e": ((*_MINICPM4, "papers/minicpm4/plan_32k.gin"), _V6E),
     "mimo_7b_8k_v5p": ((*_MIMO, "papers/mimo/plan_8k.gin"), _V5P),
+    "mimo_7b_8k_v6e": ((*_MIMO, "papers/mimo/plan_8k.gin"), _V6E),
     "mimo_7b_32k_v5p": ((*_MIMO, "papers/mimo/plan_32k.gin"), _V5P),
+    "mimo_7b_32k_v6e": ((*_MIMO, "papers/mimo/plan_32k.gin"), _V6E),
     "minicpm4_8b_decode_v6e": ((*_MINICPM4, "papers/minicpm4/plan_decode.gin"), ("PRICE=2.7",)),
     "llama3_8b_8k_v6e": (("arch/llama.gin", "runs/plan.gin"), (*_V6E, *_LLAMA)),
 }
