@@ -16,6 +16,8 @@ from cpm_jax.planning.search import Plan, bill
 from experiments import plan
 
 _MINICPM4 = ("arch/minicpm4.gin", "size/minicpm4_8b.gin")
+_MINICPM4_128K = ("arch/minicpm4_128k.gin", "size/minicpm4_8b.gin")
+_SPARSE = "arch/infllm_v2.gin"
 _MIMO = ("arch/mimo.gin", "size/mimo_7b.gin")
 # Examples of a price, in dollars: ask for yours.
 _V5P, _V6E = ("PRICE=4.2",), ("PRICE=2.7", "TOPOLOGY='v6e:16x16'")
@@ -27,10 +29,16 @@ _LLAMA = (
 CASES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "minicpm4_8b_4k_v5p": ((*_MINICPM4, "papers/minicpm4/plan_4k.gin"), _V5P),
     "minicpm4_8b_4k_v6e": ((*_MINICPM4, "papers/minicpm4/plan_4k.gin"), _V6E),
-    "minicpm4_8b_32k_v5p": ((*_MINICPM4, "papers/minicpm4/plan_32k.gin"), _V5P),
-    "minicpm4_8b_32k_v6e": ((*_MINICPM4, "papers/minicpm4/plan_32k.gin"), _V6E),
+    **{
+        f"minicpm4_8b_{length}{kind}_{chip}": ((*arch, *sparse, f"papers/minicpm4/plan_{length}.gin"), flags)
+        for length, arch in (("32k", _MINICPM4), ("128k", _MINICPM4_128K))
+        for kind, sparse in (("", ()), ("_sparse", (_SPARSE,)))
+        for chip, flags in (("v5p", _V5P), ("v6e", _V6E))
+    },
     "mimo_7b_8k_v5p": ((*_MIMO, "papers/mimo/plan_8k.gin"), _V5P),
+    "mimo_7b_8k_v6e": ((*_MIMO, "papers/mimo/plan_8k.gin"), _V6E),
     "mimo_7b_32k_v5p": ((*_MIMO, "papers/mimo/plan_32k.gin"), _V5P),
+    "mimo_7b_32k_v6e": ((*_MIMO, "papers/mimo/plan_32k.gin"), _V6E),
     "minicpm4_8b_decode_v6e": ((*_MINICPM4, "papers/minicpm4/plan_decode.gin"), ("PRICE=2.7",)),
     "llama3_8b_8k_v6e": (("arch/llama.gin", "runs/plan.gin"), (*_V6E, *_LLAMA)),
 }
@@ -40,10 +48,11 @@ _PUBLISHED = {"llama3_8b_8k_v6e": 7207.0}
 _GIB = 2**30
 
 
-def read_config(case: str, num_compiles: int) -> plan.PlanConfig:
+def read_config(case: str, num_compiles: int, compile_timeout: float = 600.0) -> plan.PlanConfig:
     """The plan that a case asks for."""
     files, flags = CASES[case]
-    arguments = [f"--gin.{flag}" for flag in (*flags, f"NUM_COMPILES={num_compiles}")]
+    flags = (*flags, f"NUM_COMPILES={num_compiles}", f"COMPILE_TIMEOUT={compile_timeout}")
+    arguments = [f"--gin.{flag}" for flag in flags]
     return Settings(list(files), arguments, plan.PlanConfig).build()
 
 
@@ -52,14 +61,15 @@ def record(case: str, config: plan.PlanConfig, found: Plan) -> None:
     print(describe(found, config.token_budget, config.price_per_chip_hour))
     best = found.best
     benchmark = Benchmark(f"plan_{case}", f"python -m benchmarks.plan {case}")
-    slowest = max(e.compile_seconds for e in found.evaluations)
+    slowest = max(found.evaluations, key=lambda e: e.compile_seconds)
     benchmark.add(
-        *("slowest candidate to compile", "s", slowest),
+        *("slowest candidate to compile", "s", slowest.compile_seconds),
         larger_is_better=False,
         baseline_name="at most",
         baseline=150.0,
         goal=1.0,
     )
+    benchmark.add("  its CPU time, all threads", "s", slowest.compile_cpu_seconds, larger_is_better=False)
     if best is None or best.time is None or best.costs is None:
         benchmark.add("candidates that fit", "", 0, larger_is_better=True, baseline_name="at least", baseline=1, goal=1)
         benchmark.write()
@@ -126,11 +136,12 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}")
     parser.add_argument("--workdir", type=Path, default=Path("runs/plan"), help="where compiled programs are kept")
     parser.add_argument("--num_compiles", type=int, default=2, help="candidates compiled for a case")
+    parser.add_argument("--compile_timeout", type=float, default=600.0, help="seconds for one of them")
     args = parser.parse_args()
     for case in args.cases or CASES:
         if case not in CASES:
             parser.error(f"no case {case!r}: must be one of {', '.join(CASES)}")
-        config = read_config(case, args.num_compiles)
+        config = read_config(case, args.num_compiles, args.compile_timeout)
         record(case, config, plan.make(config, args.workdir))
 
 

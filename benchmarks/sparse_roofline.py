@@ -17,6 +17,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
 
 from benchmarks.pretrained import smollm2_path
 from benchmarks.results import Benchmark
@@ -25,14 +26,19 @@ from cpm_jax.modeling.block import Block, run_layers
 from cpm_jax.modeling.decoder import bind
 from cpm_jax.modeling.rotary import rotation
 from cpm_jax.planning.chips import CHIPS, Chip
+from kernels_pallas.attention import costs as splash_costs
 from kernels_pallas.attention.api import dot_product_attention
+from kernels_pallas.attention.arg_specs import ArgSpec as SplashSpec
+from kernels_pallas.attention.costs import causal_pairs
 from kernels_pallas.attention.tuned_block_sizes import block_size as splash_block
-from kernels_pallas.block_selection import tuned_block_sizes as selection_sizes
 from kernels_pallas.block_selection.api import select_blocks
+from kernels_pallas.block_selection.arg_specs import ARG_SPECS as SELECTION_SPECS
+from kernels_pallas.block_selection.costs import selection_costs
 from kernels_pallas.block_selection.selection import BlockSelection
-from kernels_pallas.block_sparse_attention import tuned_block_sizes as sizes
-from kernels_pallas.block_sparse_attention.arg_specs import ARG_SPECS, ArgSpec
+from kernels_pallas.block_sparse_attention.arg_specs import ARG_SPECS
+from kernels_pallas.block_sparse_attention.costs import backward_cost, forward_cost
 from kernels_pallas.block_sparse_attention.tile_unions import tile_unions
+from kernels_pallas.block_sparse_attention.tuned_block_sizes import TILE
 from kernels_pallas.compress_keys.api import compress_keys
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,157 +50,68 @@ BUDGETS = {
 GOALS = {("v5p", 32 * 1024): 1.5, ("v6e", 32 * 1024): 1.5, ("v5p", 128 * 1024): 4.0, ("v6e", 128 * 1024): 4.0}
 
 
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """What one kernel does in all: floating-point operations of its matrix products, bytes from and to HBM."""
-
-    flops: float
-    hbm_bytes: float
-
-    def seconds(self, chip: Chip) -> float:
-        """At the chip's peaks."""
-        return max(self.flops / chip.peak_flops, self.hbm_bytes / chip.hbm_bandwidth)
+def seconds(cost: pl.CostEstimate, chip: Chip) -> float:
+    """What a kernel takes at least: the longer of its FLOPs and its bytes at the chip's peaks."""
+    return max(cost.flops / chip.peak_flops, cost.bytes_accessed / chip.hbm_bandwidth)
 
 
-def splash_forward(spec: ArgSpec) -> Kernel:
-    """Grid: heads, blocks of queries, blocks of keys up to the diagonal; keys and values are read for each."""
-    block, pairs = _splash_pairs(spec)
-    row = spec.head_dim * _itemsize(spec)
-    read = spec.num_heads * (pairs * 2 * block * row + spec.seq_len * (2 * row + 4))
-    return Kernel(4 * spec.num_heads * spec.head_dim * pairs * block**2, read)
-
-
-def splash_backward(spec: ArgSpec) -> list[Kernel]:
-    """dq as the forward pass, with three products; dk and dv with the keys outside, and four."""
-    block, pairs = _splash_pairs(spec)
-    row = spec.head_dim * _itemsize(spec)
-    product = 2 * spec.num_heads * spec.head_dim * pairs * block**2
-    dq = spec.num_heads * (pairs * 2 * block * row + spec.seq_len * (3 * row + 8))
-    dkv = spec.num_heads * (pairs * block * (2 * row + 8) + spec.seq_len * 4 * row)
-    return [Kernel(3 * product, dq), Kernel(4 * product, dkv)]
-
-
-def splash_fused_backward(spec: ArgSpec) -> list[Kernel]:
+def splash_fused_backward(spec: SplashSpec) -> list[pl.CostEstimate]:
     """Splash's other program, which our attention does not use: five products, and a part of dq for each block of keys.
 
     The parts are written in the type of q and read again to be added.
     """
-    block, pairs = _splash_pairs(spec)
-    row = spec.head_dim * _itemsize(spec)
-    product = 2 * spec.num_heads * spec.head_dim * pairs * block**2
+    block = splash_block(spec.seq_len)
+    pairs, row = causal_pairs(spec.seq_len, block, block), spec.head_dim * jnp.dtype(spec.dtype).itemsize
+    scores = spec.num_heads * pairs * block**2
     parts = 2 * spec.num_heads * pairs * block * row
     read = spec.num_heads * (pairs * block * (2 * row + 8) + spec.seq_len * 5 * row)
-    return [Kernel(5 * product, read + parts)]
+    return [pl.CostEstimate(flops=10 * scores * spec.head_dim, transcendentals=scores, bytes_accessed=read + parts)]
 
 
-def _splash_pairs(spec: ArgSpec) -> tuple[int, int]:
-    block = splash_block(spec.seq_len)
-    number = spec.seq_len // block
-    return block, number * (number + 1) // 2
+def overlaps(
+    loaded: LoadedModel, tokens: np.ndarray, budgets: Iterable[BlockSelection]
+) -> tuple[np.ndarray, np.ndarray]:
+    """How much the lists of a text's queries overlap, in each layer and for each budget.
 
-
-def selection(spec: ArgSpec) -> list[Kernel]:
-    """The kernel of block scores, and the pass of the ranking over what it wrote."""
-    chosen = BlockSelection()
-    group = spec.num_heads // spec.num_kv_heads
-    tile = min(2 ** int(np.log2(selection_sizes.TILE_ROWS // group)), selection_sizes.MAX_TILE)
-    last = np.arange(tile, spec.seq_len + 1, tile)  # tokens that the tiles' last queries see
-    fine = _rounded_up(last / chosen.kernel_stride, selection_sizes.CHUNK_BLOCKS * chosen.kernels_per_block)
-    coarse = _rounded_up(last / chosen.coarse_kernel_stride, selection_sizes.COARSE_CHUNK)
-    flops = 2 * spec.num_heads * spec.head_dim * tile * float((fine + coarse).sum())
-    blocks = _rounded_up(np.array(spec.seq_len / chosen.block_size), selection_sizes.CHUNK_BLOCKS)
-    scores = 4.0 * spec.num_kv_heads * spec.seq_len * float(blocks)
-    spans = spec.seq_len // min(selection_sizes.SPAN, spec.seq_len)
-    row = spec.head_dim * _itemsize(spec)
-    keys = spec.num_kv_heads * row * spec.seq_len * (1 / chosen.kernel_stride + 1 / chosen.coarse_kernel_stride)
-    ids = 4.0 * spec.num_kv_heads * spec.seq_len * spec.num_selected
-    return [Kernel(flops, spec.num_heads * spec.seq_len * row + spans * keys + scores), Kernel(0, scores + ids)]
-
-
-def sparse_forward(spec: ArgSpec, union_ratio: float) -> Kernel:
-    """A tile reads the blocks of its union in groups, and its tables: numbers twice (this tile's, the next one's)."""
-    blocks, rows = _read_blocks(spec, union_ratio, sizes.GROUP_KEYS // spec.block_size), _rows(spec)
-    row = spec.head_dim * _itemsize(spec)
-    heads = spec.num_kv_heads
-    read = heads * blocks * spec.block_size * 2 * row + heads * _tables(spec, 3)
-    flops = 4 * heads * rows * spec.head_dim * blocks * spec.block_size
-    return Kernel(flops, read + spec.num_heads * spec.seq_len * (2 * row + 4))
-
-
-def sparse_backward(spec: ArgSpec, union_ratio: float) -> list[Kernel]:
-    """Five products; all queries from a range of keys on are read once for each range, with their dq so far.
-
-    The sums of dq are in float32: each range after the first reads what all write.
+    Returns:
+        Blocks of a tile's union over blocks of one query, in the later half of the text; and the share of all blocks
+        that at least one query of the last quarter chose. Both [L, budgets].
     """
-    row, heads, tokens = spec.head_dim * _itemsize(spec), spec.num_kv_heads, spec.num_heads * spec.seq_len
-    range_keys = min(sizes.RANGE_BYTES // (2 * row), spec.seq_len)
-    num_ranges = -(-spec.seq_len // range_keys)
-    # A tile's entries of one range fill whole groups but for the last: half a group more for each range that it meets.
-    group = sizes.RANGE_GROUP_KEYS // spec.block_size
-    met = np.minimum(np.arange(sizes.TILE, spec.seq_len + 1, sizes.TILE) / range_keys + 1, num_ranges)
-    blocks = _read_blocks(spec, union_ratio, 1) + float(met.sum()) * (group - 1) / 2
-    flops = 10 * heads * _rows(spec) * spec.head_dim * blocks * spec.block_size
-    passes = (num_ranges + 1) / 2
-    read = passes * (tokens * (2 * row + 8) + heads * _tables(spec, 2)) + 4 * heads * spec.seq_len * row
-    sums = (2 * passes - 1) * tokens * 4 * spec.head_dim
-    return [Kernel(flops, read + sums)]
-
-
-def _rows(spec: ArgSpec) -> int:
-    return sizes.TILE * spec.num_heads // spec.num_kv_heads
-
-
-def _read_blocks(spec: ArgSpec, union_ratio: float, group: int) -> float:
-    """Blocks that the tiles of one key/value head read: at most those that exist so far, in whole groups."""
-    visible = np.arange(sizes.TILE, spec.seq_len + 1, sizes.TILE) / spec.block_size
-    union = np.minimum(np.ceil(visible), union_ratio * np.minimum(np.ceil(visible), spec.num_selected))
-    return float(_rounded_up(union, group).sum())
-
-
-def _tables(spec: ArgSpec, number: int) -> float:
-    """Bytes of a head's tables: as long for each tile as its union can be."""
-    entries = min(spec.seq_len // spec.block_size, sizes.TILE * spec.num_selected) + sizes.GROUP_KEYS // spec.block_size
-    return 4.0 * number * entries * spec.seq_len / sizes.TILE
-
-
-def _rounded_up(x: np.ndarray, multiple: int) -> np.ndarray:
-    return np.ceil(x / multiple) * multiple
-
-
-def _itemsize(spec: ArgSpec) -> int:
-    return jnp.dtype(spec.dtype).itemsize
-
-
-def union_ratios(loaded: LoadedModel, tokens: np.ndarray, budgets: Iterable[BlockSelection]) -> np.ndarray:
-    """Blocks of a tile's union over blocks of one query, in the later half of a text: [L, budgets]."""
     config, budgets = dataclasses.replace(loaded.config, scan_layers=True), list(budgets)
     ids = jnp.asarray(tokens, jnp.int32)[None]
     positions = jnp.arange(len(tokens), dtype=jnp.int32)[None]
 
-    def ratio(q: jax.Array, k: jax.Array, budget: BlockSelection) -> jax.Array:
+    def overlap(q: jax.Array, k: jax.Array, budget: BlockSelection) -> jax.Array:
         fine = compress_keys(k, kernel_size=budget.kernel_size, kernel_stride=budget.kernel_stride)
         coarse = compress_keys(k, kernel_size=budget.coarse_kernel_size, kernel_stride=budget.coarse_kernel_stride)
         chosen = select_blocks(q, fine, coarse, selection=budget)[:, :, len(tokens) // 2 :]
-        unions = tile_unions(chosen, sizes.TILE, len(tokens) // budget.block_size, 1)
-        return unions.counts.mean() / (chosen >= 0).sum(axis=-1).mean()
+        num_blocks = len(tokens) // budget.block_size
+        unions = tile_unions(chosen, TILE, num_blocks, 1)
+        quarter = chosen[:, :, len(tokens) // 4 :]
+        needed = (quarter[..., None] == jnp.arange(num_blocks)).any(axis=(2, 3))
+        return jnp.stack([unions.counts.mean() / (chosen >= 0).sum(axis=-1).mean(), needed.mean()])
 
     @jax.jit
     def run(params: dict) -> jax.Array:
         model, angles = bind(config, params), rotation(config, positions, length=len(tokens))
 
         def layer(carry: tuple[jax.Array, jax.Array], block: Block, index: jax.Array | int) -> tuple:
-            x, ratios = carry
+            x, overlaps = carry
             x, found = block(
                 x,
                 angles,
-                lambda q, k, v, _: (dot_product_attention(q, k, v), jnp.stack([ratio(q, k, b) for b in budgets])),
+                lambda q, k, v, _: (
+                    dot_product_attention(q, k, v),
+                    jnp.stack([overlap(q, k, b) for b in budgets], axis=1),
+                ),
             )
-            return x, ratios.at[index].set(found)
+            return x, overlaps.at[index].set(found)
 
-        start = model.embed_tokens(ids), jnp.zeros((config.num_layers, len(budgets)))
+        start = model.embed_tokens(ids), jnp.zeros((config.num_layers, 2, len(budgets)))
         return run_layers(config, model.layers, layer, start)[1]
 
-    return np.asarray(run(loaded.params))
+    ratios, shares = np.moveaxis(np.asarray(run(loaded.params)), 1, 0)
+    return ratios, shares
 
 
 def add_rows(bench: Benchmark, ratios: dict[int, float]) -> None:
@@ -208,31 +125,33 @@ def add_rows(bench: Benchmark, ratios: dict[int, float]) -> None:
         if not name.startswith("minicpm4"):
             continue
         ratio = ratios[min(length for length in ratios if length >= spec.seq_len)]
-        forward, backward = [*selection(spec), sparse_forward(spec, ratio)], sparse_backward(spec, ratio)
-        sides = [
-            ("selection", selection(spec), "", []),
-            ("forward with selection", forward, "splash attention", [splash_forward(spec)]),
-            ("backward", backward, "splash attention", splash_backward(spec)),
-            ("backward", backward, "splash attention, fused", splash_fused_backward(spec)),
+        dense = SplashSpec(1, spec.seq_len, spec.num_heads, spec.num_kv_heads, spec.head_dim)
+        selection = selection_costs(SELECTION_SPECS[name])
+        forward, backward = [*selection, forward_cost(spec, ratio)], [backward_cost(spec, ratio)]
+        sides: list[tuple[str, list, str, list]] = [
+            ("selection", selection, "", []),
+            ("forward with selection", forward, "splash attention", [splash_costs.forward_cost(dense)]),
+            ("backward", backward, "splash attention", splash_costs.backward_costs(dense)),
+            ("backward", backward, "splash attention, fused", splash_fused_backward(dense)),
         ]
         for what, ours, name_of_theirs, theirs in sides:
             bench.add(
                 f"{name}, {what}: bytes of HBM traffic",
                 "GB",
-                sum(kernel.hbm_bytes for kernel in ours) / 1e9,
+                sum(kernel.bytes_accessed for kernel in ours) / 1e9,
                 larger_is_better=False,
                 baseline_name=name_of_theirs,
-                baseline=sum(kernel.hbm_bytes for kernel in theirs) / 1e9 if theirs else None,
+                baseline=sum(kernel.bytes_accessed for kernel in theirs) / 1e9 if theirs else None,
             )
             for chip in CHIPS.values():
                 goal = GOALS.get((chip.name, spec.seq_len)) if theirs and name.startswith("minicpm4_8b") else None
                 bench.add(
                     f"{name}, {what}, {chip.name}: estimated time",
                     "ms",
-                    1e3 * sum(kernel.seconds(chip) for kernel in ours),
+                    1e3 * sum(seconds(kernel, chip) for kernel in ours),
                     larger_is_better=False,
                     baseline_name=name_of_theirs,
-                    baseline=1e3 * sum(kernel.seconds(chip) for kernel in theirs) if theirs else None,
+                    baseline=1e3 * sum(seconds(kernel, chip) for kernel in theirs) if theirs else None,
                     goal=goal,
                 )
 
@@ -248,18 +167,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokens = loaded.tokenizer.encode("\n\n".join(page.read_text("utf-8") for page in pages))[: args.tokens]
     if len(tokens) < args.tokens:
         parser.error(f"--text: has {len(tokens)} tokens: must have {args.tokens}")
-    measured = union_ratios(loaded, np.asarray(tokens), BUDGETS.values())
+    ratios, shares = overlaps(loaded, np.asarray(tokens), BUDGETS.values())
     bench = Benchmark("sparse_roofline")
-    means = dict(zip(BUDGETS, measured.mean(axis=0).tolist(), strict=True))
-    for (length, budget), column in zip(BUDGETS.items(), measured.T, strict=True):
-        bench.add(
-            f"union of {sizes.TILE} queries over one query's blocks, SmolLM2, {budget.num_selected} of "
-            f"{args.tokens // budget.block_size} blocks (as at {length // 1024}K), mean of layers "
-            f"({column.min():.2f} to {column.max():.2f})",
-            "ratio",
-            means[length],
-            larger_is_better=False,
-        )
+    means = dict(zip(BUDGETS, ratios.mean(axis=0).tolist(), strict=True))
+    for measured, what, unit in (
+        (ratios, f"union of {TILE} queries over one query's blocks", "ratio"),
+        (shares, "blocks that at least one query of the last quarter chose", "share"),
+    ):
+        for (length, budget), column in zip(BUDGETS.items(), measured.T, strict=True):
+            bench.add(
+                f"{what}, SmolLM2, {budget.num_selected} of {args.tokens // budget.block_size} blocks (as at "
+                f"{length // 1024}K), mean of layers ({column.min():.2f} to {column.max():.2f})",
+                unit,
+                float(column.mean()),
+                larger_is_better=False,
+            )
     add_rows(bench, means)
     bench.write()
 

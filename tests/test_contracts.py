@@ -22,7 +22,7 @@ ARROWS = {
         "cpm_jax.checkpoints",
         "kernels_pallas",
     },
-    "cpm_jax.planning": {"cpm_jax.common", "cpm_jax.modeling", "cpm_jax.training"},
+    "cpm_jax.planning": {"cpm_jax.common", "cpm_jax.modeling", "cpm_jax.training", "kernels_pallas"},
     "cpm_jax.inference": {"cpm_jax.common", "cpm_jax.modeling", "cpm_jax.checkpoints", "cpm_jax.data"},
     "cpm_jax.evaluation": {
         "cpm_jax.common",

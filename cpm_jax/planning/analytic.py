@@ -1,6 +1,7 @@
 """Memory and time of a candidate from formulas, in microseconds instead of minutes: says which ones to compile."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -8,7 +9,14 @@ from cpm_jax.common.sharding import MeshConfig
 from cpm_jax.modeling.config import ModelConfig
 from cpm_jax.modeling.model_size import count_params
 from cpm_jax.planning.chips import Topology
+from cpm_jax.planning.exchange import attention_exchange
 from cpm_jax.planning.workload import Candidate, Remat, Workload
+from kernels_pallas.attention import costs as dense_costs
+from kernels_pallas.attention.arg_specs import ArgSpec as DenseSpec
+from kernels_pallas.block_selection.arg_specs import ArgSpec as SelectionSpec
+from kernels_pallas.block_selection.costs import scores_cost
+from kernels_pallas.block_sparse_attention import costs as sparse_costs
+from kernels_pallas.block_sparse_attention.arg_specs import ArgSpec as SparseSpec
 
 # Of the chip's memory, what a candidate may fill by the formulas: they leave out fragmentation and small buffers.
 FILL = 0.9
@@ -17,6 +25,9 @@ FILL = 0.9
 _FEWEST_ROWS = 32
 # What is kept without remat over what "dots" keeps, as compiled for MiniCPM4-8B.
 _NONE_TO_DOTS = 3.5
+# Rows of so many tokens are divided too. What the formulas say of shorter ones on the context axis has not been held
+# against compiled programs.
+_CONTEXT_FROM = 65_536
 # What the matrix units reach of their peak in the formulas; only the order of the candidates depends on it.
 _EFFICIENCY = 0.75
 
@@ -36,21 +47,38 @@ class Guess:
     seconds: float
 
 
-def attention_flops(model: ModelConfig, seq_len: int, products: int, block: int = 512) -> float:
-    """FLOPs of attention for one row, all layers: so many matrix products of each pair of blocks, masked ones left out.
+@dataclasses.dataclass(frozen=True)
+class AttentionFlops:
+    """FLOPs of attention for one row, all layers, as the kernels compute it: in whole blocks.
 
-    Args:
-        model: the model, its MTP layers included.
-        seq_len: tokens of the row.
-        products: 2 for the forward pass (scores, values), 7 for the backward pass of the TPU kernel (3 for queries, 4
-            for keys and values).
-        block: side of the kernel's blocks.
+    Attributes:
+        forward: of the forward pass, once.
+        backward: of the backward pass.
+        selection: of choosing blocks, where attention is sparse: once, as no policy of remat repeats it.
     """
-    block = next((size for size in range(block, 0, -128) if seq_len % size == 0), seq_len)
-    blocks = seq_len // block
-    pairs = blocks * (blocks + 1) / 2
+
+    forward: float
+    backward: float
+    selection: float = 0.0
+
+
+def attention_flops(model: ModelConfig, seq_len: int) -> AttentionFlops:
+    """Counts attention, MTP layers included, by the costs of the kernels that run on TPU."""
     layers = model.num_layers + model.num_nextn_predict_layers
-    return 2.0 * products * layers * model.num_heads * pairs * block**2 * model.head_size
+    shape = (1, seq_len, model.num_heads, model.num_kv_heads, model.head_size, model.dtype)
+    sparse = model.sparse_config
+    if sparse is None or not sparse.applies(seq_len):
+        dense = DenseSpec(*shape)
+        backward = sum(cost.flops for cost in dense_costs.backward_costs(dense))
+        return AttentionFlops(layers * dense_costs.forward_cost(dense).flops, layers * backward)
+    chosen = sparse.selection
+    rows = SparseSpec(*shape, sparse.block_size, min(chosen.num_selected, math.ceil(seq_len / sparse.block_size)))
+    scores = scores_cost(SelectionSpec(*shape, chosen), seq_len, lse_approximation=sparse.lse_approximation)
+    return AttentionFlops(
+        layers * sparse_costs.forward_cost(rows).flops,
+        layers * sparse_costs.backward_cost(rows).flops,
+        layers * scores.flops,
+    )
 
 
 def layer_matrix_sizes(model: ModelConfig) -> dict[str, int]:
@@ -74,14 +102,22 @@ def train_flops(model: ModelConfig, seq_len: int, rows: int, remat: Remat) -> fl
     head = (1 + depth) * model.d_model * model.vocab_size
     projections = depth * 2 * model.d_model**2
     flops = 6.0 * (layers * per_layer + head + projections) * rows * seq_len
-    flops += rows * attention_flops(model, seq_len, 9)
+    attention = attention_flops(model, seq_len)
+    flops += rows * (attention.forward + attention.backward + attention.selection)
     if remat != "none":
         # MTP layers are not rematerialised.
-        share = model.num_layers / layers
-        flops += rows * attention_flops(model, seq_len, 2) * share
+        flops += rows * attention.forward * model.num_layers / layers
     if remat == "full":
         flops += 2.0 * model.num_layers * (per_layer - matrices["down"]) * rows * seq_len
     return flops
+
+
+def _chosen_bytes(model: ModelConfig, seq_len: int) -> int:
+    """Of the block numbers of a token and layer, which every policy of remat keeps; 0 where attention is dense."""
+    sparse = model.sparse_config
+    if sparse is None or not sparse.applies(seq_len):
+        return 0
+    return 4 * model.num_kv_heads * min(sparse.selection.num_selected, math.ceil(seq_len / sparse.block_size))
 
 
 def _train_guess(workload: Workload, candidate: Candidate, topology: Topology) -> Guess:
@@ -95,6 +131,7 @@ def _train_guess(workload: Workload, candidate: Candidate, topology: Topology) -
     dots = (2 * d + (2 * model.num_kv_heads + model.num_heads) * model.head_size + 2 * model.d_ff) / tensor
     kept = model.num_layers * tokens * 2 * (d + wide * (dots + d))
     kept += model.num_nextn_predict_layers * tokens * 2 * (d + _NONE_TO_DOTS * (dots + d))
+    kept += layers * tokens * _chosen_bytes(model, workload.seq_len) / min(tensor, model.num_kv_heads)
     working = tokens * 2 * 2.5 * (dots + 4 * d) + 3 * 2 * sum(matrices.values()) / tensor
     # The whole head and its gradient, the logits of a chunk of tokens, the gradient of the embedding.
     head = d * model.vocab_size * (2 + 4 + 4) / tensor + 3 * 2**28
@@ -108,12 +145,15 @@ def _train_guess(workload: Workload, candidate: Candidate, topology: Topology) -
     gathered = 2 * candidate.num_microbatches * weights * (1 - 1 / fsdp) / topology.bandwidth(fsdp)
     beside = max(compute, gathered) if d / fsdp >= _FEWEST_ROWS else compute + 2 * gathered
     scattered = candidate.num_microbatches * weights * (1 - 1 / fsdp) / topology.bandwidth(fsdp)
-    scattered += 2 * weights / fsdp * (1 - 1 / data) / topology.bandwidth(data)
+    copies = data * context
+    scattered += 2 * weights / fsdp * (1 - 1 / copies) / topology.bandwidth(copies)
     activations = candidate.num_microbatches * layers * tokens * d * 2
     repeats = 6 if candidate.remat == "full" else 4
     reduced = repeats * 2 * activations * (1 - 1 / tensor) / topology.bandwidth(tensor)
-    keys = 3 * activations * (1 - 1 / context) * context / topology.bandwidth(context)
-    return Guess(candidate, memory, beside + scattered + reduced + keys)
+    passes = 2 if candidate.remat == "none" else 3
+    rows = candidate.batch_size / (data * fsdp)
+    exchanged = layers * passes * attention_exchange(model, workload.seq_len, rows, candidate.mesh).now
+    return Guess(candidate, memory, beside + scattered + reduced + exchanged / topology.bandwidth(context))
 
 
 def _decode_guess(workload: Workload, candidate: Candidate, topology: Topology) -> Guess:
@@ -140,14 +180,23 @@ def _powers_of_two(limit: int) -> list[int]:
 
 
 def meshes(workload: Workload, topology: Topology) -> list[MeshConfig]:
-    """All meshes of data, fsdp and tensor axes on the chips that divide the model; decoding does without fsdp."""
+    """All meshes on the chips that divide the model and the row; decoding does without fsdp.
+
+    The context axis is tried for long rows. Tensor and context parts together divide the heads, so that every chip
+    attends for a part of them.
+    """
     model, chips, found = workload.model, topology.num_chips, []
-    for tensor in _powers_of_two(min(chips, model.num_heads, 16)):
-        if any(size % tensor for size in (chips, model.num_heads, model.d_ff, model.vocab_size)):
+    heads = _powers_of_two(min(chips, model.num_heads, 16))
+    long = workload.kind == "train" and workload.seq_len >= _CONTEXT_FROM
+    for tensor, context in itertools.product(heads, heads if long else [1]):
+        parts = tensor * context
+        if any(size % tensor for size in (model.d_ff, model.vocab_size)) or workload.seq_len % context:
             continue
-        for fsdp in _powers_of_two(chips // tensor) if workload.kind == "train" else [1]:
-            if chips % (tensor * fsdp) == 0 and model.d_model % fsdp == 0:
-                found.append(MeshConfig(data=chips // (tensor * fsdp), fsdp=fsdp, tensor=tensor))
+        if parts > heads[-1] or chips % parts or model.num_heads % parts:
+            continue
+        for fsdp in _powers_of_two(chips // parts) if workload.kind == "train" else [1]:
+            if chips % (parts * fsdp) == 0 and model.d_model % fsdp == 0:
+                found.append(MeshConfig(chips // (parts * fsdp), fsdp, tensor, context))
     return found
 
 

@@ -41,10 +41,10 @@ _ENVIRONMENT = {
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
 }
 _ROOT = Path(__file__).resolve().parents[2]
-# What decides the program beside its request.
+# What decides the program and what is kept of it, beside its request.
 _SOURCES = (
     *("cpm_jax/modeling", "cpm_jax/training", "kernels_pallas"),
-    *("cpm_jax/common/sharding.py", "cpm_jax/planning/workload.py"),
+    *("cpm_jax/common/sharding.py", "cpm_jax/planning/workload.py", "cpm_jax/planning/compile_process.py"),
 )
 
 
@@ -63,6 +63,7 @@ class Compiled:
         refusal: what the compiler said if the program needs more memory than the chip has; else "".
         used_bytes: what it would need then, as far as the compiler says.
         cached: whether it was compiled before.
+        cpu_seconds: of all its threads: what other jobs on the machine do not change.
     """
 
     seconds: float
@@ -71,6 +72,7 @@ class Compiled:
     refusal: str = ""
     used_bytes: int | None = None
     cached: bool = False
+    cpu_seconds: float = 0.0
 
 
 def libtpu_path() -> str:
@@ -170,6 +172,8 @@ def _read(result: dict[str, Any], path: Path, program: Path, topology: Topology,
     if status == "bad_config":
         raise ConfigError(result["message"], field=result["field"])
     if status == "too_large":
-        return Compiled(result["seconds"], {}, "", result["message"], result["used_bytes"], cached)
+        return Compiled(
+            result["seconds"], {}, "", result["message"], result["used_bytes"], cached, result["cpu_seconds"]
+        )
     text = gzip.decompress(program.read_bytes()).decode()
-    return Compiled(result["seconds"], result["memory"], text, cached=cached)
+    return Compiled(result["seconds"], result["memory"], text, cached=cached, cpu_seconds=result["cpu_seconds"])

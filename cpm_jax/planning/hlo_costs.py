@@ -1,16 +1,18 @@
 """What a compiled program costs one chip: matrix FLOPs, traffic with its memory, and collectives.
 
-The compiler's own `cost_analysis` counts the body of a loop once and knows nothing of Pallas kernels; here every
-instruction counts as often as its loops run, and attention kernels by their shapes.
+The compiler's own `cost_analysis` counts the body of a loop once; here every instruction counts as often as its loops
+run. Pallas kernels cost what they were declared to, which `costs.py` of each op in `kernels_pallas/` counts.
 """
 
 import dataclasses
 import math
 import re
 from collections.abc import Sequence
+from typing import get_args
 
 from cpm_jax.planning.hlo_text import Computation, Instruction, Module, Shape, parse
 from cpm_jax.planning.loops import trip_count
+from kernels_pallas.attention.costs import SplashKernel, splash_cost
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
 # Names for values, not work; what Pallas and XLA's allocator leave behind costs nothing either.
@@ -24,9 +26,6 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 _PREFETCHES = ("copy-start", "slice-start")
 # Work in place on their first operand; which operand is new.
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
-# Matrix products per pair of blocks of query and key: scores and values; in the backward pass of queries scores,
-# dP and dQ; in that of keys and values scores, dV, dP and dK.
-_ATTENTION_KERNELS = {"_fwd": 2, "_dq": 3, "_dkv": 4}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,27 +174,33 @@ def convolution_flops(computation: Computation, instruction: Instruction) -> flo
     return 2.0 * rows * columns * right.dims[labels[2].index("i")] * taps / batch_groups
 
 
-def attention_cost(computation: Computation, instruction: Instruction) -> tuple[float, float] | None:
-    """FLOPs and HBM bytes of JAX's splash attention with a causal mask; None for another kernel.
+def kernel_cost(computation: Computation, instruction: Instruction) -> tuple[float, float] | None:
+    """FLOPs and HBM bytes of a Pallas kernel; None where nothing tells them.
 
-    The kernel computes whole blocks and skips those that the mask empties; for each pair of blocks that it computes
-    one block of each of two operands (keys and values, or queries and gradients) is loaded.
+    They are those of the `cost_estimate` that the kernel was called with, which the compiled program keeps; what lies
+    in a small memory is no traffic. JAX's splash attention has none and is counted by its shapes and causal mask.
     """
-    kernel = next((n for part, n in _ATTENTION_KERNELS.items() if f"splash_mqa{part}" in instruction.name), None)
+    if estimate := re.search(r'"cost_estimate":\{"flops":"(\d+)".*?"bytes_accessed":"(\d+)"', instruction.text):
+        shapes = [*_inputs(computation, instruction), *instruction.shapes]
+        elsewhere = sum(shape.num_bytes for shape in shapes if not shape.in_hbm)
+        return float(estimate[1]), max(float(estimate[2]) - elsewhere, 0.0)
+    kernel = next((name for name in get_args(SplashKernel) if f"splash_mqa_{name}" in instruction.name), None)
     # The first that is not a table of the mask: [..., G, T, H], without the heads and rows of which there is but one.
     queries = next((s for s in _inputs(computation, instruction) if s.dtype in ("bf16", "f32")), None)
-    block_q, block_kv = (re.search(rf'\b{name}\w*\\*": (\d+)', instruction.text) for name in ("block_q", "block_kv"))
-    if kernel is None or queries is None or block_q is None or block_kv is None:
+    blocks = [re.search(rf'\b{name}\w*\\*": (\d+)', instruction.text) for name in ("block_q", "block_kv")]
+    if kernel is None or queries is None or blocks[0] is None or blocks[1] is None:
         return None
-    return _causal_blocks_cost(kernel, queries, int(block_q[1]), int(block_kv[1]))
-
-
-def _causal_blocks_cost(kernel: int, queries: Shape, block_q: int, block_kv: int) -> tuple[float, float]:
     *heads, length, width = queries.dims
-    pairs = sum(math.ceil((row + 1) * block_q / block_kv) for row in range(length // block_q)) * math.prod(heads)
-    flops = 2.0 * kernel * pairs * block_q * block_kv * width
-    streamed = pairs * 2 * block_kv * width * queries.num_bytes / queries.size
-    return flops, streamed + 2 * queries.num_bytes
+    cost = splash_cost(
+        kernel,
+        num_heads=math.prod(heads),
+        length=length,
+        width=width,
+        itemsize=queries.num_bytes / queries.size,
+        block_q=int(blocks[0][1]),
+        block_kv=int(blocks[1][1]),
+    )
+    return cost.flops, cost.bytes_accessed
 
 
 def _group_size(text: str) -> int:
@@ -298,7 +303,7 @@ class _Counter:
             target = re.search(r'custom_call_target="([^"]*)"', instruction.text)
             if target is None or target[1] != "tpu_custom_call":
                 hbm_bytes = 0.0  # allocations and annotations
-            elif (cost := attention_cost(computation, instruction)) is not None:
+            elif (cost := kernel_cost(computation, instruction)) is not None:
                 flops, hbm_bytes = cost
             else:
                 self.uncounted.add(f"kernel {instruction.name}: its FLOPs")

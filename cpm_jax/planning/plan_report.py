@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from cpm_jax.common import provenance, report
 from cpm_jax.common.figures import bar_figure, human, human_bytes, human_seconds
 from cpm_jax.planning.aot import COMPILER_OPTIONS
+from cpm_jax.planning.exchange import exchange_of
 from cpm_jax.planning.hlo_costs import KINDS
 from cpm_jax.planning.search import Bill, Evaluation, Plan, bill
 
@@ -61,6 +62,21 @@ def _bill_lines(evaluation: Evaluation, costs: Bill, tokens: float, price: float
     ]
 
 
+def _exchange_line(evaluation: Evaluation, plan: Plan) -> str:
+    """What the context axis exchanges, and what it might; "" where there is none."""
+    exchange = exchange_of(plan.workload, evaluation.candidate)
+    if exchange is None:
+        return ""
+    said = (
+        f"context axis: in the forward pass of a layer a chip sends {human_bytes(exchange.now)}, of it "
+        f"{human_bytes(exchange.heads_whole)} keys and values and the rest queries and what they attended to; were "
+        f"queries to stay where they are, {human_bytes(exchange.keys_whole)} for all keys and values"
+    )
+    if exchange.chosen_blocks is not None:
+        said += f" or {human_bytes(exchange.chosen_blocks)} for the chosen blocks only"
+    return said
+
+
 def describe(plan: Plan, tokens: float, price: float) -> str:
     """The plan in some lines for the terminal.
 
@@ -74,6 +90,8 @@ def describe(plan: Plan, tokens: float, price: float) -> str:
     if plan.best is None:
         return "\n".join([*lines, "no candidate fits: take more chips, smaller batches, or more parts of the model"])
     lines.append("memory per chip: " + ", ".join(f"{k} {_gib(v)}" for k, v in plan.best.memory.items() if v > 2**20))
+    if exchanged := _exchange_line(plan.best, plan):
+        lines.append(exchanged)
     return "\n".join(
         [*lines, *_bill_lines(plan.best, bill(plan.best, plan.topology.num_chips, tokens, price), tokens, price)]
     )
@@ -183,6 +201,7 @@ def build_page(plan: Plan, title: str, tokens: float, price: float) -> report.Pa
                         _collective_rows(best),
                         number_columns=(1, 2, 3),
                     ),
+                    *([report.Text(_exchange_line(best, plan) + ".")] if _exchange_line(best, plan) else []),
                     report.Text(
                         "The real run needs the same compiler options: set the environment variable LIBTPU_INIT_ARGS."
                     ),
@@ -196,11 +215,11 @@ def build_page(plan: Plan, title: str, tokens: float, price: float) -> report.Pa
             [
                 report.Text(
                     "Memory is what the compiler reserves. FLOPs, memory traffic and collectives are read from the "
-                    "compiled program, loops multiplied by how often they run, attention kernels by their shapes. Each "
-                    "operation takes the longer of its FLOPs at the chip's published peak and its bytes at the "
-                    "published bandwidth; communication beside computation costs what exceeds it, other communication "
-                    "all of it. Latency, kernels below their peak and input are not in it: the estimate is what the "
-                    "hardware allows."
+                    "compiled program, loops multiplied by how often they run, attention kernels by their shapes or "
+                    "by what they were declared to cost. Each operation takes the longer of its FLOPs at the chip's "
+                    "published peak and its bytes at the published bandwidth; communication beside computation costs "
+                    "what exceeds it, other communication all of it. Latency, kernels below their peak and input are "
+                    "not in it: the estimate is what the hardware allows."
                 ),
                 *(
                     [report.Text("Not counted: " + ", ".join(best.costs.uncounted))]

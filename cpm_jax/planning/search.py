@@ -8,10 +8,11 @@ from typing import Any
 
 from cpm_jax.common.config import ConfigError, config_to_dict
 from cpm_jax.common.sharding import MeshConfig
-from cpm_jax.modeling.model_size import count_params, train_flops_per_token
+from cpm_jax.modeling.model_size import count_params, selection_flops_per_token, train_flops_per_token
 from cpm_jax.planning.analytic import Guess, candidates, meshes
 from cpm_jax.planning.aot import Compiled, compile_candidate
 from cpm_jax.planning.chips import Topology
+from cpm_jax.planning.exchange import exchange_of
 from cpm_jax.planning.hlo_costs import KINDS, Costs, count_costs
 from cpm_jax.planning.hlo_text import parse
 from cpm_jax.planning.loops import stacked_bytes
@@ -37,6 +38,7 @@ class Evaluation:
         mfu: estimated model FLOPs utilisation: FLOPs that the model needs, without what remat repeats, over those that
             the chips could do in the estimated time.
         compile_seconds: that the compiler took.
+        compile_cpu_seconds: of all its threads.
         refusal: what the compiler said where it refused.
     """
 
@@ -50,6 +52,7 @@ class Evaluation:
     tokens_per_step: int
     mfu: float
     compile_seconds: float
+    compile_cpu_seconds: float
     refusal: str = ""
 
     @property
@@ -201,6 +204,7 @@ def evaluate(workload: Workload, guess: Guess, compiled: Compiled, topology: Top
             tokens_per_step=tokens,
             mfu=0.0,
             compile_seconds=compiled.seconds,
+            compile_cpu_seconds=compiled.cpu_seconds,
             refusal=compiled.refusal,
         )
     memory = memory_by_category(workload, candidate, compiled)
@@ -219,20 +223,26 @@ def evaluate(workload: Workload, guess: Guess, compiled: Compiled, topology: Top
         tokens_per_step=tokens,
         mfu=needed / (topology.chip.peak_flops * time.total),
         compile_seconds=compiled.seconds,
+        compile_cpu_seconds=compiled.cpu_seconds,
     )
 
 
 def model_flops(workload: Workload, candidate: Candidate) -> float:
     """FLOPs that the model needs for a step, as model FLOPs utilisation counts them: nothing that remat repeats.
 
-    In decoding 2 for each parameter that is multiplied with, and attention over a full cache.
+    In decoding 2 for each parameter that is multiplied with, and attention over a full cache, or its chosen blocks.
     """
     model = model_of(workload, candidate)
     if workload.kind == "train":
         return float(train_flops_per_token(model, workload.seq_len)) * candidate.batch_size * workload.seq_len
     counts = count_params(model)
     matrices = counts.non_embedding - counts.mtp + model.d_model * model.vocab_size
-    attention = 4 * model.num_layers * model.num_heads * model.head_size * workload.seq_len
+    keys = workload.seq_len
+    if (sparse := model.sparse_config) is not None and sparse.applies(keys):
+        keys = min(sparse.selection.num_selected * sparse.block_size, keys)
+    # The last query of a row sees twice what its mean one does.
+    choosing = 2 * selection_flops_per_token(model, workload.seq_len)
+    attention = model.num_layers * (4 * model.num_heads * model.head_size * keys + choosing)
     return float(2 * matrices + attention) * candidate.batch_size
 
 
@@ -298,7 +308,13 @@ def to_json(plan: Plan, tokens: float, price_per_chip_hour: float) -> dict[str, 
             "guessed_memory_bytes_per_chip": round(evaluation.guess.memory),
             "guessed_seconds": evaluation.guess.seconds,
             "compile_seconds": round(evaluation.compile_seconds, 1),
+            "compile_cpu_seconds": round(evaluation.compile_cpu_seconds, 1),
         }
+        if (exchange := exchange_of(plan.workload, evaluation.candidate)) is not None:
+            values["context_exchange_bytes_per_layer"] = {
+                "as_it_is": exchange.now,
+                **{name: size for name, size in dataclasses.asdict(exchange).items() if size is not None},
+            }
         if time is None or costs is None:
             return values | {"compiler_refusal": evaluation.refusal}
         collectives = {

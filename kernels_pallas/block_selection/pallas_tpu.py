@@ -23,13 +23,14 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.block_selection.arg_specs import ArgSpec
+from kernels_pallas.block_selection.costs import scores_cost, tile_queries
 from kernels_pallas.block_selection.selection import BlockSelection
 from kernels_pallas.block_selection.topk_blocks import topk_blocks, visible_blocks
 from kernels_pallas.block_selection.tuned_block_sizes import (
     CHUNK_BLOCKS,
     COARSE_CHUNK,
     MAX_KERNEL_BYTES,
-    MAX_TILE,
     SPAN,
     TILE_ROWS,
 )
@@ -116,7 +117,7 @@ def block_scores(
     batch, length, num_heads, width = q.shape
     num_kv_heads, per_block = k_compressed.shape[2], selection.kernels_per_block
     group = num_heads // num_kv_heads
-    tile = min(2 ** int(math.log2(TILE_ROWS // group)), MAX_TILE)
+    tile = tile_queries(group)
     num_tiles = -(-length // tile)
     fill = num_tiles * tile - length
     rows = jnp.pad(q, ((0, 0), (0, fill), (0, 0), (0, 0)))
@@ -152,6 +153,8 @@ def block_scores(
         return pl.BlockSpec((None, None, *x.shape[2:]), lambda b, h, i: (b, h, 0, 0, 0))
 
     num_scored = fine.shape[2] * CHUNK_BLOCKS
+    num_keys = num_blocks * selection.block_size
+    spec = ArgSpec(batch, num_keys, num_heads, num_kv_heads, width, str(q.dtype), selection)
     scores = pl.pallas_call(
         functools.partial(_kernel, scale, selection, tile),
         grid=(batch, num_kv_heads, num_tiles),
@@ -165,7 +168,7 @@ def block_scores(
         out_specs=pl.BlockSpec((None, None, tile, num_scored), lambda b, h, i: (b, h, i, 0)),
         out_shape=jax.ShapeDtypeStruct((batch, num_kv_heads, num_tiles * tile, num_scored), jnp.float32),
         compiler_params=pltpu.CompilerParams(dimension_semantics=[pltpu.GridDimensionSemantics.PARALLEL] * 3),
-        cost_estimate=_cost(rows, coarse, fine, num_scored),
+        cost_estimate=scores_cost(spec, num_tiles * tile, lse_approximation=k_coarse is not None),
         interpret=interpret,
         name="block_selection_scores",
     )(
@@ -190,15 +193,6 @@ def _in_chunks(kernels: Float[Array, "B J K H"], chunk: int, number: int) -> Flo
 def _visible_range(positions: Array, starts: Array, number: int, size: int, stride: int) -> tuple[Array, Array]:
     """The first kernel that each query sees, and the one after its last: all keys in its document, none after it."""
     return -(-starts // stride), jnp.clip((positions + 1 - size) // stride + 1, 0, number)
-
-
-def _cost(rows: Array, coarse: Array, fine: Array, num_scored: int) -> pl.CostEstimate:
-    """What the scheduler is told: a causal half of all scores."""
-    batch, heads, num_tiles, num_rows, width = rows.shape
-    scores = batch * heads * num_tiles * num_rows * (math.prod(fine.shape[2:4]) + math.prod(coarse.shape[2:4])) // 2
-    written = rows.size // width * num_scored * 4
-    read = sum(x.size * x.dtype.itemsize for x in (rows, coarse, fine))
-    return pl.CostEstimate(flops=2 * scores * width, transcendentals=scores, bytes_accessed=read + written)
 
 
 def _kernel(

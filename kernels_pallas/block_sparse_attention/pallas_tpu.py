@@ -26,11 +26,12 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 from jaxtyping import Array, Float, Int
 
+from kernels_pallas.block_sparse_attention.arg_specs import ArgSpec
+from kernels_pallas.block_sparse_attention.costs import backward_cost, forward_cost, range_bytes
 from kernels_pallas.block_sparse_attention.tile_unions import TileUnions, range_starts, tile_unions
 from kernels_pallas.block_sparse_attention.tuned_block_sizes import (
     DQ_BUFFERS,
     GROUP_KEYS,
-    RANGE_BYTES,
     RANGE_GROUP_KEYS,
     TILE,
     TILES_PER_STEP,
@@ -42,7 +43,6 @@ from kernels_pallas.block_sparse_attention.union_walk import (
     add_bias,
     blocks_per_group,
     compiler_params,
-    cost,
     dot,
     group_bias,
     row_spec,
@@ -79,7 +79,7 @@ def block_sparse_attention(
 
     `interpret` (True or `pltpu.InterpretParams`) runs the kernels' programs step by step on any device, for tests.
     """
-    batch_size, length, _, _ = q.shape
+    batch_size, length, num_heads, width = q.shape
     padded = _padded_length(length, block_size)
 
     def pad(x: Array, axis: int, value: int = 0) -> Array:
@@ -88,8 +88,18 @@ def block_sparse_attention(
 
     if segment_ids is None:
         segment_ids = jnp.zeros((batch_size, length), jnp.int32)
+    spec = ArgSpec(
+        batch_size,
+        padded,
+        num_heads=num_heads,
+        num_kv_heads=k.shape[2],
+        head_dim=width,
+        dtype=str(q.dtype),
+        block_size=block_size,
+        num_selected=block_ids.shape[-1],
+    )
     out, lse = _attention(
-        block_size, scale, interpret, pad(q, 1), pad(k, 1), pad(v, 1), pad(block_ids, 2, -1), pad(segment_ids, 1)
+        spec, scale, interpret, pad(q, 1), pad(k, 1), pad(v, 1), pad(block_ids, 2, -1), pad(segment_ids, 1)
     )
     return out[:, :length], lse[:, :, :length]
 
@@ -101,22 +111,23 @@ def _padded_length(length: int, block_size: int) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _attention(
-    block_size: int, scale: float, interpret: Any, q: Array, k: Array, v: Array, block_ids: Array, segment_ids: Array
+    spec: ArgSpec, scale: float, interpret: Any, q: Array, k: Array, v: Array, block_ids: Array, segment_ids: Array
 ) -> tuple[Array, Array]:
-    return _attention_fwd(block_size, scale, interpret, q, k, v, block_ids, segment_ids)[0]
+    return _attention_fwd(spec, scale, interpret, q, k, v, block_ids, segment_ids)[0]
 
 
 def _attention_fwd(
-    block_size: int, scale: float, interpret: Any, q: Array, k: Array, v: Array, block_ids: Array, segment_ids: Array
+    spec: ArgSpec, scale: float, interpret: Any, q: Array, k: Array, v: Array, block_ids: Array, segment_ids: Array
 ) -> tuple[tuple[Array, Array], tuple]:
-    unions = _unions(block_ids, q.shape[1], block_size)
+    unions = _unions(block_ids, spec)
     q_rows = _to_rows(q, k.shape[2])
-    out, lse = _forward(block_size, scale, interpret, q_rows, _key_blocks(k, v, block_size), unions, segment_ids)
+    kv = _key_blocks(k, v, spec.block_size)
+    out, lse = _forward(spec, scale, interpret, q_rows, kv, unions, segment_ids)
     out, lse = _from_rows(out, q.shape), _from_stats(lse, q.shape[2])
     return (out, lse), (q, k, v, unions, segment_ids, out, lse)
 
 
-def _attention_bwd(block_size: int, scale: float, interpret: Any, residuals: tuple, cotangents: tuple) -> tuple:
+def _attention_bwd(spec: ArgSpec, scale: float, interpret: Any, residuals: tuple, cotangents: tuple) -> tuple:
     q, k, v, unions, segment_ids, out, lse = residuals
     dout, dlse = cotangents
     num_kv_heads = k.shape[2]
@@ -126,8 +137,8 @@ def _attention_bwd(block_size: int, scale: float, interpret: Any, residuals: tup
     lse = jnp.where(jnp.isneginf(lse), 0.0, lse)
     rows = _to_rows(q, num_kv_heads), _to_rows(dout, num_kv_heads)
     stats = _to_stats(lse, num_kv_heads), _to_stats(delta, num_kv_heads)
-    kv = _key_blocks(k, v, block_size)
-    dq, dkv = _backward(block_size, scale, interpret, rows, stats, kv, unions, segment_ids)
+    kv = _key_blocks(k, v, spec.block_size)
+    dq, dkv = _backward(spec, scale, interpret, rows, stats, kv, unions, segment_ids)
     dkv = dkv.reshape(*dkv.shape[:2], -1, dkv.shape[-1])[:, :, : k.shape[1]].transpose(0, 2, 1, 3)
     dk, dv = jnp.split(dkv, 2, axis=-1)
     return _from_rows(dq.astype(q.dtype), q.shape), dk, dv, None, None
@@ -136,8 +147,8 @@ def _attention_bwd(block_size: int, scale: float, interpret: Any, residuals: tup
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def _unions(block_ids: Array, length: int, block_size: int) -> TileUnions:
-    return tile_unions(block_ids, TILE, length // block_size, blocks_per_group(GROUP_KEYS, block_size))
+def _unions(block_ids: Array, spec: ArgSpec) -> TileUnions:
+    return tile_unions(block_ids, TILE, spec.seq_len // spec.block_size, blocks_per_group(GROUP_KEYS, spec.block_size))
 
 
 def _to_rows(x: Float[Array, "B T N H"], num_kv_heads: int) -> Float[Array, "B K M R H"]:
@@ -173,12 +184,12 @@ def _key_blocks(k: Array, v: Array, block_size: int) -> Float[Array, "B K C b 2H
 
 
 def _forward(
-    block_size: int, scale: float, interpret: Any, q: Array, kv: Array, unions: TileUnions, segment_ids: Array
+    spec: ArgSpec, scale: float, interpret: Any, q: Array, kv: Array, unions: TileUnions, segment_ids: Array
 ) -> tuple[Float[Array, "B K M R H"], Float[Array, "B K M 1 R"]]:
     batch_size, num_kv_heads, num_tiles, num_rows, width = q.shape
     operands, specs, scratch = walk_operands(kv, unions, segment_ids)
     return pl.pallas_call(
-        functools.partial(_forward_kernel, block_size, scale),
+        functools.partial(_forward_kernel, spec.block_size, scale),
         grid=(batch_size, num_kv_heads, num_tiles),
         in_specs=[row_spec(num_rows, width), *specs],
         out_specs=[row_spec(num_rows, width), row_spec(1, num_rows)],
@@ -193,7 +204,7 @@ def _forward(
             pltpu.VMEM((num_rows, width), jnp.float32),
         ],
         compiler_params=compiler_params(3),
-        cost_estimate=cost(q, kv, unions, num_matmuls=2),
+        cost_estimate=forward_cost(spec),
         interpret=interpret,
         name="block_sparse_attention_forward",
     )(q, *operands)
@@ -231,7 +242,7 @@ def _forward_kernel(block_size: int, scale: float, q_ref: Any, *refs: Any) -> No
 
 
 def _backward(
-    block_size: int,
+    spec: ArgSpec,
     scale: float,
     interpret: Any,
     rows: tuple[Array, Array],
@@ -241,12 +252,11 @@ def _backward(
     segment_ids: Array,
 ) -> tuple[Float[Array, "B K M R H"], Float[Array, "B K C b 2H"]]:
     """Returns dq in float32, and the gradients of keys and values side by side; C is rounded up to whole ranges."""
-    q = rows[0]
+    q, block_size = rows[0], spec.block_size
     batch_size, num_kv_heads, num_tiles, num_rows, width = q.shape
     num_blocks, num_entries = kv.shape[2], unions.ids.shape[-1]
-    # Queries in float32 take the room of half a range.
-    range_bytes = RANGE_BYTES if kv.dtype.itemsize == 2 else RANGE_BYTES // 2
-    range_blocks = min(max(range_bytes // (block_size * kv.shape[-1] * kv.dtype.itemsize), 1), num_blocks)
+    block_bytes = block_size * kv.shape[-1] * kv.dtype.itemsize
+    range_blocks = min(max(range_bytes(kv.dtype.itemsize) // block_bytes, 1), num_blocks)
     num_ranges = pl.cdiv(num_blocks, range_blocks)
     fill = num_ranges * range_blocks - num_blocks
     kv = jnp.pad(kv, ((0, 0), (0, 0), (0, fill), (0, 0), (0, 0)))
@@ -288,7 +298,7 @@ def _backward(
             *[pltpu.SemaphoreType.DMA((DQ_BUFFERS,))] * 2,
         ],
         compiler_params=compiler_params(4),
-        cost_estimate=cost(q, kv, unions, num_matmuls=5),
+        cost_estimate=backward_cost(spec),
         interpret=interpret,
         name="block_sparse_attention_backward",
     )(

@@ -16,8 +16,6 @@ LANES = 128
 # Finite, so that a row without visible keys so far gives 0 - 0 rather than inf - inf; what it gathers meanwhile is
 # multiplied by exp(MASKED - m) = 0 at its first visible key. Absorbs any score when added to it.
 MASKED = -0.7 * float(np.finfo(np.float32).max)
-# Blocks of a tile's union over those of one query, for cost estimates: measured on SmolLM2 for tiles of 32.
-TYPICAL_UNION_RATIO = 1.6
 
 
 def blocks_per_group(keys: int, block_size: int) -> int:
@@ -189,15 +187,3 @@ def compiler_params(num_grid_axes: int) -> pltpu.CompilerParams:
     """Of a grid over batch rows, key heads and what is walked in order."""
     independent, in_order = pltpu.GridDimensionSemantics.PARALLEL, pltpu.GridDimensionSemantics.ARBITRARY
     return pltpu.CompilerParams(dimension_semantics=[independent] * 2 + [in_order] * (num_grid_axes - 2))
-
-
-def cost(q: Array, kv: Array, unions: TileUnions, num_matmuls: int) -> pl.CostEstimate:
-    """What the scheduler is told: lists of the length that a typical union has. Which it is, the data decide."""
-    batch_size, num_kv_heads, num_tiles, num_rows, width = q.shape
-    keys = min(unions.ids.shape[-1], int(TYPICAL_UNION_RATIO * 96)) * kv.shape[3]
-    tiles = batch_size * num_kv_heads * num_tiles
-    return pl.CostEstimate(
-        flops=2 * num_matmuls * tiles * num_rows * width * keys,
-        transcendentals=tiles * num_rows * keys,
-        bytes_accessed=tiles * keys * kv.shape[-1] * kv.dtype.itemsize + num_matmuls * q.size * q.dtype.itemsize,
-    )

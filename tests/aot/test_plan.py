@@ -1,5 +1,6 @@
 """Plans of a small model through the TPU compiler: memory, FLOPs and communication against what is known by hand."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,8 +9,8 @@ import pytest
 from cpm_jax.common import exit_codes
 from cpm_jax.common.config import ConfigError
 from cpm_jax.common.sharding import MeshConfig
-from cpm_jax.modeling.config import ModelConfig
-from cpm_jax.planning.analytic import guess, train_flops
+from cpm_jax.modeling.config import ModelConfig, SparseConfig
+from cpm_jax.planning.analytic import attention_flops, guess, train_flops
 from cpm_jax.planning.aot import compile_candidate
 from cpm_jax.planning.chips import parse_topology
 from cpm_jax.planning.hlo_costs import count_costs
@@ -86,6 +87,18 @@ def test_tensor_parallel_activations_are_summed_over_their_group_only(cache):
     assert {c.group_size for c in sums} == {2}
     assert sum(c.executions for c in sums) >= 4 * MODEL.num_layers
     assert costs.flops == pytest.approx(train_flops(MODEL, SEQ_LEN, ROWS, "full") / 16, rel=0.02)
+
+
+def test_sparse_attention_of_divided_rows_costs_what_its_kernels_declare(cache):
+    """Every call of every kernel is counted, as often as layers and spans of queries have it run."""
+    sparse = SparseConfig(topk=8, window_size=512, dense_len=-1)
+    model = dataclasses.replace(MODEL, sparse_config=sparse, max_position_embeddings=4096)
+    workload, candidate = Workload("train", model, 4096), Candidate(MeshConfig(data=1, fsdp=8, context=2), 8)
+    costs = count_costs(compiled(cache, workload, candidate).program)
+    assert costs.uncounted == ()
+    assert costs.flops == pytest.approx(train_flops(model, 4096, 8, "full") / 16, rel=0.02)
+    attention = attention_flops(model, 4096)
+    assert attention.forward + attention.backward + attention.selection > 0.1 * train_flops(model, 4096, 1, "none")
 
 
 def test_decoding(cache):

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from cpm_jax.modeling import block
-from cpm_jax.modeling.config import ModelConfig
+from cpm_jax.modeling.config import ModelConfig, SparseConfig
 from cpm_jax.modeling.decoder import bind, init_params
-from cpm_jax.modeling.model_size import count_params, train_flops_per_token, train_state_bytes
+from cpm_jax.modeling.model_size import count_params, train_flops_per_token, train_state_bytes, visible_keys
 
 GIN_CONFIGS = Path(__file__).resolve().parents[2] / "gin_configs"
 ReadModel = Callable[[str, str], ModelConfig]
@@ -93,3 +94,22 @@ def test_flops_are_those_of_the_compiled_program(tiny_config: ModelConfig, monke
     counted = jax.jit(jax.grad(loss)).lower(params).compile().cost_analysis()["flops"] / tokens.size
     masked_half = 6 * 3 * config.num_heads * config.head_size * 256
     assert counted == pytest.approx(train_flops_per_token(config, 256) + masked_half, rel=0.02)
+
+
+def test_sparse_attention_needs_its_blocks_and_their_choice() -> None:
+    """96 blocks of 64 keys of 32K tokens, and 2·N·H for the kernels that lie before a query: no backward pass."""
+    dense = ModelConfig(
+        vocab_size=128, num_layers=3, d_model=64, num_heads=4, num_kv_heads=2, d_ff=128, max_position_embeddings=32_768
+    )
+    sparse = dataclasses.replace(dense, sparse_config=SparseConfig())
+    positions = np.arange(32_768)
+    visible = np.minimum(positions + 0.5, 6144).mean()
+    kernels = positions.mean() * (1 / 16 + 1 / 64)
+    assert visible_keys(sparse, 32_768) == pytest.approx(visible, rel=1e-6)
+    difference = train_flops_per_token(dense, 32_768) - train_flops_per_token(sparse, 32_768)
+    assert difference == pytest.approx(3 * 64 * (12 * (16_384 - visible) - 2 * kernels), rel=1e-4)
+    # Exact scores are normalised by the fine kernels.
+    exact = dataclasses.replace(dense, sparse_config=SparseConfig(lse_approximation=False))
+    more = train_flops_per_token(exact, 32_768) - train_flops_per_token(sparse, 32_768)
+    assert more == pytest.approx(3 * 64 * 2 * positions.mean() * (1 / 16 - 1 / 64), rel=1e-4)
+    assert train_flops_per_token(sparse, 8192) == train_flops_per_token(dense, 8192)

@@ -42,7 +42,7 @@ def compile_it(tmp_path, candidate=CANDIDATE, topology=TOPOLOGY):
 
 def test_results_are_kept(tmp_path, monkeypatch):
     calls = []
-    result = {"status": "compiled", "seconds": 3.0, "memory": MEMORY}
+    result = {"status": "compiled", "seconds": 3.0, "cpu_seconds": 3.0, "memory": MEMORY}
     monkeypatch.setattr(aot, "_run", fake_run(calls, result, "HloModule m"))
     first, second = compile_it(tmp_path), compile_it(tmp_path)
     assert (first.program, first.memory, first.cached, second.cached) == ("HloModule m", MEMORY, False, True)
@@ -57,7 +57,13 @@ def test_results_are_kept(tmp_path, monkeypatch):
 
 def test_a_program_that_is_too_large_is_a_result(tmp_path, monkeypatch):
     said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.5G of 15.75G hbm."
-    result = {"status": "too_large", "message": said, "used_bytes": used_bytes(said), "seconds": 2.0}
+    result = {
+        "status": "too_large",
+        "message": said,
+        "used_bytes": used_bytes(said),
+        "seconds": 2.0,
+        "cpu_seconds": 2.0,
+    }
     monkeypatch.setattr(aot, "_run", fake_run([], result))
     found = compile_it(tmp_path)
     assert (found.refusal, found.used_bytes, found.program) == (said, round(20.5 * 2**30), "")

@@ -187,6 +187,20 @@ def test_attention_kernels_count_the_blocks_that_a_causal_mask_leaves(name, prod
         assert count_costs(kernel(name, heads)).flops == 2 * products * 32 * blocks * 512**2 * 128
 
 
+def test_a_kernel_costs_what_it_was_declared_to():
+    """Less what lies in a small memory: its result here, 2 x 16 x 256 bytes."""
+    config = '"cost_estimate":{"flops":"123000","transcendentals":"7","bytes_accessed":"98304"}'
+    body = (
+        "  %p = bf16[16,256]{1,0} parameter(0)\n"
+        "  ROOT %my_kernel.1 = bf16[16,256]{1,0:T(8,128)(2,1)S(1)} custom-call(%p), "
+        f'custom_call_target="tpu_custom_call", backend_config={{"custom_call_config":{{"body":"TUz",{config}}}}}'
+    )
+    costs = count_costs(program(body))
+    assert costs.uncounted == ()
+    assert costs.flops == 123_000
+    assert costs.hbm_bytes == 98_304 - 8192
+
+
 def test_other_kernels_are_named():
     assert count_costs(kernel("my_kernel")).uncounted == ("kernel my_kernel.1: its FLOPs",)
 

@@ -7,7 +7,7 @@ import pytest
 
 from cpm_jax.common.config import ConfigError
 from cpm_jax.common.sharding import MeshConfig
-from cpm_jax.modeling.config import ModelConfig
+from cpm_jax.modeling.config import ModelConfig, SparseConfig
 from cpm_jax.modeling.model_size import train_flops_per_token
 from cpm_jax.planning import plan_report, search
 from cpm_jax.planning.analytic import candidates
@@ -77,6 +77,17 @@ def test_time_and_utilisation_follow_from_the_program(monkeypatch):
     assert best.tokens_per_second == pytest.approx(tokens / seconds)
 
 
+def test_a_sparse_decoder_reads_its_blocks_only():
+    """Of 32K tokens 6,144, and a semantic kernel every 16 and every 64 tokens to choose them by."""
+    model = dataclasses.replace(MODEL, max_position_embeddings=32_768)
+    dense, sparse = (
+        search.model_flops(Workload("decode", m, 32_768), Candidate(MeshConfig(data=4, fsdp=1), 4))
+        for m in (model, dataclasses.replace(model, sparse_config=SparseConfig()))
+    )
+    saved = 4 * (32_768 - 6144) - 2 * 32_768 * (1 / 16 + 1 / 64)
+    assert dense - sparse == pytest.approx(4 * 2 * 128 * saved)
+
+
 def test_the_bill_by_hand(monkeypatch):
     found, _ = plan(monkeypatch, lambda c: compiled(), num_compiles=1)
     rate = found.best.tokens_per_second
@@ -125,6 +136,18 @@ def test_report_and_json_say_the_same(monkeypatch, tmp_path):
         assert said["recommended"] in part
     assert said["evaluations"][0]["estimated"]["mfu"] == found.best.mfu
     assert [h.label for h in page.headlines][:3] == ["estimated step", "estimated MFU", "memory per chip"]
+
+
+def test_a_divided_row_says_what_it_exchanges(monkeypatch):
+    found, _ = plan(monkeypatch, lambda c: compiled(), mesh_choices=(MeshConfig(data=1, fsdp=2, context=2),))
+    exchanged = search.to_json(found, 1e9, 2.0)["evaluations"][0]["context_exchange_bytes_per_layer"]
+    assert exchanged["as_it_is"] == exchanged["tokens_for_heads"] + exchanged["heads_whole"]
+    assert "chosen_blocks" not in exchanged
+    assert "context axis" in plan_report.describe(found, 1e9, 2.0)
+    plan_report.build_page(found, "title", 1e9, 2.0)
+    whole, _ = plan(monkeypatch, lambda c: compiled())
+    assert "context_exchange_bytes_per_layer" not in search.to_json(whole, 1e9, 2.0)["evaluations"][0]
+    assert "context axis" not in plan_report.describe(whole, 1e9, 2.0)
 
 
 def test_state_by_hand():
