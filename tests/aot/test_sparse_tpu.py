@@ -98,8 +98,8 @@ def test_block_sparse_attention_compiles_for_new_tokens_of_a_cache(topology, nam
 
     compiled = compile_for_one_chip(topology, attend, (q, k, v, ids, positions))
     assert "block_sparse_attention_forward" in compiled.as_text()
-    # Keys and values laid side by side once, and what the chunk's tables take.
-    assert compiled.memory_analysis().temp_size_in_bytes < 1.5 * 2 * k.size * k.dtype.itemsize + 2**26
+    # Keys and values side by side, before and after a head's are laid together, and what the chunk's tables take.
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * 2 * k.size * k.dtype.itemsize + 2**26
 
 
 @pytest.mark.parametrize(
