@@ -19,8 +19,13 @@ from cpm_jax.modeling.attention import Selectors
 from cpm_jax.modeling.config import ModelConfig, SparseConfig
 from kernels_pallas.block_selection.api import select_blocks
 from kernels_pallas.block_selection.selection import num_kernels
+from kernels_pallas.block_sparse_attention.api import block_sparse_attention
 from kernels_pallas.compress_keys.api import compress_keys
 from kernels_pallas.sparse_decode_attention.api import sparse_decode_attention
+
+# New tokens of a row from which on they share the reading of blocks. To share, the keys of a layer are laid out as of a
+# row; below, each query fetches its own blocks from where they lie.
+SHARING_QUERIES = 8
 
 
 @jax.tree_util.register_dataclass
@@ -125,10 +130,13 @@ def attend_to_sparse_cache(
         block_ids = select_blocks(
             selectors[0], cache.kernels[layer], coarse, selection=sparse.selection, query_positions=positions
         )
-        attended = sparse_decode_attention(
-            q, cache.keys, cache.values, block_ids, positions, block_size=sparse.block_size, layer=layer
-        )
-        return attended, cache
+        size = sparse.block_size
+        if q.shape[1] < SHARING_QUERIES:
+            return sparse_decode_attention(
+                q, cache.keys, cache.values, block_ids, positions, block_size=size, layer=layer
+            ), cache
+        keys, values = (jnp.swapaxes(x[layer], 1, 2).astype(q.dtype) for x in (cache.keys, cache.values))
+        return block_sparse_attention(q, keys, values, block_ids, block_size=size, query_positions=positions), cache
 
     specs = _cache_specs(cache)
     if specs is not None:

@@ -1,6 +1,6 @@
 """Block-sparse causal attention on a GPU: the forward pass through Triton, gradients in plain JAX.
 
-A row of a batch is a cache that is full: the kernel of sparse decoding walks the blocks of each query, with the
+A row of a batch is a cache: the kernel of sparse decoding walks the blocks of each query, with the
 documents of a packed row as a mask. Gradients walk the transposed index as in `xla.py`.
 """
 
@@ -25,14 +25,16 @@ def block_sparse_attention(
     segment_ids: Int[Array, "B S"] | None,
     block_size: int,
     scale: float,
+    query_positions: Int[Array, "B T"] | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """See `kernels_pallas.block_sparse_attention.api.block_sparse_attention`; returns the output and the log-sum-exp.
 
     `interpret` runs the kernel's program step by step on any device, for tests.
     """
-    positions = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), q.shape[:2])
-    return _attention(block_size, scale, interpret, q, k, v, block_ids, positions, segment_ids)
+    if query_positions is None:
+        query_positions = jnp.broadcast_to(jnp.arange(q.shape[1], dtype=jnp.int32), q.shape[:2])
+    return _attention(block_size, scale, interpret, q, k, v, block_ids, query_positions, segment_ids)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -43,7 +45,9 @@ def _attention(block_size: int, scale: float, interpret: bool, *args: Any) -> tu
 def _attention_fwd(block_size: int, scale: float, interpret: bool, *args: Any) -> tuple[tuple[Array, Array], tuple]:
     q, k, v, block_ids, positions, segment_ids = args
     k_cache, v_cache = (x.transpose(0, 2, 1, 3)[None] for x in (k, v))  # [1, B, K, S, H]
-    segments = None if segment_ids is None else (jnp.take_along_axis(segment_ids, positions, axis=1), segment_ids)
+    segments = None
+    if segment_ids is not None:
+        segments = jnp.take_along_axis(segment_ids, jnp.maximum(positions, 0), axis=1), segment_ids
     out, lse = walk_blocks(
         q,
         k_cache,

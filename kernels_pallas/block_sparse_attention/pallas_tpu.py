@@ -39,6 +39,7 @@ from kernels_pallas.block_sparse_attention.tuned_block_sizes import (
 from kernels_pallas.block_sparse_attention.union_walk import (
     LANES,
     MASKED,
+    TokenTables,
     UnionWalk,
     add_bias,
     blocks_per_group,
@@ -46,7 +47,7 @@ from kernels_pallas.block_sparse_attention.union_walk import (
     dot,
     group_bias,
     row_spec,
-    segment_tables,
+    token_tables,
     walk_operands,
 )
 
@@ -67,12 +68,13 @@ def unsupported_reason(q: Float[Array, "B T N H"], block_size: int) -> str | Non
 
 def block_sparse_attention(
     q: Float[Array, "B T N H"],
-    k: Float[Array, "B T K H"],
-    v: Float[Array, "B T K H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
     block_ids: Int[Array, "B K T I"],
-    segment_ids: Int[Array, "B T"] | None,
+    segment_ids: Int[Array, "B S"] | None,
     block_size: int,
     scale: float,
+    query_positions: Int[Array, "B T"] | None = None,
     interpret: Any = False,
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
     """See `kernels_pallas.block_sparse_attention.api.block_sparse_attention`; returns the output and the log-sum-exp.
@@ -80,17 +82,22 @@ def block_sparse_attention(
     `interpret` (True or `pltpu.InterpretParams`) runs the kernels' programs step by step on any device, for tests.
     """
     batch_size, length, num_heads, width = q.shape
-    padded = _padded_length(length, block_size)
-
-    def pad(x: Array, axis: int, value: int = 0) -> Array:
-        widths = [(0, padded - length if i == axis else 0) for i in range(x.ndim)]
-        return jnp.pad(x, widths, constant_values=value)
-
+    in_order = query_positions is None
+    if query_positions is None:
+        query_positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch_size, length))
     if segment_ids is None:
-        segment_ids = jnp.zeros((batch_size, length), jnp.int32)
+        segment_ids = jnp.zeros(k.shape[:2], jnp.int32)
+    query_segments = segment_ids
+    if not in_order:
+        query_segments = jnp.take_along_axis(segment_ids, jnp.maximum(query_positions, 0), axis=1)
+    multiple = math.lcm(TILE * TILES_PER_STEP, block_size)
+    q, block_ids = _pad(q, 1, multiple), _pad(block_ids, 2, multiple, -1)
+    k, v, key_segments = (_pad(x, 1, multiple) for x in (k, v, segment_ids))
+    query_positions, query_segments = (_pad(x, 1, multiple) for x in (query_positions, query_segments))
+    tokens = token_tables(query_positions, query_segments, key_segments, block_size)
     spec = ArgSpec(
         batch_size,
-        padded,
+        q.shape[1],
         num_heads=num_heads,
         num_kv_heads=k.shape[2],
         head_dim=width,
@@ -98,37 +105,36 @@ def block_sparse_attention(
         block_size=block_size,
         num_selected=block_ids.shape[-1],
     )
-    out, lse = _attention(
-        spec, scale, interpret, pad(q, 1), pad(k, 1), pad(v, 1), pad(block_ids, 2, -1), pad(segment_ids, 1)
-    )
+    out, lse = _attention(spec, scale, interpret, in_order, q, k, v, block_ids, tokens)
     return out[:, :length], lse[:, :, :length]
 
 
-def _padded_length(length: int, block_size: int) -> int:
-    multiple = math.lcm(TILE * TILES_PER_STEP, block_size)
-    return -(-length // multiple) * multiple
+def _pad(x: Array, axis: int, multiple: int, value: int = 0) -> Array:
+    widths = [(0, -x.shape[i] % multiple if i == axis else 0) for i in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=value)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _attention(
-    spec: ArgSpec, scale: float, interpret: Any, q: Array, k: Array, v: Array, block_ids: Array, segment_ids: Array
-) -> tuple[Array, Array]:
-    return _attention_fwd(spec, scale, interpret, q, k, v, block_ids, segment_ids)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _attention(spec: ArgSpec, scale: float, interpret: Any, in_order: bool, *args: Any) -> tuple[Array, Array]:
+    return _attention_fwd(spec, scale, interpret, in_order, *args)[0]
 
 
 def _attention_fwd(
-    spec: ArgSpec, scale: float, interpret: Any, q: Array, k: Array, v: Array, block_ids: Array, segment_ids: Array
+    spec: ArgSpec, scale: float, interpret: Any, in_order: bool, *args: Any
 ) -> tuple[tuple[Array, Array], tuple]:
-    unions = _unions(block_ids, spec)
+    q, k, v, block_ids, tokens = args
+    unions = _unions(block_ids, k.shape[1], spec.block_size)
     q_rows = _to_rows(q, k.shape[2])
     kv = _key_blocks(k, v, spec.block_size)
-    out, lse = _forward(spec, scale, interpret, q_rows, kv, unions, segment_ids)
+    out, lse = _forward(spec, scale, interpret, in_order, q_rows, kv, unions, tokens)
     out, lse = _from_rows(out, q.shape), _from_stats(lse, q.shape[2])
-    return (out, lse), (q, k, v, unions, segment_ids, out, lse)
+    return (out, lse), (q, k, v, unions, tokens, out, lse)
 
 
-def _attention_bwd(spec: ArgSpec, scale: float, interpret: Any, residuals: tuple, cotangents: tuple) -> tuple:
-    q, k, v, unions, segment_ids, out, lse = residuals
+def _attention_bwd(
+    spec: ArgSpec, scale: float, interpret: Any, in_order: bool, residuals: tuple, cotangents: tuple
+) -> tuple:
+    q, k, v, unions, tokens, out, lse = residuals
     dout, dlse = cotangents
     num_kv_heads = k.shape[2]
     # sum_s p_s · dp_s of the softmax's gradient equals out · dout; the log-sum-exp's own gradient is p.
@@ -138,7 +144,7 @@ def _attention_bwd(spec: ArgSpec, scale: float, interpret: Any, residuals: tuple
     rows = _to_rows(q, num_kv_heads), _to_rows(dout, num_kv_heads)
     stats = _to_stats(lse, num_kv_heads), _to_stats(delta, num_kv_heads)
     kv = _key_blocks(k, v, spec.block_size)
-    dq, dkv = _backward(spec, scale, interpret, rows, stats, kv, unions, segment_ids)
+    dq, dkv = _backward(spec, scale, interpret, in_order, rows, stats, kv, unions, tokens)
     dkv = dkv.reshape(*dkv.shape[:2], -1, dkv.shape[-1])[:, :, : k.shape[1]].transpose(0, 2, 1, 3)
     dk, dv = jnp.split(dkv, 2, axis=-1)
     return _from_rows(dq.astype(q.dtype), q.shape), dk, dv, None, None
@@ -147,8 +153,8 @@ def _attention_bwd(spec: ArgSpec, scale: float, interpret: Any, residuals: tuple
 _attention.defvjp(_attention_fwd, _attention_bwd)
 
 
-def _unions(block_ids: Array, spec: ArgSpec) -> TileUnions:
-    return tile_unions(block_ids, TILE, spec.seq_len // spec.block_size, blocks_per_group(GROUP_KEYS, spec.block_size))
+def _unions(block_ids: Array, num_keys: int, block_size: int) -> TileUnions:
+    return tile_unions(block_ids, TILE, num_keys // block_size, blocks_per_group(GROUP_KEYS, block_size))
 
 
 def _to_rows(x: Float[Array, "B T N H"], num_kv_heads: int) -> Float[Array, "B K M R H"]:
@@ -184,10 +190,17 @@ def _key_blocks(k: Array, v: Array, block_size: int) -> Float[Array, "B K C b 2H
 
 
 def _forward(
-    spec: ArgSpec, scale: float, interpret: Any, q: Array, kv: Array, unions: TileUnions, segment_ids: Array
+    spec: ArgSpec,
+    scale: float,
+    interpret: Any,
+    in_order: bool,
+    q: Array,
+    kv: Array,
+    unions: TileUnions,
+    tokens: TokenTables,
 ) -> tuple[Float[Array, "B K M R H"], Float[Array, "B K M 1 R"]]:
     batch_size, num_kv_heads, num_tiles, num_rows, width = q.shape
-    operands, specs, scratch = walk_operands(kv, unions, segment_ids)
+    operands, specs, scratch = walk_operands(kv, unions, tokens)
     return pl.pallas_call(
         functools.partial(_forward_kernel, spec.block_size, scale),
         grid=(batch_size, num_kv_heads, num_tiles),
@@ -204,25 +217,24 @@ def _forward(
             pltpu.VMEM((num_rows, width), jnp.float32),
         ],
         compiler_params=compiler_params(3),
-        cost_estimate=forward_cost(spec),
+        cost_estimate=forward_cost(spec) if in_order else None,  # counted for whole rows only
         interpret=interpret,
         name="block_sparse_attention_forward",
     )(q, *operands)
 
 
 def _forward_kernel(block_size: int, scale: float, q_ref: Any, *refs: Any) -> None:
-    *tables, q_segments_ref, k_segments_ref, kv_hbm, out_ref, lse_ref = refs[:9]
+    *tables, queries_ref, k_segments_ref, kv_hbm, out_ref, lse_ref = refs[:9]
     max_ref, sum_ref, acc_ref = refs[12:]
     max_ref[...] = jnp.full_like(max_ref, MASKED)
     sum_ref[...] = jnp.zeros_like(sum_ref)
     acc_ref[...] = jnp.zeros_like(acc_ref)
     q = q_ref[...]
-    first_query = pl.program_id(2) * TILE
-    q_segments = jnp.expand_dims(q_segments_ref[0], -1)
+    positions, q_segments = (jnp.expand_dims(queries_ref[i], -1) for i in range(2))
 
     def use(kv: Array, ids: list[Array], words: list[Array]) -> None:
         k, v = kv[:, : q.shape[-1]], kv[:, q.shape[-1] :]
-        bias = group_bias(ids, words, first_query, q_segments, k_segments_ref, block_size)
+        bias = group_bias(ids, words, positions, q_segments, k_segments_ref, block_size)
         scores = add_bias(scale * dot(q, k, (1, 1)), bias)  # [R, s]
         old_max = max_ref[:, :1]
         new_max = jnp.maximum(old_max, scores.max(axis=-1, keepdims=True))
@@ -245,13 +257,17 @@ def _backward(
     spec: ArgSpec,
     scale: float,
     interpret: Any,
+    in_order: bool,
     rows: tuple[Array, Array],
     stats: tuple[Array, Array],
     kv: Array,
     unions: TileUnions,
-    segment_ids: Array,
+    tokens: TokenTables,
 ) -> tuple[Float[Array, "B K M R H"], Float[Array, "B K C b 2H"]]:
-    """Returns dq in float32, and the gradients of keys and values side by side; C is rounded up to whole ranges."""
+    """Returns dq in float32, and the gradients of keys and values side by side; C is rounded up to whole ranges.
+
+    `in_order` says that query t is key t, so that a range of keys need not meet the queries before it.
+    """
     q, block_size = rows[0], spec.block_size
     batch_size, num_kv_heads, num_tiles, num_rows, width = q.shape
     num_blocks, num_entries = kv.shape[2], unions.ids.shape[-1]
@@ -260,13 +276,13 @@ def _backward(
     num_ranges = pl.cdiv(num_blocks, range_blocks)
     fill = num_ranges * range_blocks - num_blocks
     kv = jnp.pad(kv, ((0, 0), (0, 0), (0, fill), (0, 0), (0, 0)))
-    q_segments, k_segments = segment_tables(segment_ids, block_size)
-    k_segments = jnp.pad(k_segments, ((0, 0), (0, fill), (0, 0)))
+    k_segments = jnp.pad(tokens.key_segments, ((0, 0), (0, fill), (0, 0)))
     starts = range_starts(unions, range_blocks, num_ranges)
+    skipped = range_blocks * block_size if in_order else 0  # queries, for each range before
 
     def step_of(r: Array, i: Array) -> Array:
         # Steps before the range's first query have nothing to do; they name that one, so that nothing is copied.
-        return jnp.maximum(i, r * range_blocks * block_size // (TILE * TILES_PER_STEP))
+        return jnp.maximum(i, r * skipped // (TILE * TILES_PER_STEP))
 
     def per_tile(*shape: int, **kwargs: Any) -> pl.BlockSpec:
         index = lambda b, h, r, i: (b, h, step_of(r, i), 0, 0)  # noqa: E731
@@ -279,14 +295,14 @@ def _backward(
         pipeline_mode=pl.Buffered(buffer_count=1),
     )
     return pl.pallas_call(
-        functools.partial(_backward_kernel, block_size, scale),
+        functools.partial(_backward_kernel, block_size, scale, skipped),
         grid=(batch_size, num_kv_heads, num_ranges, num_tiles // TILES_PER_STEP),
         in_specs=[
             *[per_tile(num_rows, width)] * 2,
             *[per_tile(1, num_rows)] * 2,
             per_tile(1, num_ranges + 1, memory_space=pltpu.SMEM),
             *[per_tile(1, num_entries, memory_space=pltpu.SMEM)] * 2,
-            pl.BlockSpec((None, TILES_PER_STEP, 1, TILE), lambda b, h, r, i: (b, step_of(r, i), 0, 0)),
+            pl.BlockSpec((None, TILES_PER_STEP, 2, TILE), lambda b, h, r, i: (b, step_of(r, i), 0, 0)),
             pl.BlockSpec((None, range_blocks, k_segments.shape[-1]), lambda b, h, r, i: (b, r, 0)),
             kv_spec,
         ],
@@ -298,7 +314,7 @@ def _backward(
             *[pltpu.SemaphoreType.DMA((DQ_BUFFERS,))] * 2,
         ],
         compiler_params=compiler_params(4),
-        cost_estimate=backward_cost(spec),
+        cost_estimate=backward_cost(spec) if in_order else None,
         interpret=interpret,
         name="block_sparse_attention_backward",
     )(
@@ -307,7 +323,7 @@ def _backward(
         starts[..., None, :],
         unions.ids[..., None, :],
         unions.words[..., None, :],
-        q_segments,
+        tokens.queries,
         k_segments,
         kv,
     )
@@ -376,6 +392,7 @@ class _RunningSums:
 def _backward_kernel(
     block_size: int,
     scale: float,
+    skipped: int,
     q_ref: Any,
     dout_ref: Any,
     lse_ref: Any,
@@ -383,7 +400,7 @@ def _backward_kernel(
     starts_ref: Any,
     ids_ref: Any,
     words_ref: Any,
-    q_segments_ref: Any,
+    queries_ref: Any,
     k_segments_ref: Any,
     kv_ref: Any,
     dq_hbm: Any,
@@ -395,7 +412,7 @@ def _backward_kernel(
     key_range, step = pl.program_id(2), pl.program_id(3)
     width, num_entries = q_ref.shape[-1], ids_ref.shape[-1]
     first_block = key_range * kv_ref.shape[0]
-    first_step = first_block * block_size // (TILE * TILES_PER_STEP)
+    first_step = key_range * skipped // (TILE * TILES_PER_STEP)
     per_group = blocks_per_group(RANGE_GROUP_KEYS, block_size)
     sums = _RunningSums(dq_hbm, dq_buffers, dq_semaphores, first_step)
 
@@ -410,8 +427,8 @@ def _backward_kernel(
         def walk() -> None:
             q, dout = q_ref[i], dout_ref[i]
             lse, delta = (jnp.expand_dims(ref[i][0], -1) for ref in (lse_ref, delta_ref))  # [R, 1]
-            q_segments = jnp.expand_dims(q_segments_ref[i][0], -1)
-            first_query = (step * TILES_PER_STEP + i) * TILE - first_block * block_size
+            positions, q_segments = (jnp.expand_dims(queries_ref[i][j], -1) for j in range(2))
+            positions -= first_block * block_size
 
             def group(g: Array, _: None) -> None:
                 blocks, words = [], []
@@ -423,7 +440,7 @@ def _backward_kernel(
                     words.append(jnp.where(here, words_ref[i, 0, entry], 0))
                 kv = jnp.concatenate([kv_ref[block] for block in blocks], axis=0)
                 k, v = kv[:, :width], kv[:, width:]
-                bias = group_bias(blocks, words, first_query, q_segments, k_segments_ref, block_size)
+                bias = group_bias(blocks, words, positions, q_segments, k_segments_ref, block_size)
                 weights = jnp.exp(add_bias(scale * dot(q, k, (1, 1)), bias) - lse)  # [R, s]
                 dscores = (scale * weights * (dot(dout, v, (1, 1)) - delta)).astype(q.dtype)
                 dq_ref[i] += dot(dscores, k, (1, 0))

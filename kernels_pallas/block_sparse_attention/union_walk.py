@@ -1,6 +1,6 @@
 """What the TPU kernels of block-sparse attention share: masks of a group of blocks, the walk over a tile's union."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,24 +23,39 @@ def blocks_per_group(keys: int, block_size: int) -> int:
     return max(keys // block_size, 1)
 
 
-def segment_tables(segment_ids: Int[Array, "B T"], block_size: int) -> tuple[Array, Array]:
-    """Segments of the queries [B, M, 1, t], and of the keys, a block's repeated to fill the lanes: [B, C, 128 or b]."""
-    batch_size = segment_ids.shape[0]
-    keys = segment_ids.reshape(batch_size, -1, block_size)
-    return segment_ids.reshape(batch_size, -1, 1, TILE), jnp.tile(keys, (1, 1, max(LANES // block_size, 1)))
+class TokenTables(NamedTuple):
+    """Where the tokens lie, as the kernels read it; M tiles of t queries, C blocks of b keys.
+
+    Attributes:
+        queries: position and segment of each query.
+        key_segments: a block's, repeated to fill the lanes.
+    """
+
+    queries: Int[Array, "B M 2 t"]
+    key_segments: Int[Array, "B C lanes"]
+
+
+def token_tables(
+    positions: Int[Array, "B T"], query_segments: Int[Array, "B T"], key_segments: Int[Array, "B S"], block_size: int
+) -> TokenTables:
+    """Lays out where the tokens lie; T is a multiple of a tile and S one of a block."""
+    batch_size = positions.shape[0]
+    queries = jnp.stack([positions, query_segments], axis=1).reshape(batch_size, 2, -1, TILE).swapaxes(1, 2)
+    keys = key_segments.reshape(batch_size, -1, block_size)
+    return TokenTables(queries, jnp.tile(keys, (1, 1, max(LANES // block_size, 1))))
 
 
 def group_bias(
-    ids: list[Array], words: list[Array], first_query: Array, q_segments: Array, k_segments_ref: Any, block_size: int
+    ids: list[Array], words: list[Array], positions: Array, q_segments: Array, k_segments_ref: Any, block_size: int
 ) -> Float[Array, "t s"]:
     """Returns what to add to the scores of a tile's queries and a group's keys: 0 where the query sees the key.
 
     Args:
         ids: the group's blocks, scalars.
         words: which queries chose each.
-        first_query: position of the tile's first query.
-        q_segments: of the tile's queries [t, 1].
-        k_segments_ref: of all keys, as `segment_tables` lays them out.
+        positions: of the tile's queries [t, 1].
+        q_segments: theirs [t, 1].
+        k_segments_ref: of all keys, as `token_tables` lays them out.
         block_size: keys of a block.
     """
     num_keys = len(ids) * block_size
@@ -53,9 +68,7 @@ def group_bias(
     key = id_of_key * block_size + lane % block_size
     query = lax.broadcasted_iota(jnp.int32, (TILE, 1), 0)
     chosen = jnp.right_shift(word_of_key, query) & 1
-    visible = (
-        (chosen == 1) & (key <= first_query + query) & (_k_segments(ids, k_segments_ref, block_size) == q_segments)
-    )
+    visible = (chosen == 1) & (key <= positions) & (_k_segments(ids, k_segments_ref, block_size) == q_segments)
     return jnp.where(visible, 0.0, MASKED)
 
 
@@ -146,12 +159,11 @@ class UnionWalk:
 
 
 def walk_operands(
-    kv: Array, unions: TileUnions, segment_ids: Array
+    kv: Array, unions: TileUnions, tokens: TokenTables
 ) -> tuple[list[Array], list[pl.BlockSpec], list[Any]]:
     """Operands, their specs and scratch memory of a kernel that walks unions: what it takes after its rows."""
     _, _, _, block_size, width = kv.shape
     num_tiles, num_entries = unions.ids.shape[2:]
-    q_segments, k_segments = segment_tables(segment_ids, block_size)
     counts, ids, words = unions.counts[..., None, None], unions.ids[..., None, :], unions.words[..., None, :]
 
     def table(width: int, ahead: int = 0) -> pl.BlockSpec:
@@ -165,8 +177,8 @@ def walk_operands(
         table(num_entries),
         table(num_entries),
         table(num_entries, ahead=1),
-        pl.BlockSpec((None, None, 1, TILE), lambda b, h, i: (b, i, 0, 0)),
-        pl.BlockSpec((None, *k_segments.shape[1:]), lambda b, h, i: (b, 0, 0)),
+        pl.BlockSpec((None, None, 2, TILE), lambda b, h, i: (b, i, 0, 0)),
+        pl.BlockSpec((None, *tokens.key_segments.shape[1:]), lambda b, h, i: (b, 0, 0)),
         pl.BlockSpec(memory_space=pl.ANY),
     ]
     number = blocks_per_group(GROUP_KEYS, block_size)
@@ -175,7 +187,7 @@ def walk_operands(
         pltpu.SemaphoreType.DMA((2,)),
         pltpu.SMEM((1,), jnp.int32),
     ]
-    return [counts, ids, words, ids, q_segments, k_segments, kv], specs, scratch
+    return [counts, ids, words, ids, *tokens, kv], specs, scratch
 
 
 def row_spec(rows: int, width: int) -> pl.BlockSpec:

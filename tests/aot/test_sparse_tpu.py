@@ -85,6 +85,23 @@ def test_block_sparse_attention_compiles(topology, name):
     assert memory(compiled) < max(spec.seq_len, 4096) * 2**15 * np.dtype(spec.dtype).itemsize
 
 
+@pytest.mark.parametrize(("topology", "name"), [("v4:2x2x1", "minicpm4_8b_128k"), ("v6e:2x2", "minicpm4_0.5b_32k")])
+def test_block_sparse_attention_compiles_for_new_tokens_of_a_cache(topology, name):
+    spec, chunk = ARG_SPECS[name], 512
+    q, k, v, ids, _ = spec.abstract_args()
+    q = jax.ShapeDtypeStruct((q.shape[0], chunk, *q.shape[2:]), q.dtype)
+    ids = jax.ShapeDtypeStruct((*ids.shape[:2], chunk, ids.shape[3]), ids.dtype)
+    positions = jax.ShapeDtypeStruct(q.shape[:2], ids.dtype)
+
+    def attend(q, k, v, ids, positions):
+        return api.block_sparse_attention(q, k, v, ids, block_size=spec.block_size, query_positions=positions)
+
+    compiled = compile_for_one_chip(topology, attend, (q, k, v, ids, positions))
+    assert "block_sparse_attention_forward" in compiled.as_text()
+    # Keys and values side by side, before and after a head's are laid together, and what the chunk's tables take.
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * 2 * k.size * k.dtype.itemsize + 2**26
+
+
 @pytest.mark.parametrize(
     ("topology", "name"),
     [

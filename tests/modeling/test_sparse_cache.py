@@ -137,6 +137,45 @@ def test_right_padded_prompts_of_different_length(config: ModelConfig) -> None:
         close(hidden[:, 0], full[rows, at])
 
 
+@pytest.mark.parametrize("sharing_queries", [1, LENGTH + 1])
+def test_shared_reads_change_nothing(
+    tiny_config: ModelConfig, sharing_queries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks and single tokens alike, all by shared reads or none."""
+    monkeypatch.setattr(sparse_cache, "SHARING_QUERIES", sharing_queries)
+    decoder.cache_clear()
+    config = dataclasses.replace(tiny_config, sparse_config=SMALL)
+    hidden, _ = read(config, [20, 1, 3, 21])
+    close(hidden, make(config)[2])
+    decoder.cache_clear()
+
+
+def test_rows_of_a_chunk_lie_anywhere(config: ModelConfig) -> None:
+    """Both rows read 12 tokens; then one goes on behind them while the other reads 8 of its own again."""
+    params, tokens, full = make(config)
+    cache = init_cache(config, 2, LENGTH)
+    for starts in ([0, 0], [12, 4], [24, 16]):
+        at = np.array(starts)[:, None] + np.arange(12)
+        hidden, cache = decoder(config)(params, np.take_along_axis(tokens, at, 1), at, cache)
+        close(hidden, np.take_along_axis(full, at[..., None], 1))
+
+
+def test_a_chunk_reads_what_its_tokens_chose_together(tiny_config: ModelConfig) -> None:
+    """Beside the cache it holds a few copies of one layer, not the blocks of each query, and no T·S scores."""
+    sparse = dataclasses.replace(SMALL, block_size=64, kernel_size=32, kernel_stride=16, window_size=2048, topk=32)
+    config = dataclasses.replace(tiny_config, num_layers=8, max_position_embeddings=8192, sparse_config=sparse)
+    cache = jax.eval_shape(lambda: init_cache(config, 1, 8192))
+    tokens = jax.ShapeDtypeStruct((1, 512), jnp.int32)
+    prefill = jax.jit(lambda p, t, at, cache: bind(config, p).decode(t, at, cache)[1], donate_argnums=3)
+    params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    memory = prefill.lower(params, tokens, tokens, cache).compile().memory_analysis()
+    cache_bytes = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+    one_layer = 2 * cache.keys.size * 4 // config.num_layers
+    scores = 4 * config.num_heads * 512 * 8192
+    assert memory.alias_size_in_bytes >= cache_bytes
+    assert memory.temp_size_in_bytes < 4 * one_layer + 2**23 < scores
+
+
 @pytest.mark.parametrize("length", [46, pytest.param(100, marks=pytest.mark.slow)])
 def test_the_length_of_the_cache_changes_nothing(config: ModelConfig, length: int) -> None:
     hidden, _ = read(config, [20, 3, 22], length)

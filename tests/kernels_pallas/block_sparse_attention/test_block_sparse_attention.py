@@ -35,14 +35,14 @@ def random_blocks(length, block_size, number, batch=1, kv_heads=2, seed=0, own=T
     return jnp.asarray(ids)
 
 
-def torch_by_query(q, k, v, ids, block_size, segment_ids=None, scale=None):
+def torch_by_query(q, k, v, ids, block_size, segment_ids=None, scale=None, positions=None):
     """Output and log-sum-exp in float64, one query and head after another, over a list of its keys."""
     batch, length, heads, width = q.shape
     out, lse = torch.zeros(q.shape, dtype=torch.float64), torch.full((batch, heads, length), -torch.inf).double()
     for b, n, t in np.ndindex(batch, heads, length):
-        g = n * k.shape[2] // heads
-        keys = [s for c in ids[b, g, t] if c >= 0 for s in range(c * block_size, (c + 1) * block_size) if s <= t]
-        keys = [s for s in keys if segment_ids is None or segment_ids[b, s] == segment_ids[b, t]]
+        g, at = n * k.shape[2] // heads, t if positions is None else min(int(positions[b, t]), k.shape[1] - 1)
+        keys = [s for c in ids[b, g, t] if c >= 0 for s in range(c * block_size, (c + 1) * block_size) if s <= at]
+        keys = [s for s in keys if segment_ids is None or segment_ids[b, s] == segment_ids[b, at]]
         if keys:
             scores = (k[b, keys, g] @ q[b, t, n]) * (width**-0.5 if scale is None else scale)
             out[b, t, n] = torch.softmax(scores, 0) @ v[b, keys, g]
@@ -239,16 +239,43 @@ def test_the_index_holds_each_pair_once():
     assert 0 < shared < len(pairs)
 
 
-def test_a_part_of_a_sequence_equals_the_whole():
-    q, k, v, _ = inputs(90)
-    ids = random_blocks(90, 8, 3)
-    whole, lse = xla.block_sparse_attention(q, k, v, ids, None, 8, 0.3)
-    positions = jnp.arange(50, 77)[None]
-    part, part_lse = xla.block_sparse_attention(
-        q[:, 50:77], k, v, ids[:, :, 50:77], None, 8, 0.3, query_positions=positions
-    )
-    np.testing.assert_allclose(part, whole[:, 50:77], atol=1e-5)
-    np.testing.assert_allclose(part_lse, lse[:, :, 50:77], atol=1e-5)
+def new_tokens_of_a_cache(length=13, num_keys=46, block_size=4, number=5, packed=False, **sizes):
+    """Arguments of queries that lie somewhere among the keys, each row's elsewhere: q, k, v, ids, segments, positions.
+
+    The second row's go on beyond the keys, and its lists name a block that does not exist; the third's begin before.
+    """
+    q, dout = (inputs(length, batch=3, seed=seed, **sizes)[0] for seed in (1, 2))
+    _, k, v, _ = inputs(num_keys, batch=3, **sizes)
+    positions = jnp.asarray([[17], [num_keys - 6], [-3]]) + jnp.arange(length)
+    rng = np.random.default_rng(0)
+    ids = np.full((3, k.shape[2], length, number), -1, np.int32)
+    for b, h, t in np.ndindex(ids.shape[:3]):
+        chosen = rng.permutation(max(int(positions[b, t]), 0) // block_size + 1)[: rng.integers(1, number + 1)]
+        ids[b, h, t, : len(chosen)] = np.sort(chosen)
+    assert ids[1].max() * block_size >= num_keys
+    segments = jnp.asarray(np.sort(rng.integers(0, 3, (3, num_keys)))) if packed else None
+    return q, k, v, dout, jnp.asarray(ids), segments, positions
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_new_tokens_of_a_cache(implementation, packed):
+    q, k, v, dout, ids, segments, positions = new_tokens_of_a_cache(packed=packed, heads=6)
+    leaves = [torch.tensor(np.asarray(x)).double().requires_grad_() for x in (q, k, v)]
+    want, want_lse = torch_by_query(*leaves, np.asarray(ids), 4, segments, positions=positions)
+    want_gradients = torch.autograd.grad(want, leaves, torch.tensor(np.asarray(dout)).double())
+    options = {"query_positions": positions, "segment_ids": segments, "implementation": implementation}
+
+    def attend(q, k, v):
+        return block_sparse_attention(q, k, v, ids, block_size=4, return_lse=True, **options)
+
+    (out, lse), vjp = jax.vjp(attend, q, k, v)
+    assert not np.asarray(out[2, :3]).any()  # before the first key
+    np.testing.assert_allclose(out, want.detach(), atol=1e-5)
+    np.testing.assert_allclose(lse, want_lse.detach(), atol=1e-5)
+    for a, b in zip(vjp((dout, jnp.zeros_like(lse))), want_gradients, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_memory_is_linear_in_the_length():
@@ -276,12 +303,16 @@ def test_arguments_that_do_not_fit():
         ((q, k, v[:, :3], ids), "must be"),
         ((q, k, v, ids[:, :1]), r"block_ids has shape \(1, 1, 24, 2\): must be \[B, K, T, I\] = \(1, 2, 24\) and I at"),
         ((q, k, v, jnp.concatenate([ids, ids], -1)), "at most the 3 blocks of 8 keys"),
+        ((q[:, :5], k, v, ids[:, :, :5]), "lengths must be equal without query_positions"),
     ]:
         with pytest.raises(ValueError, match=message):
             block_sparse_attention(*args, block_size=8)
     with pytest.raises(ValueError, match="block_size = 0: must be at least 1"):
         block_sparse_attention(q, k, v, ids, block_size=0)
-    with pytest.raises(ValueError, match=r"segment_ids has shape \(1, 5\): must be \[B, T\] = \(1, 24\)"):
+    positions = jnp.zeros((1, 24), jnp.int32)
+    with pytest.raises(ValueError, match=r"query_positions has shape \(1, 24\): must be \[B, T\] = \(1, 5\)"):
+        block_sparse_attention(q[:, :5], k, v, ids[:, :, :5], block_size=8, query_positions=positions)
+    with pytest.raises(ValueError, match=r"segment_ids has shape \(1, 5\): must be \[B, S\] = \(1, 24\)"):
         block_sparse_attention(q, k, v, ids, block_size=8, segment_ids=jnp.zeros((1, 5), jnp.int32))
     with pytest.raises(ValueError, match="implementation = 'cuda': must be None or one of 'reference'"):
         block_sparse_attention(q, k, v, ids, block_size=8, implementation="cuda")

@@ -9,7 +9,11 @@ import pytest
 
 from kernels_pallas.block_sparse_attention import pallas_gpu, reference
 from kernels_pallas.block_sparse_attention.api import block_sparse_attention
-from tests.kernels_pallas.block_sparse_attention.test_block_sparse_attention import inputs, random_blocks
+from tests.kernels_pallas.block_sparse_attention.test_block_sparse_attention import (
+    inputs,
+    new_tokens_of_a_cache,
+    random_blocks,
+)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -27,6 +31,20 @@ def test_values_and_gradients(heads, kv_heads, length, block_size, number, packe
 
     def both(attend):
         (out, lse), vjp = jax.vjp(lambda q, k, v: attend(q, k, v, ids, segments, block_size, 0.25), q, k, v)
+        return out, lse, *vjp((dout, jnp.where(jnp.isfinite(lse), 0.1, 0.0)))
+
+    ours = both(functools.partial(pallas_gpu.block_sparse_attention, interpret=True))
+    for got, want in zip(ours, both(reference.block_sparse_attention), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_new_tokens_of_a_cache(packed):
+    q, k, v, dout, ids, segments, positions = new_tokens_of_a_cache(16, 73, 16, packed=packed, width=16)
+    positions = jnp.minimum(positions, 72)
+
+    def both(attend):
+        (out, lse), vjp = jax.vjp(lambda q, k, v: attend(q, k, v, ids, segments, 16, 0.25, positions), q, k, v)
         return out, lse, *vjp((dout, jnp.where(jnp.isfinite(lse), 0.1, 0.0)))
 
     ours = both(functools.partial(pallas_gpu.block_sparse_attention, interpret=True))

@@ -15,6 +15,7 @@ from kernels_pallas.block_sparse_attention import api, pallas_tpu, reference
 from kernels_pallas.block_sparse_attention.arg_specs import ARG_SPECS
 from kernels_pallas.block_sparse_attention.tile_unions import range_starts, tile_unions
 from kernels_pallas.dispatch import UnsupportedError
+from tests.kernels_pallas.block_sparse_attention.test_block_sparse_attention import new_tokens_of_a_cache
 
 
 def random_lists(rng, batch_size, num_kv_heads, length, num_blocks, longest):
@@ -53,6 +54,11 @@ def interpreted(params):
 NAMES = ("out", "lse", "dq", "dk", "dv")
 
 
+def tolerance(want):
+    """1e-5 of the largest number; a query that sees nothing has the log-sum-exp -inf, which both sides must have."""
+    return 1e-5 * max(1.0, np.abs(want, where=np.isfinite(want), out=np.zeros(want.shape)).max())
+
+
 @pytest.mark.parametrize(
     ("shape", "block_size", "longest", "packed"),
     [
@@ -68,7 +74,7 @@ def test_interpreted_equals_reference(shape, block_size, longest, packed):
     got = value_and_gradients(interpreted(True), block_size, *args)
     want = value_and_gradients(reference.block_sparse_attention, block_size, *args)
     for name, a, b in zip(NAMES, got, want, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, np.abs(b).max()), rtol=0, err_msg=name)
+        np.testing.assert_allclose(a, b, atol=tolerance(b), rtol=0, err_msg=name)
 
 
 def test_several_ranges_of_keys_and_groups_of_blocks(monkeypatch):
@@ -79,7 +85,23 @@ def test_several_ranges_of_keys_and_groups_of_blocks(monkeypatch):
     got = value_and_gradients(lambda *args: pallas_tpu.block_sparse_attention(*args, interpret=True), 32, *args)
     want = value_and_gradients(reference.block_sparse_attention, 32, *args)
     for name, a, b in zip(NAMES, got, want, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, np.abs(b).max()), rtol=0, err_msg=name)
+        np.testing.assert_allclose(a, b, atol=tolerance(b), rtol=0, err_msg=name)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_new_tokens_of_a_cache(packed, monkeypatch):
+    """Queries are not where their number says: with several ranges of keys each range meets them all."""
+    monkeypatch.setattr(pallas_tpu, "RANGE_BYTES", 2 * 128 * 2 * 16 * 4)
+    q, k, v, dout, ids, segments, positions = new_tokens_of_a_cache(40, 300, 16, packed=packed, width=16)
+    positions = jnp.minimum(positions, 299)
+
+    def both(attend):
+        (out, lse), vjp = jax.vjp(lambda q, k, v: attend(q, k, v, ids, segments, 16, 0.25, positions), q, k, v)
+        return out, lse, *vjp((dout, jnp.where(jnp.isfinite(lse), 0.1, 0.0)))
+
+    got = both(functools.partial(pallas_tpu.block_sparse_attention, interpret=True))
+    for name, a, b in zip(NAMES, got, both(reference.block_sparse_attention), strict=True):
+        np.testing.assert_allclose(a, b, atol=tolerance(b), rtol=0, err_msg=name)
 
 
 def test_bfloat16_is_as_near_as_bfloat16_can_be():
@@ -99,7 +121,7 @@ def test_all_blocks_are_dense_attention():
     got = value_and_gradients(interpreted(True), 16, q, k, v, ids, segments, dout, jnp.zeros_like(dlse))
     out, vjp = jax.vjp(lambda q, k, v: dense.dot_product_attention(q, k, v, segments, 0.25, None), q, k, v)
     for a, b in zip((got[0], *got[2:]), (out, *vjp(dout)), strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, np.abs(b).max()), rtol=0)
+        np.testing.assert_allclose(a, b, atol=tolerance(b), rtol=0)
 
 
 def races(capfd, function):
@@ -119,7 +141,7 @@ def test_copies_do_not_race(capfd, monkeypatch):
     assert not races(capfd, lambda: got.extend(value_and_gradients(in_ranges, 32, *args)))
     want = value_and_gradients(reference.block_sparse_attention, 32, *args)
     for name, a, b in zip(NAMES, got, want, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5 * max(1.0, np.abs(b).max()), rtol=0, err_msg=name)
+        np.testing.assert_allclose(a, b, atol=tolerance(b), rtol=0, err_msg=name)
 
     def reads_too_early(x_hbm, out_ref, buffer, semaphore):
         copy = pltpu.make_async_copy(x_hbm, buffer, semaphore)
