@@ -11,7 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec
 
 from kernels_pallas.attention import reference as dense
-from kernels_pallas.block_sparse_attention import api, pallas_tpu, reference
+from kernels_pallas.block_sparse_attention import api, costs, pallas_tpu, reference
 from kernels_pallas.block_sparse_attention.arg_specs import ARG_SPECS
 from kernels_pallas.block_sparse_attention.tile_unions import range_starts, tile_unions
 from kernels_pallas.dispatch import UnsupportedError
@@ -78,8 +78,8 @@ def test_interpreted_equals_reference(shape, block_size, longest, packed):
 
 
 def test_several_ranges_of_keys_and_groups_of_blocks(monkeypatch):
-    for name, value in (("RANGE_BYTES", 2 * 192 * 2 * 16 * 4), ("RANGE_GROUP_KEYS", 128)):
-        monkeypatch.setattr(pallas_tpu, name, value)
+    monkeypatch.setattr(costs, "RANGE_BYTES", 2 * 192 * 2 * 16 * 4)
+    monkeypatch.setattr(pallas_tpu, "RANGE_GROUP_KEYS", 128)
     args = example((1, 520, 2, 1, 16), 32, 9, "float32")
     # A function of its own: jit would take what it compiled with other sizes.
     got = value_and_gradients(lambda *args: pallas_tpu.block_sparse_attention(*args, interpret=True), 32, *args)
@@ -91,7 +91,7 @@ def test_several_ranges_of_keys_and_groups_of_blocks(monkeypatch):
 @pytest.mark.parametrize("packed", [False, True])
 def test_new_tokens_of_a_cache(packed, monkeypatch):
     """Queries are not where their number says: with several ranges of keys each range meets them all."""
-    monkeypatch.setattr(pallas_tpu, "RANGE_BYTES", 2 * 128 * 2 * 16 * 4)
+    monkeypatch.setattr(costs, "RANGE_BYTES", 2 * 128 * 2 * 16 * 4)
     q, k, v, dout, ids, segments, positions = new_tokens_of_a_cache(40, 300, 16, packed=packed, width=16)
     positions = jnp.minimum(positions, 299)
 
@@ -134,7 +134,7 @@ def test_copies_do_not_race(capfd, monkeypatch):
     args = example((1, 140, 2, 2, 16), 16, 3, "float32")
     assert not races(capfd, lambda: value_and_gradients(interpreted(interpret), 16, *args))
     # Ranges of five, three and one step, in each of which dq is fetched and written.
-    monkeypatch.setattr(pallas_tpu, "RANGE_BYTES", 2 * 256 * 2 * 16 * 4)
+    monkeypatch.setattr(costs, "RANGE_BYTES", 2 * 256 * 2 * 16 * 4)
     args = example((1, 600, 2, 1, 16), 32, 4, "float32")
     in_ranges = functools.partial(pallas_tpu.block_sparse_attention, interpret=interpret)
     got = []
