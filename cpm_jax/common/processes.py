@@ -94,11 +94,14 @@ def _join(coordinator_address: str | None, num_processes: int | None, process_id
 
 
 def _loss_behind(error: BaseException | None) -> str | None:
-    """The first line of the error of jaxlib's, among an error and its causes, that a lost process explains."""
+    """The first line of the error, among an error and its causes, that a lost process explains.
+
+    A status says so in jaxlib's own errors only; a failed exchange also where a background save raised it anew.
+    """
     while error is not None:
         line = str(error).partition("\n")[0]
-        explains = line.startswith(_STATUSES_OF_LOSS) or "Gloo" in line or "NCCL" in line
-        if explains and isinstance(error, jax.errors.JaxRuntimeError):
+        status = isinstance(error, jax.errors.JaxRuntimeError) and line.startswith(_STATUSES_OF_LOSS)
+        if status or "Gloo" in line or "NCCL" in line:
             return line
         error = error.__cause__ or error.__context__
     return None

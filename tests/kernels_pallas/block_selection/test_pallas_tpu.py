@@ -10,7 +10,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 
-from kernels_pallas.block_selection import api, pallas_tpu, reference
+from kernels_pallas.block_selection import api, costs, pallas_tpu, reference
 from kernels_pallas.block_selection.arg_specs import ARG_SPECS
 from kernels_pallas.block_selection.selection import BlockSelection
 from kernels_pallas.compress_keys.api import compress_keys
@@ -64,8 +64,8 @@ def test_interpreted_equals_reference(length, kv_heads, group, width, dtype, coa
 
 
 def test_several_chunks_spans_and_tiles(monkeypatch):
-    for name, value in (("SPAN", 400), ("MAX_TILE", 64), ("COARSE_CHUNK", 128)):
-        monkeypatch.setattr(pallas_tpu, name, value)
+    for module, name, value in ((pallas_tpu, "SPAN", 400), (costs, "MAX_TILE", 64), (pallas_tpu, "COARSE_CHUNK", 128)):
+        monkeypatch.setattr(module, name, value)
     # 225 blocks, two chunks of them: kernels reach from one chunk into the next.
     selection = dataclasses.replace(SMALL, block_size=4, window_size=8)
     assert_equals_reference(example(900, 1, 4, 16, selection, documents=False), interpret=True)
