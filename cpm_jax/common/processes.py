@@ -96,7 +96,7 @@ def _join(coordinator_address: str | None, num_processes: int | None, process_id
 def _loss_behind(error: BaseException | None) -> str | None:
     """The first line of the error, among an error and its causes, that a lost process explains.
 
-    A status says so in jaxlib's own errors only; a failed exchange also where a background save raised it anew.
+    A status says so in jaxlib's own errors only; a failed exchange whatever type its error has by then.
     """
     while error is not None:
         line = str(error).partition("\n")[0]

@@ -32,8 +32,7 @@ def test_errors_that_a_lost_process_causes(message):
     assert _loss_behind(wrapped(error)) == message.partition("\n")[0]
 
 
-def test_exchange_that_failed_in_a_background_save():
-    """Orbax raises it anew, as an error of another type."""
+def test_exchange_that_failed_is_a_loss_whatever_the_type_of_its_error():
     message = "UNKNOWN: Gloo AllGather failed: Read error [127.0.0.1]:1: Connection reset by peer"
     assert _loss_behind(wrapped(ValueError(message))) == message
 
