@@ -7,9 +7,10 @@ import pytest
 
 from cpm_jax.data.errors import DataError
 from cpm_jax.data.tokenizer import Tokenizer
-from cpm_jax.evaluation.ruler import endpoint
-from cpm_jax.evaluation.ruler.endpoint import EndpointAnswers, EndpointError
+from cpm_jax.evaluation.ruler.endpoint import EndpointAnswers
 from cpm_jax.evaluation.ruler.question import Question
+from cpm_jax.tools import openai_client
+from cpm_jax.tools.openai_client import EndpointError
 from tests.evaluation.openai_server import Reply, serve
 
 GOOD = '{"choices": [{"index": 0, "text": " fine"}]}'
@@ -111,7 +112,7 @@ def test_what_does_not_pass_is_given_up(tokenizer, reply, said):
 
 def test_pauses_double_unless_the_server_says_how_long(tokenizer, monkeypatch):
     pauses = []
-    monkeypatch.setattr(endpoint.time, "sleep", pauses.append)
+    monkeypatch.setattr(openai_client.time, "sleep", pauses.append)
     replies = [Reply(429, "", {"Retry-After": "7"}), Reply(429, "", {"Retry-After": "Fri, 01 Jan 2027 00:00:00 GMT"})]
     replies += [Reply(500)] * 7
     with serve(lambda prompt: replies.pop() if replies else "x") as server:

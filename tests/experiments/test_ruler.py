@@ -20,12 +20,12 @@ from cpm_jax.common.config import ConfigError, InputError, config_to_dict
 from cpm_jax.common.metrics import read_metrics
 from cpm_jax.data.tokenizer import Tokenizer
 from cpm_jax.evaluation.errors import ResumeError, TaskError
-from cpm_jax.evaluation.ruler.endpoint import EndpointError
 from cpm_jax.evaluation.ruler.tasks import TASKS
 from cpm_jax.inference.generate import Generator, collect
 from cpm_jax.inference.sampling import SamplingConfig
 from cpm_jax.modeling.config import ModelConfig, SparseConfig
 from cpm_jax.modeling.decoder import init_params
+from cpm_jax.tools.openai_client import EndpointError
 from experiments.ruler import RulerConfig, run
 from experiments.run import main
 from tests.evaluation.openai_server import Reply, serve
