@@ -33,7 +33,7 @@ ARROWS = {
         "cpm_jax.inference",
         "cpm_jax.tools",
     },
-    "cpm_jax.curation": {"cpm_jax.common", "cpm_jax.data"},
+    "cpm_jax.curation": {"cpm_jax.common", "cpm_jax.data", "cpm_jax.tools"},
     "cpm_jax.tools": {"cpm_jax.common"},
 }
 EXPORT_MAY_IMPORT = set(ARROWS) | {"export"}

@@ -25,8 +25,8 @@ class Server(NamedTuple):
 
 
 @contextlib.contextmanager
-def serve(answer: Callable[[str], str | Reply | None]) -> Iterator[Server]:
-    """Answers each prompt (or last message) with what `answer` says of it."""
+def serve(answer: Callable[[Any], str | Reply | None]) -> Iterator[Server]:
+    """Answers each prompt, last message, or list of texts to embed with what `answer` says of it."""
     requests: list[tuple[str, dict[str, str], dict[str, Any]]] = []
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -34,7 +34,10 @@ def serve(answer: Callable[[str], str | Reply | None]) -> Iterator[Server]:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             requests.append((self.path, dict(self.headers), body))
             chat = self.path == "/v1/chat/completions"
-            said = answer(body["messages"][-1]["content"] if chat else body["prompt"])
+            if self.path == "/v1/embeddings":
+                said = answer(body["input"])
+            else:
+                said = answer(body["messages"][-1]["content"] if chat else body["prompt"])
             if not isinstance(said, Reply):
                 choice = {"message": {"role": "assistant", "content": said}} if chat else {"text": said}
                 said = Reply(200, json.dumps({"choices": [{"index": 0} | choice]}))
