@@ -41,6 +41,7 @@ class Verb:
 VERBS = {
     "convert": Verb("published weights into a checkpoint, checkpoints into Hugging Face folders", reads_runs=True),
     "prepare": Verb("tokenise and pack documents into a dataset folder", uses_devices=False),
+    "classify": Verb("train a classifier of documents on two pools, or score documents with one", uses_devices=False),
     "pretrain": Verb("train a model on dataset folders; the same command resumes"),
     "sft": Verb("fine-tune a checkpoint on conversations, with the loss on assistant turns only"),
     "generate": Verb("continue prompts with a trained model", reads_runs=True),

@@ -1,9 +1,12 @@
 """Shared by all tests: CPU only, a small model, and a compilation cache for the processes that tests start."""
 
+import ast
 import gc
 import importlib.util
+import json
 import os
 import re
+import sysconfig
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,3 +72,35 @@ def tiny_config() -> ModelConfig:
         initializer_range=0.1,
         dtype="float32",
     )
+
+
+def _strings(path: Path) -> list[str]:
+    tree = ast.parse(path.read_text("utf-8"))
+    nodes = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    found = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, nodes)]
+    return [text for text in found if len(text) > 200]
+
+
+def _pools() -> dict[str, list[str]]:
+    """Documentation strings, and pieces of code without any."""
+    pools: dict[str, list[str]] = {"prose": [], "code": []}
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:60]:
+        pools["prose"] += _strings(path)
+        text = path.read_text("utf-8")
+        pools["code"] += [
+            text[i : i + 1000] for i in range(2000, len(text) - 1000, 4000) if '"""' not in text[i:][:1000]
+        ]
+    return {name: list(dict.fromkeys(texts))[:300] for name, texts in pools.items()}
+
+
+@pytest.fixture(scope="session")
+def pool_texts() -> dict[str, list[str]]:
+    return _pools()
+
+
+@pytest.fixture(scope="session")
+def pool_files(pool_texts, tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("pools")
+    for name, texts in pool_texts.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return {name: str(folder / f"{name}.jsonl") for name in pool_texts}

@@ -170,7 +170,8 @@ def line_figure(
         axes.margins(x=0.015)
         if from_zero:
             axes.set_ylim(bottom=0)
-        axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        whole = all(float(x).is_integer() for series in lines.values() for x in series.x)  # steps, not shares
+        axes.xaxis.set_major_locator(MaxNLocator(6, integer=whole))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(lambda value, _: human(value)))

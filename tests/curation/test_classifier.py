@@ -66,7 +66,7 @@ def test_thresholds_for_a_keep_rate_and_a_precision(pools, tmp_path):
 
 def test_what_cannot_be_used_is_counted(tmp_path, pool_texts):
     lines = [json.dumps({"text": text}).encode() for text in pool_texts["prose"][:30]]
-    lines += [lines[0], b'{"text": "caf\xe9"}', b'{"text": " "}', b'{"txt": "x"}', b'{"text": "\\ud800"}', b"{"]
+    lines += [lines[0], b'{"text": "na\xefve text"}', b'{"text": " "}', b'{"txt": "x"}', b'{"text": "\\ud800"}', b"{"]
     lines.append(json.dumps({"text": pool_texts["code"][0]}).encode())
     (tmp_path / "pos.jsonl").write_bytes(b"\n".join(lines))
     (tmp_path / "neg.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in pool_texts["code"][:30]))

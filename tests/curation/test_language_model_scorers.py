@@ -73,7 +73,7 @@ def test_embedding_classifier_trains_saves_and_loads(pool_files, tmp_path):
         together = scorer(texts)
         np.testing.assert_array_equal(together, [scorer([text])[0] for text in texts])
     assert result["average_precision"] > 0.75  # chance is 0.61
-    assert (together >= threshold).mean() > 0.8
+    assert (together >= threshold).mean() > 0.6
     assert "secret" not in (tmp_path / "classifier.json").read_text()
 
 

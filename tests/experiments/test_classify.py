@@ -1,0 +1,104 @@
+import dataclasses
+import json
+import re
+
+import pytest
+
+from cpm_jax.common.config import ConfigError, InputError
+from cpm_jax.curation.classifier import ClassifierConfig
+from cpm_jax.curation.fasttext_classifier import FastTextConfig
+from experiments import classify
+from experiments.classify import ClassifyConfig, run
+from tests.curation.test_fasttext_classifier import SMALL
+
+
+@pytest.fixture(scope="module")
+def trained(pool_files, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("classify")
+    run(
+        ClassifyConfig(
+            positive=pool_files["prose"],
+            negative=pool_files["code"],
+            classifier=ClassifierConfig(scorer=FastTextConfig(**SMALL)),
+        ),
+        workdir,
+    )
+    return workdir
+
+
+@pytest.fixture
+def scoring(trained, pool_files):
+    return ClassifyConfig(
+        mode="score",
+        trained=str(trained / "classifier"),
+        input=(pool_files["prose"], pool_files["code"]),
+        part_documents=100,
+        num_workers=0,
+    )
+
+
+def rows(workdir):
+    return [json.loads(line) for part in sorted(workdir.glob("scored/*.jsonl")) for line in part.open()]
+
+
+def test_training_leaves_a_classifier_and_a_page(trained):
+    assert {path.name for path in (trained / "classifier").iterdir()} == {"classifier.json", "model.ftz", "tokenizer"}
+    page = (trained / "report.html").read_text()
+    for said in ("Average precision", "The words that decide", "Its worst mistakes", "Quantisation"):
+        assert said in page
+
+
+def test_a_second_training_has_nothing_to_do(trained, pool_files, capsys):
+    before = (trained / "classifier" / "model.ftz").stat().st_mtime_ns
+    run(ClassifyConfig(positive=pool_files["prose"], negative=pool_files["code"]), trained)
+    assert "nothing to do" in capsys.readouterr().out
+    assert (trained / "classifier" / "model.ftz").stat().st_mtime_ns == before
+
+
+def test_scoring_keeps_every_document_with_its_score(scoring, tmp_path, pool_texts):
+    run(scoring, tmp_path)
+    found = rows(tmp_path)
+    assert [row["text"] for row in found] == [*pool_texts["prose"], *pool_texts["code"]]
+    assert all((row["scores"]["classifier"] < 0.5) == (row["dropped"] == "classifier") for row in found)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["documents"] == len(found) == sum(summary["histogram"])
+    assert summary["kept"] == sum(not row["dropped"] for row in found)
+    assert "Scored documents" in (tmp_path / "report.html").read_text()
+
+
+def test_scores_are_the_same_in_a_pool_in_other_batches_and_after_a_kill(scoring, tmp_path, monkeypatch):
+    run(scoring, tmp_path / "alone")
+    run(dataclasses.replace(scoring, num_workers=2), tmp_path / "pool")
+    monkeypatch.setattr(classify, "_BATCH", 7)
+    run(scoring, tmp_path / "batches")
+    # A kill leaves whole parts only; the next start reads past them.
+    run(scoring, tmp_path / "killed")
+    for part in sorted((tmp_path / "killed" / "scored").glob("part-*"))[2:]:
+        part.unlink()
+    (tmp_path / "killed" / "summary.json").unlink()
+    run(scoring, tmp_path / "killed")
+    for name in ("pool", "batches", "killed"):
+        assert rows(tmp_path / name) == rows(tmp_path / "alone")
+
+
+def test_other_settings_in_the_same_workdir_are_refused(scoring, tmp_path):
+    run(scoring, tmp_path)
+    with pytest.raises(ConfigError, match="part_documents: 100 at the last start, now 50"):
+        run(dataclasses.replace(scoring, part_documents=50), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"positive": "a"}, "ClassifyConfig.negative = (): mode 'train' needs positive and negative"),
+        ({"mode": "score", "input": "a"}, "ClassifyConfig.trained = '': mode 'score' needs trained and input"),
+    ],
+)
+def test_what_a_mode_needs_is_said(settings, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        ClassifyConfig(**settings)
+
+
+def test_a_folder_without_a_classifier_is_said(tmp_path, pool_files):
+    with pytest.raises(InputError, match="holds no classifier"):
+        run(ClassifyConfig(mode="score", trained=str(tmp_path), input=pool_files["code"]), tmp_path / "out")
