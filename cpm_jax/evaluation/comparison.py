@@ -9,6 +9,7 @@ import numpy as np
 import scipy.stats
 from jaxtyping import Float
 
+from cpm_jax.common.statistics import holm
 from cpm_jax.evaluation.errors import ComparisonError
 from cpm_jax.evaluation.results import RESULTS_FILE, Item, items_path, ratio, read_items
 
@@ -194,10 +195,8 @@ def _bootstrap(differences: Float[np.ndarray, " n"], weights: Float[np.ndarray, 
 
 def _adjusted(found: list[Paired]) -> list[Paired]:
     """Holm's correction over the main metrics, one a task: so many tests would else find something by chance."""
-    main = {paired.task: place for place, paired in reversed(list(enumerate(found)))}
-    order = sorted(main.values(), key=lambda place: found[place].p_value)
-    adjusted, highest = list(found), 0.0
-    for rank, place in enumerate(order):
-        highest = max(highest, min(1.0, (len(order) - rank) * found[place].p_value))
-        adjusted[place] = dataclasses.replace(found[place], adjusted_p_value=highest)
+    main = list({paired.task: place for place, paired in reversed(list(enumerate(found)))}.values())
+    adjusted = list(found)
+    for place, p_value in zip(main, holm([found[place].p_value for place in main]), strict=True):
+        adjusted[place] = dataclasses.replace(found[place], adjusted_p_value=p_value)
     return adjusted

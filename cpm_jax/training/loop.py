@@ -6,6 +6,7 @@ and ends with the weights that an unbroken run has, bit for bit, on the same dev
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import hashlib
 import json
@@ -37,13 +38,13 @@ from cpm_jax.common.metrics import MetricWriter, make_metric_writer
 from cpm_jax.common.progress import Progress
 from cpm_jax.modeling.config import ModelConfig
 from cpm_jax.modeling.model_size import train_flops_per_token
-from cpm_jax.training.losses import Batch, LossConfig
+from cpm_jax.training.losses import Batch, LossConfig, LossSums
 from cpm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from cpm_jax.training.preemption import StopRequest
 from cpm_jax.training.schedules import ScheduleConfig, make_schedule
 from cpm_jax.training.throughput import Throughput
 from cpm_jax.training.train_state import TrainState, abstract_state, init_state
-from cpm_jax.training.train_step import check_batch_size, make_eval_step, make_train_step, put_batch
+from cpm_jax.training.train_step import Metrics, check_batch_size, make_eval_step, make_train_step, put_batch
 from cpm_jax.training.watchdog import Watchdog
 
 AVERAGED_DIR = "averaged"  # within a workdir
@@ -230,14 +231,7 @@ def train(
         throughput = Throughput(tokens_per_step, train_flops_per_token(model, data.seq_len))
         log = _StepLog(config, data.sources, writer, progress, throughput, watchdog, restored.meta["tokens_seen"])
         evaluate = _make_evaluate(config, model, data, mesh)
-        train_step = make_train_step(
-            model,
-            update,
-            loss=loss,
-            num_sources=len(data.sources),
-            num_microbatches=config.num_microbatches,
-            mesh=mesh,
-        )
+        train_step = _train_step(model, optimizer, schedule, loss, len(data.sources), config.num_microbatches, mesh)
         stack.enter_context(_quiet_gc())
         profiler = stack.enter_context(_Profiler(config, workdir))
 
@@ -278,6 +272,28 @@ def train(
             watchdog.beat("averaging", config.watchdog_compile_seconds)
             write_average(workdir, workdir / AVERAGED_DIR, last=config.average_last, abstract_params=abstract.params)
     return step - restored.step
+
+
+# Runs that one process makes after each other, of the same sizes and schedule, share their compiled programs.
+@functools.lru_cache(maxsize=4)
+def _train_step(
+    model: ModelConfig,
+    optimizer: OptimizerConfig,
+    schedule: ScheduleConfig,
+    loss: LossConfig,
+    num_sources: int,
+    num_microbatches: int,
+    mesh: Mesh,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    update = make_optimizer(optimizer, schedule, model)
+    return make_train_step(
+        model, update, loss=loss, num_sources=num_sources, num_microbatches=num_microbatches, mesh=mesh
+    )
+
+
+@functools.lru_cache(maxsize=4)
+def _eval_step(model: ModelConfig, num_sources: int, mesh: Mesh) -> Callable[[Any, Batch], LossSums]:
+    return make_eval_step(model, num_sources=num_sources, mesh=mesh)
 
 
 def _sha256(value: Any) -> str:
@@ -403,7 +419,7 @@ def _make_evaluate(
     if not config.eval_every or data.eval_batches is None:
         return None
     held_out = data.eval_batches
-    eval_step = make_eval_step(model, num_sources=len(data.sources), mesh=mesh)
+    eval_step = _eval_step(model, len(data.sources), mesh)
 
     def evaluate(params: Any) -> dict[str, float]:
         nll, weight = np.zeros(len(data.sources)), np.zeros(len(data.sources))
