@@ -47,6 +47,7 @@ VERBS = {
     "generate": Verb("continue prompts with a trained model", reads_runs=True),
     "evaluate": Verb("score a model on tasks, item by item, and compare it with another; the same command resumes"),
     "ruler": Verb("ask a model, ours or behind a server, about long texts: a score for every length and depth"),
+    "verify": Verb("which candidate data set makes a model better, and how sure that is; the same command resumes"),
     "quickstart": Verb("prepare, pretrain, evaluate, sample and export a small model; ends with report.html"),
     "plan": Verb("what a TPU pod will do: memory, time and cost, compiled without the pod", uses_devices=False),
 }
