@@ -114,6 +114,7 @@ def test_an_annealing_goes_on_from_the_checkpoint_and_decays_to_its_end(verified
     assert shares == 1.0
 
 
+@pytest.mark.slow
 def test_cells_of_one_size_share_their_programs(setting, tmp_path):
     loop._train_step.cache_clear()
     run(dataclasses.replace(setting, decay_steps=2, limit=2), tmp_path)
@@ -128,6 +129,7 @@ def test_a_second_call_trains_nothing_and_says_the_same(setting, verified, monke
     assert {**again, "date": ""} == {**results, "date": ""}
 
 
+@pytest.mark.slow
 def test_killed_anywhere_it_ends_with_the_same_weights_and_figures(setting, verified, tmp_path, monkeypatch):
     evaluate_run, train = evaluate.run, pretrain.run
     calls = []
@@ -158,6 +160,7 @@ def test_killed_anywhere_it_ends_with_the_same_weights_and_figures(setting, veri
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
+@pytest.mark.slow
 def test_more_seeds_and_candidates_may_be_asked_for_later(setting, verified, tmp_path):
     small = dataclasses.replace(
         setting, decay_steps=2, limit=5, num_seeds=1, candidates={"prose": setting.candidates["prose"]}
