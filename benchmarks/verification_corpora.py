@@ -58,33 +58,33 @@ def read_corpora(folder: Path, *, characters: int, parts: int, passages: int, pa
         RuntimeError: a package cannot be had.
     """
     rng = random.Random(0)
-    files = sorted((_package(folder, ESSAYS) / "usr/share/doc/anarchism/markdown").glob("sec*.md.gz"))
-    essays = [gzip.decompress(path.read_bytes()).decode("utf-8") for path in files]
-    essays = [text for text in essays if len(text) > 10_000]  # shorter ones are tables of contents
-    rng.shuffle(essays)
-    held_out_essays, essays = essays[: len(essays) // 6], essays[len(essays) // 6 :]
-    documents = [chunk for text in essays for chunk in chunks(text)]
+    sections = essays(package(folder, ESSAYS))
+    rng.shuffle(sections)
+    held_out_essays, sections = sections[: len(sections) // 6], sections[len(sections) // 6 :]
+    documents = [chunk for text in sections for chunk in chunks(text)]
     rng.shuffle(documents)
 
-    handbook = _package(folder, MANUALS) / "usr/share/doc/debian-handbook/html"
-    english, furniture = _pages(handbook / "en-US")
-    french, _ = _pages(handbook / "fr-FR")
-    manuals = [*english, _zipped(_package(folder, POLICY), "policy.txt.gz")]
+    handbook = package(folder, MANUALS) / "usr/share/doc/debian-handbook/html"
+    english, furniture = pages(handbook / "en-US")
+    french, _ = pages(handbook / "fr-FR")
+    manuals = [*english, _zipped(package(folder, POLICY), "policy.txt.gz")]
     manual_documents = [chunk for text in manuals for chunk in chunks(text)]
     rng.shuffle(manual_documents)
     held_out_manuals, default = manual_documents[::6], [d for i, d in enumerate(manual_documents) if i % 6]
-    stories = [*chunks(_zipped(_package(folder, JARGON), "jargon.txt.gz"))]
-    reference = [*chunks(_zipped(_package(folder, REFERENCE), "debian-reference.en.txt.gz"))]
+    stories = [*chunks(_zipped(package(folder, JARGON), "jargon.txt.gz"))]
+    reference = [*chunks(_zipped(package(folder, REFERENCE), "debian-reference.en.txt.gz"))]
 
     clean = _up_to(documents, characters)
-    spam = _spam(_package(folder, SPAM), rng)
+    mails = spam(package(folder, SPAM))
+    rng.shuffle(mails)
+    advertising = mail_chunks(mails)
     return Corpora(
         default=default,
         candidates={
             "clean": clean,
             "duplicated": _up_to(_up_to(documents, characters // 8) * 9, characters),
             "boilerplate": _up_to([with_boilerplate(d, furniture, rng) for d in clean], characters),
-            "spam_mixed": _up_to([d for pair in zip(clean, spam, strict=False) for d in pair], characters),
+            "spam_mixed": _up_to([d for pair in zip(clean, advertising, strict=False) for d in pair], characters),
             "templated": _up_to(templated(clean, rng), characters),
             "shuffled": [shuffled(d, rng) for d in clean],
             "french": _up_to([c for text in french for c in chunks(text)], characters),
@@ -197,7 +197,7 @@ class _Text(html.parser.HTMLParser):
             self.lines[-1] += re.sub(r"\s+", " ", data)
 
 
-def _pages(folder: Path) -> tuple[list[str], list[str]]:
+def pages(folder: Path) -> tuple[list[str], list[str]]:
     """Texts of the pages of a book, and the lines that stand on many of them: its navigation."""
     pages = []
     for path in sorted(folder.glob("*.html")):
@@ -209,15 +209,22 @@ def _pages(folder: Path) -> tuple[list[str], list[str]]:
     return ["\n\n".join(line for line in lines if line not in furniture) for lines in pages], sorted(furniture)
 
 
-def _zipped(package: Path, name: str) -> str:
-    (path,) = package.rglob(name)
+def _zipped(root: Path, name: str) -> str:
+    (path,) = root.rglob(name)
     return gzip.decompress(path.read_bytes()).decode("utf-8", "replace")
 
 
-def _spam(package: Path, rng: random.Random) -> list[str]:
-    """The texts of spam mails, tags left out, one after another and cut to documents."""
+def essays(root: Path) -> list[str]:
+    """The sections of the essays."""
+    files = sorted((root / "usr/share/doc/anarchism/markdown").glob("sec*.md.gz"))
+    texts = [gzip.decompress(path.read_bytes()).decode("utf-8") for path in files]
+    return [text for text in texts if len(text) > 10_000]  # shorter ones are tables of contents
+
+
+def spam(root: Path) -> list[str]:
+    """The texts of spam mails, tags left out."""
     texts = []
-    for path in sorted(package.rglob("data/spam-*/*.txt")):
+    for path in sorted(root.rglob("data/spam-*/*.txt")):
         try:
             message = email.message_from_bytes(path.read_bytes(), policy=email.policy.default)
             body = message.get_body(("plain", "html"))
@@ -225,11 +232,15 @@ def _spam(package: Path, rng: random.Random) -> list[str]:
         except (LookupError, ValueError, AttributeError, TypeError, KeyError):  # mails that do not keep to the rules
             continue
         texts.append(re.sub(r"\n\s*\n+", "\n\n", re.sub(r"<[^>]*>", " ", text)).strip())
-    rng.shuffle(texts)
-    return chunks("\n\n".join(text for text in texts if len(text) > 200))
+    return texts
 
 
-def _package(folder: Path, name: str) -> Path:
+def mail_chunks(mails: Sequence[str]) -> list[str]:
+    """Mails one after another, cut to documents; very short ones are left out."""
+    return chunks("\n\n".join(text for text in mails if len(text) > 200))
+
+
+def package(folder: Path, name: str) -> Path:
     """Where a package is unpacked, after downloading it if it is not there yet."""
     root = folder / name.rpartition("/")[2].split("@")[0]
     if root.exists():
