@@ -1,6 +1,6 @@
 """Efficient verification of data: which of several candidate sets makes a model better, and how sure that is.
 
-The procedure is Ultra-FineWeb's (MiniCPM4 report, arXiv:2506.07900 §2.2): a model that was trained to the end of its
+The procedure is Ultra-FineWeb's (MiniCPM4 report, §2.2): a model that was trained to the end of its
 stable phase is annealed once for every candidate, on a mixture of 30% candidate and 70% of the default mix, and the
 annealed models are compared. This module has what that needs besides a trainer and an evaluation: the mixture, the
 comparison of all pairs, and the verdict. `experiments/verify.py` trains and evaluates.
