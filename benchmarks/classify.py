@@ -15,7 +15,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.results import Benchmark
-from benchmarks.verification_corpora import ESSAYS, MANUALS, SPAM, chunks, essays, mail_chunks, package, pages, spam
+from benchmarks.verification_corpora import (
+    ESSAYS,
+    MAILS,
+    MANUALS,
+    chunks,
+    essays,
+    mail_chunks,
+    mails_of,
+    package,
+    pages,
+)
 from cpm_jax.curation.classifier import ClassifierConfig, load_classifier, train_classifier
 from cpm_jax.curation.document import Document
 from cpm_jax.curation.pools import Pool
@@ -28,7 +38,7 @@ CHINESE = "fortunes-zh"
 def english(folder: Path) -> tuple[list[str], list[str]]:
     """Essays and manuals, and spam."""
     good = [*essays(package(folder, ESSAYS)), *pages(package(folder, MANUALS) / f"{_BOOK}/en-US")[0]]
-    return [c for text in good for c in chunks(text)], mail_chunks(spam(package(folder, SPAM)))
+    return [c for text in good for c in chunks(text)], mail_chunks(mails_of(package(folder, MAILS), "spam-*"))
 
 
 def chinese(folder: Path) -> tuple[list[str], list[str]]:

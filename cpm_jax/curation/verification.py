@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from cpm_jax.common.statistics import holm
-from cpm_jax.curation.paired_bootstrap import SIGNIFICANCE, Difference, paired_difference, seeds_needed
+from cpm_jax.curation.paired_bootstrap import SIGNIFICANCE, Difference, paired_difference, seed_spread, seeds_needed
 from cpm_jax.data.mixture import Component, MixtureConfig, Stage
 
 DEFAULT = "default"  # the default mix alone, which every candidate is also compared with
@@ -113,10 +113,15 @@ def compare_pairs(scores: Scores) -> list[Pair]:
     """Compares every two candidates; the best candidates come first."""
     pairs = list(combinations(scores.ranking(), 2))
     sign = scores.unit.scale * (1 if scores.unit.higher_is_better else -1)
+    by_seed = [
+        np.mean([table.sum(1) / scores.weights[task].sum() for task, table in tables.items()], axis=0)
+        for tables in scores.values.values()
+    ]
+    spread = seed_spread(scores.unit.scale * np.array(by_seed))
     found = []
     for first, second in pairs:
         a, b = ([sign * scores.values[name][task] for task in scores.weights] for name in (first, second))
-        found.append(paired_difference(a, b, list(scores.weights.values())))
+        found.append(paired_difference(a, b, list(scores.weights.values()), spread=spread))
     adjusted = holm([difference.p_value for difference in found])
     return [Pair(*names, d, p) for names, d, p in zip(pairs, found, adjusted, strict=True)]
 

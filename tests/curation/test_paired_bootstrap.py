@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from cpm_jax.curation.paired_bootstrap import paired_difference, seeds_needed
+from cpm_jax.curation.paired_bootstrap import paired_difference, seed_spread, seeds_needed
 
 
 def crossed(rng, items, seeds, *, effect=0.0, item=1.0, seed=0.1, rest=0.5):
@@ -29,7 +29,7 @@ def test_where_only_seeds_differ_it_is_the_paired_t_test_over_seeds():
     a = np.repeat(per_seed[:, None], 50, axis=1)
     found = paired_difference([a], [np.zeros_like(a)], [np.ones(50)])
     theirs = scipy.stats.ttest_1samp(per_seed, 0)
-    assert found.degrees_of_freedom == pytest.approx(4)
+    assert found.seed_freedom == 4
     assert found.p_value == pytest.approx(theirs.pvalue, rel=0.1)
     np.testing.assert_allclose(found.interval, theirs.confidence_interval(), rtol=0.05)
 
@@ -90,3 +90,40 @@ def test_the_same_input_gives_the_same_result():
     assert paired_difference([table], [0 * table], [np.ones(30)]) == paired_difference(
         [table], [0 * table], [np.ones(30)]
     )
+
+
+def test_the_spread_of_seeds_is_that_of_differences_and_common_effects_do_not_count():
+    rng = np.random.default_rng(9)
+    common = rng.normal(0, 10, 3000)
+    figures = common + rng.normal(0, 0.5, (4, 3000))
+    found = seed_spread(figures)
+    assert found.variance == pytest.approx(2 * 0.5**2, rel=0.05)
+    assert found.freedom == 3 * 2999
+    pair = figures[0] - figures[1]
+    assert seed_spread(figures[:2]).variance == pytest.approx(pair.var(ddof=1))  # of two it is that of the pair
+    assert seed_spread(figures[:1]) is None
+    assert seed_spread(figures[:, :1]) is None
+
+
+def test_seeds_that_agree_by_chance_are_not_believed_where_others_do_not():
+    rng = np.random.default_rng(10)
+    table = 0.3 + rng.normal(size=(1, 60)) + np.zeros((3, 1))
+    alone = paired_difference([table], [0 * table], [np.ones(60)])
+    among = paired_difference([table], [0 * table], [np.ones(60)], spread=seed_spread(rng.normal(0, 0.5, (5, 3))))
+    assert alone.seed_variance == 0
+    assert among.p_value > alone.p_value
+    assert among.standard_error > alone.standard_error
+
+
+@pytest.mark.parametrize("seed_effect", [0.0, 0.2, 1.0])
+def test_many_pairs_of_equals_are_told_apart_no_more_often_than_the_level(seed_effect):
+    rng = np.random.default_rng(11)
+    found = []
+    for _ in range(40):
+        tables = rng.normal(size=(1, 1, 60)) + seed_effect * rng.normal(size=(5, 3, 1)) + rng.normal(size=(5, 3, 60))
+        spread = seed_spread(tables.mean(2))
+        found += [
+            paired_difference([tables[i]], [tables[j]], [np.ones(60)], spread=spread, draws=400).p_value < 0.05
+            for i, j in ((0, 1), (2, 3), (3, 4))
+        ]
+    assert np.mean(found) < 0.08

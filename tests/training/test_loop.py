@@ -252,9 +252,11 @@ def test_the_device_is_never_waited_for_in_the_newest_step(tmp_path, tiny_config
         return call
 
     get = jax.device_get
+    loop._train_step.cache_clear()  # a program of an earlier run of the same sizes would be taken
     monkeypatch.setattr(loop, "make_train_step", spying)
     monkeypatch.setattr(loop.jax, "device_get", lambda x: events.append("read") or get(x))
     run(tmp_path, tiny_config, steps=5, every=100, eval_every=0)
+    loop._train_step.cache_clear()
     assert events == ["step", *["step", "read"] * 4, "read"]
 
 
