@@ -105,8 +105,8 @@ RECIPES = {
     "smoke": Recipe(_model(512, 1, 32, 1, 128), 0.01, 64, 10, 20, 4, 2, 1, 60_000, 2, 10, 150),
     # At most half an hour of two idle cores.
     "cpu": Recipe(_model(2048, 2, 64, 2, 128), 0.01, 128, 10, 400, 40, 3, 2, 1_000_000, 8, 120, 300),
-    # Some 40 times the model and 20 times the tokens; for one GPU.
-    "gpu": Recipe(_model(8192, 8, 256, 4, 256), 0.01, 256, 40, 2000, 200, 5, 3, 8_000_000, 8, 600, 600),
+    # Some 35 times the model and 10 times the tokens, which is what these texts allow; for one GPU.
+    "gpu": Recipe(_model(8192, 8, 256, 4, 256), 0.01, 256, 40, 500, 50, 5, 3, 3_000_000, 8, 600, 600),
 }
 
 

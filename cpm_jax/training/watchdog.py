@@ -63,3 +63,5 @@ class Watchdog:
 
     def __exit__(self, *exc_info: object) -> None:
         self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join()
