@@ -1,0 +1,468 @@
+"""Sources to a curated data set: filter, find duplicates, write; by a pool of processes, resumable at any moment.
+
+1. Each input shard, by some worker: read, filter; the kept documents and their keys for deduplication lie on disk.
+2. This process alone: which documents and paragraphs are duplicates, from the keys.
+3. Each input shard again, by some worker: its output shard.
+Then the card and the manifest, which makes the data set complete. What a worker finished has a note, written last; a
+later call goes by the notes, so each input shard has one output shard, however often the job was killed.
+"""
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from cpm_jax.common.config import ConfigError, config_dataclass
+from cpm_jax.common.files import sha256, write_json, write_text
+from cpm_jax.curation import dedup
+from cpm_jax.curation.card import dataset_card
+from cpm_jax.curation.decontamination import Decontaminate, build_index
+from cpm_jax.curation.dedup import DedupConfig
+from cpm_jax.curation.document import Document, Filter, apply_filters
+from cpm_jax.curation.html import Extractor
+from cpm_jax.curation.readers import Damage, InputShard, Reading, plan_shards, read_shard
+from cpm_jax.curation.statistics import Statistics
+from cpm_jax.curation.writers import Columns, OutputFormat, ShardWriter, dump, load_dump
+from cpm_jax.data.errors import DataError
+from cpm_jax.data.prepare import PROGRESS_DIR, REJECTS_FILE, full_disk_as_data_error, only_process
+from cpm_jax.data.sources import Reject
+from cpm_jax.data.workers import ordered_map
+
+MANIFEST = "curation.json"
+CARD = "dataset_card.md"
+DATA_DIR = "data"
+DROPPED_DIR = "dropped"
+
+
+@config_dataclass
+class PipelineConfig:
+    """What to curate, and how.
+
+    Attributes:
+        sources: what to read: one source string or several (`cpm_jax.data.sources.read_documents` says what they may
+            be); WARC, WET and HTML files, too.
+        filters: applied to each document in this order, up to the first that drops it: any callables
+            `Document -> Document` that can be pickled.
+        dedup: what counts as a duplicate; None keeps all.
+        decontamination_ngram: documents that share this many words in a row with an evaluation set are dropped: 13 in
+            the GPT-3 paper, 16 in MiMo's report.
+        text_field: the field or column of the text in jsonl, parquet, ArrayRecord and TFDS.
+        extensions: endings of the file names to take from folders, such as (".warc.gz",); all if None.
+        extractor: of the text of web pages, see `cpm_jax.curation.html`.
+        tfds_data_dir: where TFDS keeps its data sets; its own default if None.
+        output_format: of the shards.
+        num_workers: processes; None for one per core, 0 for none but this one.
+    """
+
+    sources: str | tuple[str, ...] | list[str]
+    filters: tuple[Any, ...] | list[Any] = ()
+    dedup: DedupConfig | None = dataclasses.field(default_factory=DedupConfig)
+    decontamination_ngram: int = 13
+    text_field: str = "text"
+    extensions: tuple[str, ...] | list[str] | None = None
+    extractor: Extractor = "keep_code_and_math"
+    tfds_data_dir: str | None = None
+    output_format: OutputFormat = "parquet"
+    num_workers: int | None = None
+
+    def __post_init__(self) -> None:
+        """Checks what the types do not say."""
+        if not self.source_list:
+            raise ConfigError("PipelineConfig.sources = (): at least one source is needed", "PipelineConfig.sources")
+        for apply in self.filters:
+            if not callable(apply):
+                message = f"PipelineConfig.filters: {apply!r} is no filter: a callable Document -> Document is"
+                raise ConfigError(message, "PipelineConfig.filters")
+        for name, least in {"decontamination_ngram": 1, "num_workers": 0}.items():
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ConfigError(
+                    f"PipelineConfig.{name} = {value}: must be at least {least}", f"PipelineConfig.{name}"
+                )
+
+    @property
+    def source_list(self) -> tuple[str, ...]:
+        """The sources, also when only one was given."""
+        return (self.sources,) if isinstance(self.sources, str) else tuple(self.sources)
+
+    @property
+    def reading(self) -> Reading:
+        """How records become documents."""
+        return Reading(self.text_field, self.extractor, self.tfds_data_dir)
+
+    def arguments(self) -> dict[str, Any]:
+        """The arguments that the result depends on, as JSON holds them."""
+        arguments = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        del arguments["num_workers"]
+        arguments["sources"] = self.source_list
+        arguments["filters"] = [_described(apply) for apply in self.filters]
+        arguments["dedup"] = None if self.dedup is None else dataclasses.asdict(self.dedup)
+        return json.loads(json.dumps(arguments))
+
+
+def _described(apply: Any) -> dict[str, Any]:
+    if dataclasses.is_dataclass(apply) and not isinstance(apply, type):
+        return {"filter": type(apply).__qualname__} | dataclasses.asdict(apply)
+    return {"filter": getattr(apply, "__qualname__", type(apply).__qualname__)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Places:
+    """Where what belongs to a shard lies."""
+
+    output_dir: Path
+
+    @property
+    def work_dir(self) -> Path:
+        return self.output_dir / PROGRESS_DIR
+
+    def file(self, stage: str, shard: int, suffix: str) -> Path:
+        return self.work_dir / stage / f"{shard:05d}{suffix}"
+
+    def note(self, stage: str, shard: int) -> dict[str, Any] | None:
+        """What a finished stage says of a shard; None if it is not finished."""
+        path = self.file(stage, shard, ".json")
+        return json.loads(path.read_text("utf-8")) if path.exists() else None
+
+
+_FILTERED, _WRITTEN = "filtered", "written"
+
+
+class _FilterShard:
+    """Stage 1 of one shard."""
+
+    def __init__(self, config: PipelineConfig, filters: tuple[Filter, ...], output_dir: Path):
+        self._config = config
+        self._filters = filters
+        self._places = _Places(output_dir)
+
+    def __call__(self, shard: InputShard) -> None:
+        statistics, columns, rejects = Statistics(), Columns(), []
+        keys: list[np.ndarray] = []
+        paragraph_keys: list[np.ndarray] = []
+        dedup_config, damage = self._config.dedup, None
+        place = functools.partial(self._places.file, _FILTERED, shard.index)
+        try:
+            with ShardWriter(place(".kept.jsonl.zst")) as kept, ShardWriter(place(".dropped.jsonl.zst")) as dropped:
+                for found in read_shard(shard, self._config.reading):
+                    if isinstance(found, Reject):
+                        rejects.append(dataclasses.asdict(found))
+                        continue
+                    document = apply_filters(found, self._filters)
+                    if document.dropped:
+                        statistics.add(document)
+                        dropped.write(dump(document))
+                        continue
+                    columns.add(document)
+                    kept.write(dump(document))
+                    if dedup_config is not None:
+                        keys.append(dedup.document_keys(document, dedup_config))
+                        if dedup_config.min_paragraph is not None:
+                            paragraph_keys.append(dedup.paragraph_keys(document.text, dedup_config.min_paragraph))
+        except Damage as error:
+            damage, rejects, statistics, keys, paragraph_keys = (
+                dataclasses.asdict(error.reject),
+                [],
+                Statistics(),
+                [],
+                [],
+            )
+            columns = Columns()
+        statistics.rejects.update(reject["reason"] for reject in rejects)
+        if keys:
+            _save(place(".keys.npy"), np.stack(keys, axis=1))
+        if paragraph_keys:
+            _save(place(".paragraphs.npy"), np.concatenate(paragraph_keys))
+            _save(place(".paragraph_counts.npy"), np.array([len(found) for found in paragraph_keys], np.int64))
+        write_json(
+            place(".json"),
+            {
+                "damage": damage,
+                "rejects": rejects,
+                "statistics": statistics.to_json(),
+                "scores": columns.scores,
+                "fields": columns.fields,
+            },
+        )
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        np.save(file, array)
+    os.replace(temporary, path)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Decision:
+    """What deduplication says of a shard: the fate of each document, and which paragraphs go."""
+
+    shard: int
+    fates: np.ndarray
+    paragraphs: np.ndarray
+    paragraph_counts: np.ndarray
+
+
+class _WriteShard:
+    """Stage 3 of one shard."""
+
+    def __init__(self, config: PipelineConfig, output_dir: Path, columns: Columns):
+        self._config = config
+        self._places = _Places(output_dir)
+        self._columns = columns
+
+    def __call__(self, decision: _Decision) -> None:
+        statistics = Statistics()
+        name = f"shard-{decision.shard:05d}"
+        kept_path = self._places.output_dir / DATA_DIR / f"{name}.{self._config.output_format}"
+        dropped_path = self._places.output_dir / DROPPED_DIR / f"{name}.jsonl.zst"
+        place = functools.partial(self._places.file, _FILTERED, decision.shard)
+        with ShardWriter(kept_path, self._columns) as kept, ShardWriter(dropped_path) as dropped:
+            for document in load_dump(place(".dropped.jsonl.zst")):
+                dropped.write(dump(document))
+            for document in self._decided(load_dump(place(".kept.jsonl.zst")), decision):
+                statistics.add(document)
+                if document.dropped:
+                    dropped.write(dump(document))
+                else:
+                    kept.write(self._columns.row(document))
+        files = {}
+        for path, count in ((kept_path, statistics.documents), (dropped_path, None)):
+            if count == 0:
+                path.unlink()  # `datasets` cannot tell the columns of a file without rows
+            else:
+                files[path.relative_to(self._places.output_dir).as_posix()] = {
+                    "sha256": sha256(path),
+                    "documents": count,
+                }
+        note = {"statistics": statistics.to_json(), "files": files}
+        write_json(self._places.file(_WRITTEN, decision.shard, ".json"), note)
+
+    def _decided(self, documents: Iterator[Document], decision: _Decision) -> Iterator[Document]:
+        config = self._config.dedup
+        if config is None:
+            yield from documents
+            return
+        ends = np.cumsum(decision.paragraph_counts)
+        for number, document in enumerate(documents):
+            if decision.fates[number] != dedup.KEPT:
+                yield document.drop(dedup.REASONS[int(decision.fates[number])])
+                continue
+            if config.min_paragraph is not None:
+                goes = decision.paragraphs[ends[number] - decision.paragraph_counts[number] : ends[number]]
+                if goes.any():
+                    text = dedup.without_paragraphs(document.text, config.min_paragraph, goes)
+                    if len(text) < config.min_rest:
+                        yield document.drop(dedup.PARAGRAPHS)
+                        continue
+                    document = dataclasses.replace(document, text=text)
+            yield document
+
+
+def curate(
+    config: PipelineConfig,
+    output_dir: str | Path,
+    *,
+    evaluation_sets: Mapping[str, Sequence[str]] | None = None,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Makes a curated data set, or goes on with one that an earlier call did not finish, or finds it done.
+
+    The result is the same to the byte for any number of workers and however often it was interrupted.
+
+    Args:
+        config: what to curate.
+        output_dir: the folder to write, see docs/curate.md.
+        evaluation_sets: texts that no document may hold, by the name of their set.
+        progress: whether to show progress bars.
+
+    Returns:
+        The manifest that was written, now or by an earlier call.
+
+    Raises:
+        DataError: a source does not exist or holds nothing that can be used, or has changed since the interrupted
+            call; the folder was made with other arguments; the disk is full.
+    """
+    output_dir = Path(output_dir)
+    places = _Places(output_dir)
+    evaluation_sets = evaluation_sets or {}
+    arguments = config.arguments() | {"evaluation_sets": {name: _digest(t) for name, t in evaluation_sets.items()}}
+    manifest_file = output_dir / MANIFEST
+    if manifest_file.exists():
+        manifest = json.loads(manifest_file.read_text("utf-8"))
+        _check_same(manifest["arguments"], arguments, output_dir)
+        shutil.rmtree(places.work_dir, ignore_errors=True)  # a kill at the very end may have left it
+        return manifest
+    for source in config.source_list:
+        if os.path.isdir(source) and output_dir.resolve().is_relative_to(Path(source).resolve()):
+            raise DataError(f"the output folder {output_dir} lies inside the source {source!r}: choose one outside")
+    with full_disk_as_data_error(output_dir):
+        for folder in (places.work_dir / _FILTERED, places.work_dir / _WRITTEN, output_dir / DATA_DIR):
+            folder.mkdir(parents=True, exist_ok=True)
+        (output_dir / DROPPED_DIR).mkdir(exist_ok=True)
+        with only_process(places.work_dir):
+            return _curate(config, arguments, places, evaluation_sets, progress)
+
+
+def _digest(texts: Sequence[str]) -> str:
+    return hashlib.blake2b("\0".join(texts).encode(errors="replace"), digest_size=16).hexdigest()
+
+
+def _curate(
+    config: PipelineConfig,
+    arguments: dict[str, Any],
+    places: _Places,
+    evaluation_sets: Mapping[str, Sequence[str]],
+    progress: bool,
+) -> dict[str, Any]:
+    shards, unread = plan_shards(config.source_list, config.extensions)
+    _check_plan(places, {"arguments": arguments, "shards": [_identity(shard) for shard in shards]})
+    filters, compared = tuple(config.filters), dict[str, int]()
+    if evaluation_sets:
+        index = places.work_dir / "evaluation_sets.npz"
+        compared = build_index(index, evaluation_sets, config.decontamination_ngram)
+        # Before duplicates are looked for: a document that goes must not stand for those that are like it.
+        filters = (*filters, Decontaminate(str(index)))
+    make_filter = functools.partial(_FilterShard, config, filters, places.output_dir)
+    _run(make_filter, shards, shards, _FILTERED, places, config, progress)
+
+    notes = [places.note(_FILTERED, shard.index) or {} for shard in shards]
+    total, columns = Statistics(), Columns()
+    for note in notes:
+        total.merge(Statistics.from_json(note["statistics"]))
+        columns.merge(Columns(note["scores"], note["fields"]))
+    total.rejects.update(reject.reason for reject in unread)
+    decisions = list(_decide(config, shards, places))
+    make_writer = functools.partial(_WriteShard, config, places.output_dir, columns)
+    whole = [note["damage"] is None for note in notes]
+    usable = [shard for shard, is_whole in zip(shards, whole, strict=True) if is_whole]
+    _run(make_writer, usable, [decisions[shard.index] for shard in usable], _WRITTEN, places, config, progress)
+
+    files: dict[str, Any] = {}
+    for shard in usable:
+        note = places.note(_WRITTEN, shard.index) or {}
+        total.merge(Statistics.from_json(note["statistics"]))
+        files |= note["files"]
+    quarantined = [note["damage"] for note in notes if note["damage"]]
+    if not total.documents:
+        raise DataError(
+            f"no document of {', '.join(config.source_list)} is left; rejected: {dict(total.rejects) or 'none'}; "
+            f"dropped: {dict(total.drops) or 'none'}; damaged: {[item['id'] for item in quarantined] or 'none'}"
+        )
+    rejects = [dataclasses.asdict(reject) for reject in unread] + [item for note in notes for item in note["rejects"]]
+    write_text(
+        places.output_dir / REJECTS_FILE, "".join(json.dumps(reject, ensure_ascii=False) + "\n" for reject in rejects)
+    )
+    manifest = {
+        "documents": total.documents,
+        "characters": total.characters,
+        "text_bytes": total.text_bytes,
+        "drops": dict(sorted(total.drops.items())),
+        "rejects": dict(sorted(total.rejects.items())),
+        "quarantined": quarantined,
+        "languages": dict(sorted(total.languages.items())),
+        "sources": dict(sorted(total.sources.items())),
+        "input_shards": [shard.name for shard in shards],
+        "files": files,
+        "evaluation_sets": compared,
+        "arguments": arguments,
+    }
+    write_text(places.output_dir / CARD, dataset_card(manifest, total))
+    write_json(places.output_dir / MANIFEST, manifest)
+    shutil.rmtree(places.work_dir)
+    return manifest
+
+
+def _decide(config: PipelineConfig, shards: Sequence[InputShard], places: _Places) -> Iterator[_Decision]:
+    """Stage 2, for all shards in order."""
+
+    def load(suffix: str, otherwise: np.ndarray) -> list[np.ndarray]:
+        paths = [places.file(_FILTERED, shard.index, suffix) for shard in shards]
+        return [np.load(path, mmap_mode="r") if path.exists() else otherwise for path in paths]
+
+    none = np.empty(0, np.int64)
+    if config.dedup is None:
+        yield from (_Decision(shard.index, none, none, none) for shard in shards)
+        return
+    keys = load(".keys.npy", np.empty((config.dedup.bands + 2, 0), np.uint64))
+    fates = dedup.find_duplicates(keys)
+    counts = load(".paragraph_counts.npy", none)
+    goes = dedup.find_duplicate_paragraphs(load(".paragraphs.npy", np.empty(0, np.uint64)), counts, fates)
+    starts = np.cumsum([0, *(shard.shape[1] for shard in keys)])
+    for index in range(len(shards)):
+        own = fates[starts[index] : starts[index + 1]]
+        yield _Decision(shards[index].index, own, goes[index] if goes else none, np.asarray(counts[index]))
+
+
+def _run(
+    make_function: Callable[[], Callable[[Any], None]],
+    shards: Sequence[InputShard],
+    arguments: Sequence[Any],
+    stage: str,
+    places: _Places,
+    config: PipelineConfig,
+    progress: bool,
+) -> None:
+    """Runs a stage over the shards that it has not finished, with documents per second and the time left."""
+    num_workers = (os.cpu_count() or 1) if config.num_workers is None else config.num_workers
+    interval = 0.1 if sys.stderr.isatty() else 30.0  # seconds; a log file is not to be filled with bars
+    total = sum(shard.num_bytes for shard in shards) or None
+    with tqdm(desc=stage, total=total, unit="B", unit_scale=True, disable=not progress, mininterval=interval) as bar:
+        begin, documents = time.monotonic(), 0
+        tasks = (
+            (shard, None if places.note(stage, shard.index) else argument)
+            for shard, argument in zip(shards, arguments, strict=True)
+        )
+        for shard, _ in ordered_map(make_function, tasks, num_workers):
+            note = places.note(stage, shard.index) or {}
+            if progress:
+                counted = note["statistics"]
+                documents += counted["documents"] + sum(counted["drops"].values())
+                rate = documents / max(time.monotonic() - begin, 1e-9)
+                bar.set_postfix_str(f"{rate:,.0f} documents/s", refresh=False)
+            bar.update(shard.num_bytes)
+
+
+def _identity(shard: InputShard) -> dict[str, Any]:
+    """What tells whether a shard is still the same: names, sizes and times of its files."""
+    stats = [os.stat(path) if os.path.exists(path) else None for path, _ in shard.files]
+    return {
+        "source": shard.source,
+        "files": [
+            [name, stat and stat.st_size, stat and stat.st_mtime_ns]
+            for (_, name), stat in zip(shard.files, stats, strict=True)
+        ],
+    }
+
+
+def _check_plan(places: _Places, plan: dict[str, Any]) -> None:
+    path = places.work_dir / "plan.json"
+    if not path.exists():
+        write_json(path, plan)
+        return
+    before = json.loads(path.read_text("utf-8"))
+    _check_same(before["arguments"], plan["arguments"], places.output_dir)
+    if before["shards"] != json.loads(json.dumps(plan["shards"])):
+        raise DataError(
+            f"the sources have changed since the call that began {places.output_dir}: delete that folder, or give "
+            "another one"
+        )
+
+
+def _check_same(before: dict[str, Any], now: dict[str, Any], output_dir: Path) -> None:
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            raise DataError(
+                f"{output_dir} was made with {name} = {before.get(name)!r}, now {name} = {now.get(name)!r}: "
+                "give the same arguments, or another folder"
+            )
