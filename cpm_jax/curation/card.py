@@ -137,5 +137,5 @@ def _commands(manifest: Mapping[str, Any]) -> str:
     return (
         "## Commands\nMade by the first, with the settings in `config.gin` and, in full, `curation.json`; read by the"
         f" others.\n```\n{command}\npython -m experiments.run prepare --gin.DATA=OUT/data --gin.TOKENIZER=… "
-        "--workdir=DATASET\ndatasets.load_dataset('OUT')\n```\n"
+        "--workdir=DATASET\ndatasets.load_dataset('OUT/data')\n```\n"
     )
