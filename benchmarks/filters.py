@@ -56,7 +56,9 @@ def pairs() -> dict[str, tuple[str, Judge, Judge]]:
     """The filters that are compared: language, ours, theirs."""
     from datatrove.pipeline import filters as datatrove
 
-    gopher_zh = {"min_word_length": 1, "max_word_length": 5, "min_alphabetic_words": 0.735}
+    gopher_zh = GopherQuality(
+        min_word_length=1, max_word_length=5, min_alphabetic_words=0.735, stop_words=STOP_WORDS_ZH
+    )
     return {
         "Gopher quality": ("en", ours(GopherQuality()), theirs(datatrove.GopherQualityFilter())),
         "Gopher repetition": ("en", ours(GopherRepetition()), theirs(datatrove.GopherRepetitionFilter())),
@@ -64,7 +66,7 @@ def pairs() -> dict[str, tuple[str, Judge, Judge]]:
         "FineWeb quality": ("en", ours(FineWebQuality()), theirs(datatrove.FineWebQualityFilter())),
         "Gopher quality, Chinese": (
             "zh",
-            ours(GopherQuality(stop_words=STOP_WORDS_ZH, **gopher_zh)),
+            ours(gopher_zh),
             theirs(
                 datatrove.GopherQualityFilter(
                     language="cmn_Hani",

@@ -53,7 +53,7 @@ def _index(path: str) -> tuple[int, list[str], np.ndarray, np.ndarray]:
     try:
         with np.load(path) as index:
             return int(index["n"]), index["names"].tolist(), index["keys"], index["owners"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"Decontaminate.index = {path!r} is no index that build_index wrote: {error}") from error
 
 

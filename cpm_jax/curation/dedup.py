@@ -24,7 +24,8 @@ PARAGRAPHS = "duplicate paragraphs"
 
 _KEYS_AT_ONCE = 1 << 24  # that are sorted in memory
 _SHINGLES_AT_ONCE = 1 << 8  # so that what is computed stays in the processor's cache
-_PARAGRAPH = re.compile(r"\S(?:.*?\S)??(?=[ \t]*(?:\n[ \t]*\n|\Z))", re.DOTALL)
+_PARAGRAPH = re.compile(r"(?:[^\n]*\S[^\n]*(?:\n|\Z))+")  # lines that are not blank
+_LINE = re.compile(r"[^\n]*\S[^\n]*")
 _FIXED = 2  # keys before those of the bands: of the text and of the id
 
 
@@ -166,7 +167,8 @@ def paragraphs(text: str, least: int) -> list[tuple[int, int]]:
 
     A text without blank lines is divided at line ends.
     """
-    pieces = [match.span() for match in _PARAGRAPH.finditer(text)] if "\n\n" in text else _lines(text)
+    pattern = _PARAGRAPH if "\n\n" in text else _LINE
+    pieces = [_stripped(match) for match in pattern.finditer(text)]
     kept_spans = blocks(text)
     return [
         (begin, end)
@@ -175,8 +177,9 @@ def paragraphs(text: str, least: int) -> list[tuple[int, int]]:
     ]
 
 
-def _lines(text: str) -> list[tuple[int, int]]:
-    return [match.span() for match in re.finditer(r"\S.*", text)]
+def _stripped(match: re.Match[str]) -> tuple[int, int]:
+    left = len(match[0]) - len(match[0].lstrip())
+    return match.start() + left, match.start() + len(match[0].rstrip())
 
 
 def paragraph_keys(text: str, least: int) -> UInt64[np.ndarray, " paragraphs"]:
