@@ -12,6 +12,9 @@ from cpm_jax.curation.extra import import_extra
 from cpm_jax.curation.filters import TextFilter, with_text
 
 
+_NOT_PLAIN = re.compile(r"[^\n\t -~]")  # all that ftfy could mend
+
+
 @functools.cache
 def _fixer() -> tuple[Any, Any]:
     ftfy = import_extra("ftfy")
@@ -34,7 +37,7 @@ class FixEncoding(TextFilter):
 
     def judge(self, document: Document) -> Document:
         """Returns the document, mended."""
-        if document.text.isascii() and document.text.isprintable():
+        if not _NOT_PLAIN.search(document.text):
             return document
         ftfy, config = _fixer()
         return with_text(document, change_prose(document.text, lambda text: ftfy.fix_text(text, config)))

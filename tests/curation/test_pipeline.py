@@ -12,6 +12,7 @@ import pytest
 from cpm_jax.common.config import ConfigError
 from cpm_jax.curation import readers
 from cpm_jax.curation.cleaning import MaskPersonalData
+from cpm_jax.curation.dedup import DedupConfig
 from cpm_jax.curation.document import Document
 from cpm_jax.curation.gopher import GopherQuality
 from cpm_jax.curation.pipeline import CARD, MANIFEST, PipelineConfig, curate
@@ -153,6 +154,31 @@ def test_a_second_call_finds_it_done_and_other_arguments_are_refused(corpus, tmp
         run(corpus, tmp_path / "out", decontamination_ngram=16)
     with pytest.raises(DataError, match="was made with filters"):
         run(corpus, tmp_path / "out", filters=(GopherQuality(min_words=51),))
+
+
+def test_shards_without_paragraphs_or_without_any_document_are_no_error(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text('{"text": "short"}\n')
+    (tmp_path / "in" / "b.jsonl").write_text("")
+    (tmp_path / "in" / "c.jsonl").write_text('{"text": "short"}\n')
+    manifest = run(tmp_path / "in", tmp_path / "out", filters=())
+    assert manifest["drops"] == {"exact duplicate": 1}
+    assert sorted(name for name in manifest["files"] if name.startswith("data")) == ["data/shard-00000.parquet"]
+    table = datasets.load_dataset(str(tmp_path / "out" / "data"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert table["text"][:] == ["short"]
+
+
+def test_paragraphs_that_were_seen_go_and_what_is_left_of_little_is_dropped(tmp_path):
+    shared = prose(1)
+    texts = [shared, f"{shared}\n\n{prose(2)}", f"{shared}\n\nNo more than this."]
+    (tmp_path / "in.jsonl").write_text(
+        "".join(json.dumps({"text": text, "id": str(n)}) + "\n" for n, text in enumerate(texts))
+    )
+    manifest = run(tmp_path / "in.jsonl", tmp_path / "out", dedup=DedupConfig(bands=0), output_format="jsonl.zst")
+    assert manifest["drops"] == {"duplicate paragraphs": 1}
+    rows = datasets.load_dataset(str(tmp_path / "out" / "data"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert rows["text"][:] == [shared, prose(2)]
+    assert run(tmp_path / "in.jsonl", tmp_path / "all", dedup=None)["documents"] == 3
 
 
 class Stop(Exception):
