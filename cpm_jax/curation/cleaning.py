@@ -11,7 +11,6 @@ from cpm_jax.curation.document import Document
 from cpm_jax.curation.extra import import_extra
 from cpm_jax.curation.filters import TextFilter, with_text
 
-
 _NOT_PLAIN = re.compile(r"[^\n\t -~]")  # all that ftfy could mend
 
 
