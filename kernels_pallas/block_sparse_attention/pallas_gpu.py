@@ -72,7 +72,7 @@ def _attention_fwd(block_size: int, scale: float, interpret: bool, *args: Any) -
         in_specs=[*[ANYWHERE] * (len(tables) + 2), of_queries],
         out_specs=(of_queries, tiles.block_spec()),
         out_shape=(tiles.shape(q.dtype, keys.head_dim), tiles.shape(jnp.float32)),
-        compiler_params=_compiler_params(q),
+        compiler_params=_compiler_params("forward", q),
         interpret=interpret,
         name="block_sparse_attention_forward",
     )(*tables, keys.to_keys(k), keys.to_keys(v), tiles.to_rows(q))
@@ -99,7 +99,7 @@ def _attention_bwd(block_size: int, scale: float, interpret: bool, residuals: tu
         in_specs=[*[ANYWHERE] * (len(tables) + 2), *[of_queries] * 2, *[tiles.block_spec()] * 2],
         out_specs=of_queries,
         out_shape=tiles.shape(q.dtype, keys.head_dim),
-        compiler_params=_compiler_params(q),
+        compiler_params=_compiler_params("dq", q),
         interpret=interpret,
         name="block_sparse_attention_dq",
     )(*tables, *by_blocks, *rows)
@@ -114,7 +114,7 @@ def _attention_bwd(block_size: int, scale: float, interpret: bool, residuals: tu
         in_specs=[*[ANYWHERE] * (len(turned) + len(tables) + len(rows)), of_block, of_block],
         out_specs=(of_block, of_block),
         out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in by_blocks],
-        compiler_params=_compiler_params(q),
+        compiler_params=_compiler_params("dkv", q),
         interpret=interpret,
         name="block_sparse_attention_dkv",
     )(*turned, *tables, *rows, *by_blocks)
@@ -201,8 +201,8 @@ def _tables(tiles: QueryTiles, keys: _Keys, block_ids: Array, positions: Array, 
     return _Tables(ids, words, whole.sum(axis=3, dtype=jnp.int32), counts, places, *segments)
 
 
-def _compiler_params(q: Array) -> plgpu.CompilerParams:
-    return plgpu.CompilerParams(num_warps=GPU_WARPS[q.dtype.itemsize], num_stages=GPU_STAGES)
+def _compiler_params(kernel: str, q: Array) -> plgpu.CompilerParams:
+    return plgpu.CompilerParams(num_warps=GPU_WARPS[q.dtype.itemsize][kernel], num_stages=GPU_STAGES)
 
 
 def _dot(x: Array, y: Array, *, trans_b: bool = False) -> Array:

@@ -22,6 +22,9 @@ DQ_BUFFERS = 3
 # of a program. Chosen so that no GPU's compiler runs out of registers (`tests/aot/test_sparse_gpu.py`): products in
 # float32 are sums in registers.
 GPU_ROWS = {2: 64, 4: 16}
-GPU_WARPS = {2: 8, 4: 16}
+GPU_WARPS = {
+    2: {"forward": 4, "dq": 4, "dkv": 8},
+    4: {"forward": 16, "dq": 16, "dkv": 16},
+}
 # Blocks on their way.
 GPU_STAGES = 2
