@@ -52,9 +52,9 @@ def _novels(root: Path) -> LongText:
 
 def _essays(root: Path) -> LongText:
     """An Anarchist FAQ: essays on politics and history; section H.3, the longest, is measured on."""
-    files = sorted((root / "usr/share/doc/anarchism/markdown").glob("*.md.gz"))
+    files = sorted((root / "usr/share/doc/anarchism/markdown").glob("sec*.md.gz"))
     texts = {path.name.removesuffix(".md.gz"): gzip.decompress(path.read_bytes()).decode("utf-8") for path in files}
-    # Sections are parts of one work; pages of a few lines are tables of contents.
+    # Pages of a few lines are tables of contents.
     return LongText(texts.pop("secH3"), [text for text in texts.values() if len(text) > 10_000])
 
 

@@ -52,11 +52,11 @@ class Measured(NamedTuple):
 
     Attributes:
         losses: of each token but the first, in nats.
-        shares: of dense attention, by rule, number of blocks, layer, head and query; None where not asked for.
+        shares: of dense attention, by layer, rule, number of blocks, head and query; None where not asked for.
     """
 
     losses: Float[np.ndarray, " T"]
-    shares: Float[np.ndarray, "rules budgets L N R"] | None = None
+    shares: Float[np.ndarray, "L rules budgets N R"] | None = None
 
     @staticmethod
     def path(work: Path, cell: Cell, row: str) -> Path:
@@ -223,16 +223,16 @@ def _share_rows(
 
     Args:
         bench: gets the rows.
-        shares: [rows, rules, budgets, L, N, R].
-        rules: of its second dimension.
-        budgets: of its third dimension.
+        shares: [rows, L, rules, budgets, N, R].
+        rules: of its third dimension.
+        budgets: of its fourth dimension.
         main: the one of the maps.
         directory: where files go.
     """
-    by_head = shares.mean(axis=(0, 5))  # [rules, budgets, L, N]
+    by_head = shares.mean(axis=(0, 5)).transpose(1, 2, 0, 3)  # [rules, budgets, L, N]
     for place, budget in enumerate(budgets):
         for number, rule in enumerate(rules):
-            every, heads = shares[:, number, place], by_head[number, place]
+            every, heads = shares[:, :, number, place], by_head[number, place]
             low, median = np.percentile(every, [5, 50])
             bench.add(
                 f"dense attention held by {budget} blocks, {NAMES[rule]}: 5% of queries below {low:.3f}, median "

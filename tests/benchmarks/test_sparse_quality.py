@@ -5,6 +5,7 @@ import math
 import struct
 import zlib
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,6 +13,9 @@ from benchmarks import sparse_quality
 from benchmarks.long_texts import r_character_vectors
 from benchmarks.results import load
 from benchmarks.sparse_quality_report import Cell, Estimate, Losses, Measured, Plan, report
+from cpm_jax.inference.load import LoadedModel
+from cpm_jax.modeling.config import ModelConfig
+from cpm_jax.modeling.decoder import init_params
 
 DENSE = Cell("published", "dense", 0, 2048, "plain")
 OURS = Cell("published", "lse", 4, 2048, "plain")
@@ -54,6 +58,29 @@ def test_every_cell_of_a_part_is_another():
         assert len(cells) == len(set(cells))
 
 
+def test_a_dense_row_is_weighed_by_layer_rule_budget_head_and_query(monkeypatch, tmp_path):
+    monkeypatch.setattr(sparse_quality, "LENGTH", 512)
+    monkeypatch.setattr(sparse_quality, "BUDGETS", (8, 4))
+    monkeypatch.setattr(sparse_quality, "WEIGHED_POSITIONS", np.arange(300, 512, 30))
+    sparse_quality.attention.cache_clear()
+    config = ModelConfig(vocab_size=50, num_layers=3, d_model=32, num_heads=4, num_kv_heads=2, d_ff=32, dtype="float32")
+    model = LoadedModel(config, init_params(config, jax.random.key(0)), None, 0, tmp_path)
+    row = sparse_quality.Excerpt("novels", 0, np.arange(600, dtype=np.int32) % 50)
+    dense = Cell("published", "dense", 0, 512, "plain")
+    sparse_quality.measure(model, dense, row).save(tmp_path, dense, row.name)
+    measured = Measured.load(tmp_path, dense, row.name)
+    assert measured.losses.shape == (512,)
+    assert measured.shares.shape == (3, len(sparse_quality.WEIGHED), 2, 4, 8)
+    # Budgets ascend, and 8 blocks are all that a row of 512 has.
+    assert (measured.shares[:, :, 0] < 0.999).all()
+    np.testing.assert_allclose(measured.shares[:, :, 1], 1.0, atol=2e-3)
+    window = sparse_quality.measure(model, Cell("published", "window", 4, 512, "plain"), row)
+    assert window.shares is None
+    np.testing.assert_allclose(window.losses[:256], measured.losses[:256], atol=1e-5)
+    assert np.abs(window.losses[300:] - measured.losses[300:]).max() > 1e-4
+    sparse_quality.attention.cache_clear()
+
+
 def test_estimates_are_paired_by_row(tmp_path):
     rng = np.random.default_rng(0)
     for row, level in (("novels0", 1.0), ("novels1", 5.0), ("essays0", 3.0)):
@@ -85,8 +112,8 @@ def test_bits_per_byte_divide_by_the_bytes_of_the_range(tmp_path):
 def test_the_report_says_where_selection_does_not_win(tmp_path):
     rng = np.random.default_rng(1)
     work, rules = tmp_path / "work", ("lse", "window")
-    shares = np.full((2, 2, 3, 2, 5), 0.5, np.float16)
-    shares[0, :, 1, 0] = 0.9
+    shares = np.full((3, 2, 2, 2, 5), 0.5, np.float16)  # layers, rules, budgets, heads, queries
+    shares[1, 0, :, 0] = 0.9
     rows = [f"novels{number}" for number in range(4)]
     for row in rows:
         losses = 3 + rng.random(2048).astype(np.float32)
