@@ -37,13 +37,15 @@ from cpm_jax.modeling.config import ModelConfig, RopeConfig
 
 LENGTH, LONG = 8192, 16_384
 ROWS = 3  # of each text
-BUDGETS = (16, 8, 32, 64)  # visible blocks; the first one is that of every table over lengths
-# What chooses for the shares of attention, for which queries: the second half of a row, in every quarter of a block.
+BUDGETS = (16, 8, 32)  # visible blocks; the first one is that of every table over lengths
+# What chooses how many blocks for the shares of attention, and for which queries: the second half of a row, in every
+# quarter of a block.
 WEIGHED: tuple[Rule, ...] = ("lse", "exact", "window", "random", "oracle")
+WEIGHED_BUDGETS = (8, 16, 32, 64)
 WEIGHED_POSITIONS = np.arange(LENGTH // 2 + 15, LENGTH, 16)
-TRAIN_LENGTH, TRAIN_BLOCKS, TRAIN_STEPS = 2048, 8, 120
+TRAIN_LENGTH, TRAIN_BLOCKS, TRAIN_STEPS = 2048, 8, 60
 TRAINING = {"PEAK_LR": 1e-4, "WARMUP_STEPS": 10, "BATCH_SIZE": 1, "DTYPE": "float32", "LOG_EVERY": 10, "EVAL_EVERY": 0}
-CHECKPOINT_EVERY = 40
+CHECKPOINT_EVERY = 20
 TRAIN_CHARACTERS = 500_000  # of each kind of text; together more than the steps read
 Part = Literal["rows", "training", "long"]
 PARTS: tuple[Part, ...] = ("rows", "training", "long")
@@ -117,7 +119,7 @@ def model_config(config: ModelConfig, cell: Cell) -> ModelConfig:
 def attention(rule: Rule, num_blocks: int, weighed: bool) -> LayerAttend:
     """What computes a cell's attention: one object for one program, so that rows share what is compiled."""
     if weighed:
-        return attend_and_weigh(WEIGHED, tuple(sorted(BUDGETS)), WEIGHED_POSITIONS, jax.random.key(0))
+        return attend_and_weigh(WEIGHED, WEIGHED_BUDGETS, WEIGHED_POSITIONS, jax.random.key(0))
     return attend_by(rule, num_blocks, jax.random.key(0))
 
 
@@ -128,7 +130,7 @@ def measure(model: LoadedModel, cell: Cell, excerpt: Excerpt) -> Measured:
     weighed = cell == Cell("published", "dense", 0, LENGTH, "plain")
     kept = None
     if weighed:
-        shape = config.num_layers, len(WEIGHED), len(BUDGETS), 1, config.num_heads, len(WEIGHED_POSITIONS)
+        shape = config.num_layers, len(WEIGHED), len(WEIGHED_BUDGETS), 1, config.num_heads, len(WEIGHED_POSITIONS)
         kept = jnp.zeros(shape)
     losses, shares = token_losses(
         model.params,
@@ -168,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of texts, cells and trainings")
     parser.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--rows", type=int, choices=range(1, ROWS + 1), default=ROWS, help="of each text")
+    parser.add_argument("--rows", type=int, choices=range(1, ROWS + 1), default=2, help="of each text")
     parser.add_argument(
         "--long_rows", type=int, choices=range(1, ROWS + 1), default=1, help="of those of 16,384 tokens"
     )
@@ -204,7 +206,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     def num_bytes(row: Excerpt, begin: int, end: int) -> int:
         return len(published.tokenizer.decode(row.tokens[begin + 1 : end + 1].tolist()).encode("utf-8"))
 
-    plan = Plan(LENGTH, LONG, tuple(sorted(BUDGETS)), BUDGETS[0], WEIGHED, TRAIN_LENGTH, TRAIN_BLOCKS)
+    plan = Plan(LENGTH, LONG, WEIGHED_BUDGETS, BUDGETS[0], WEIGHED, TRAIN_LENGTH, TRAIN_BLOCKS)
     report(args.work, {row.name: functools.partial(num_bytes, row) for row in rows}, plan, args.directory)
 
 

@@ -301,8 +301,8 @@ class Plan(NamedTuple):
     Attributes:
         length: of a row, the model's limit.
         long: of a row beyond it.
-        budgets: numbers of visible blocks, ascending.
-        main: the one in tables over lengths.
+        budgets: numbers of visible blocks whose shares of attention are taken, ascending.
+        main: the number of blocks in tables over lengths.
         weighed: rules whose share of attention is taken.
         train_length: rows in training.
         train_blocks: visible blocks in training.

@@ -60,7 +60,7 @@ def test_every_cell_of_a_part_is_another():
 
 def test_a_dense_row_is_weighed_by_layer_rule_budget_head_and_query(monkeypatch, tmp_path):
     monkeypatch.setattr(sparse_quality, "LENGTH", 512)
-    monkeypatch.setattr(sparse_quality, "BUDGETS", (8, 4))
+    monkeypatch.setattr(sparse_quality, "WEIGHED_BUDGETS", (4, 8))
     monkeypatch.setattr(sparse_quality, "WEIGHED_POSITIONS", np.arange(300, 512, 30))
     sparse_quality.attention.cache_clear()
     config = ModelConfig(vocab_size=50, num_layers=3, d_model=32, num_heads=4, num_kv_heads=2, d_ff=32, dtype="float32")
