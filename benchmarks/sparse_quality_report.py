@@ -330,6 +330,7 @@ def report(work: Path, num_bytes: Mapping[str, Callable[[int, int], int]], plan:
         Benchmark("sparse_quality", "python -m benchmarks.sparse_quality --work DIR"),
         Losses(work, num_bytes),
     )
+    (directory / "sparse_quality").mkdir(parents=True, exist_ok=True)
     _loss_rows(bench, losses, plan.length, plan.main)
     _long_rows(bench, losses, plan.long)
     _training_rows(bench, losses, plan.length, plan.train_length, plan.train_blocks)
