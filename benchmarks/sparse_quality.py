@@ -165,6 +165,25 @@ def train(work: Path, texts: dict[str, LongText]) -> None:
             verb("pretrain", work / name, TRAINING | steps | start | macros, files)
 
 
+def measure_part(work: Path, part: Part, published: LoadedModel, rows: Sequence[Excerpt]) -> None:
+    """Measures the cells of a part that are not there yet, and keeps them.
+
+    A cell runs on one row of every text before the next cell does, so that whatever is done by then makes a table.
+    """
+    wanted = [(cell, row) for number in range(ROWS) for cell in cells(part) for row in rows if row.number == number]
+    missing = [(cell, row) for cell, row in wanted if not Measured.path(work, cell, row.name).exists()]
+    # Weights one after the other: they are not all in memory.
+    missing.sort(key=lambda item: item[0].weights)
+    model, weights, begin = published, "published", len(wanted) - len(missing)
+    with Progress(f"sparse_quality, {part}", len(wanted), initial=begin) as bar:
+        for done, (cell, row) in enumerate(missing, start=begin + 1):
+            if cell.weights != weights:
+                model, weights = load_model(find_checkpoint(work / cell.weights)), cell.weights
+            measured = measure(model, cell, row)
+            measured.save(work, cell, row.name)
+            bar.update(done, loss=float(measured.losses.mean()))
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures what is not measured yet and writes `results/sparse_quality.json` and its drawings."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -180,28 +199,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     texts = long_texts(args.work / "texts")
     published = load_model(smollm2_path())
     rows = [row for kind, text in texts.items() for row in excerpts(kind, published.tokenizer.encode(text.evaluation))]
-    if "training" in args.parts:
-        train(args.work, texts)
-    # A row of every text by every cell before the next one, so that whatever is done by then makes a table.
-    wanted = [
-        (cell, row)
-        for part in args.parts
-        for number in range(args.long_rows if part == "long" else args.rows)
-        for cell in cells(part)
-        for row in rows
-        if row.number == number
-    ]
-    missing = [(cell, row) for cell, row in wanted if not Measured.path(args.work, cell, row.name).exists()]
-    # Weights one after the other: they are not all in memory.
-    missing.sort(key=lambda item: item[0].weights)
-    model, weights = published, "published"
-    with Progress("sparse_quality", len(wanted), initial=len(wanted) - len(missing)) as bar:
-        for done, (cell, row) in enumerate(missing, start=len(wanted) - len(missing) + 1):
-            if cell.weights != weights:
-                model, weights = load_model(find_checkpoint(args.work / cell.weights)), cell.weights
-            measured = measure(model, cell, row)
-            measured.save(args.work, cell, row.name)
-            bar.update(done, loss=float(measured.losses.mean()))
+    for part in (part for part in PARTS if part in args.parts):
+        if part == "training":
+            train(args.work, texts)
+        count = args.long_rows if part == "long" else args.rows
+        measure_part(args.work, part, published, [row for row in rows if row.number < count])
 
     def num_bytes(row: Excerpt, begin: int, end: int) -> int:
         return len(published.tokenizer.decode(row.tokens[begin + 1 : end + 1].tolist()).encode("utf-8"))
