@@ -1,0 +1,230 @@
+"""Rows of associative recall and needles: pairs of a key and a value in a haystack, and at the row's end questions.
+
+    BOS  filler … k7 v3 … filler … k2 v9 … filler …   filler …   k2 v9  k7 v3
+    |first block|        the haystack            |    gap     |  questions   |
+
+A question is a key that stood in the haystack; its answer, which is learned and counted, is the value that followed it
+there (multi-query associative recall, Arora et al. 2023, arXiv 2312.04927; with one pair a needle in a haystack). All
+else is noise. No pair lies in the row's first `head` tokens nor in the `gap` tokens before the questions, so that
+attention to the beginning and to a window no longer than the gap has nothing to answer from. Each key is asked once at
+most, unless `num_queries` exceeds `num_pairs`, so that no answer repeats an earlier one either.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import numpy as np
+import tokenizers
+from array_record.python import array_record_module
+from jaxtyping import Float, Int
+
+from cpm_jax.common.files import sha256
+from cpm_jax.data.manifest import Manifest, Shard
+from cpm_jax.data.manifest import Split as SplitShards
+from cpm_jax.data.records import PackedRecord, encode_record
+from cpm_jax.data.tokenizer import Tokenizer
+
+Split = Literal["train", "validation", "test"]
+BOS = 0
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """Token ids: BOS, then keys, values and filler."""
+
+    num_keys: int = 64
+    num_values: int = 64
+    num_filler: int = 32
+
+    @property
+    def first_value(self) -> int:
+        """The first id of a value; keys begin at 1."""
+        return 1 + self.num_keys
+
+    @property
+    def first_filler(self) -> int:
+        """The first id of filler."""
+        return self.first_value + self.num_values
+
+    @property
+    def size(self) -> int:
+        """Number of ids."""
+        return self.first_filler + self.num_filler
+
+
+@dataclass(frozen=True)
+class RecallTask:
+    """What rows look like.
+
+    Attributes:
+        seq_len: T, inputs of a row.
+        num_pairs: pairs in the haystack; (least, most) to draw it anew for every row.
+        num_queries: questions of a row; with fewer pairs than that each is asked once and the first questions are left
+            out, unless `repeat`.
+        gap: tokens between the last pair and the first question, at least.
+        head: tokens at the row's beginning that hold no pair.
+        repeat: whether pairs are asked again until there are `num_queries` questions.
+        vocabulary: the token ids.
+
+    Raises:
+        ValueError: the parts do not fit into the row or the vocabulary; names the field.
+    """
+
+    seq_len: int
+    num_pairs: int | tuple[int, int] = 16
+    num_queries: int = 16
+    gap: int = 0
+    head: int = 8
+    repeat: bool = False
+    vocabulary: Vocabulary = Vocabulary()
+
+    def __post_init__(self) -> None:
+        fewest, most = self.pairs
+        known = min(self.vocabulary.num_keys, self.vocabulary.num_values)
+        if not 1 <= fewest <= most <= known:
+            raise ValueError(
+                f"RecallTask.num_pairs = {self.num_pairs}: must be from 1 to the vocabulary's {known} keys and values"
+            )
+        if self.num_queries < 1:
+            raise ValueError(f"RecallTask.num_queries = {self.num_queries}: must be at least 1")
+        if self.head < 1:
+            raise ValueError(f"RecallTask.head = {self.head}: must be at least 1, the row's first token")
+        if most > self.slots:
+            raise ValueError(
+                f"RecallTask.seq_len = {self.seq_len}: head {self.head}, gap {self.gap} and {self.num_queries} "
+                f"questions leave room for {max(self.slots, 0)} pairs; must hold {most}"
+            )
+
+    @property
+    def pairs(self) -> tuple[int, int]:
+        """Fewest and most pairs of a row."""
+        return self.num_pairs if isinstance(self.num_pairs, tuple) else (self.num_pairs, self.num_pairs)
+
+    @property
+    def first_question(self) -> int:
+        """Where the questions begin; the row's last answer is token T, only a target."""
+        return self.seq_len + 1 - 2 * self.num_queries
+
+    @property
+    def slots(self) -> int:
+        """Places of two tokens in the haystack, which begin at even or odd positions."""
+        return (self.first_question - self.gap - self.head - 1) // 2
+
+
+def _distinct(rng: np.random.Generator, rows: int, of: int, count: int) -> Int[np.ndarray, "B n"]:
+    """Draws for each row `count` different numbers below `of`, in random order."""
+    return np.argsort(rng.random((rows, of)), axis=1)[:, :count]
+
+
+def make_tokens(
+    task: RecallTask, num_rows: int, split: Split, seed: int, index: int
+) -> tuple[Int[np.ndarray, "B T1"], Float[np.ndarray, "B T1"]]:
+    """Draws rows of T + 1 tokens, and 1 where a token is an answer.
+
+    Args:
+        task: what rows look like.
+        num_rows: B.
+        split: rows of each are drawn from a stream of their own.
+        seed: of the run.
+        index: of the batch within the run.
+    """
+    rng = np.random.default_rng([get_args(Split).index(split), seed, index])
+    words, (fewest, most), rows = task.vocabulary, task.pairs, np.arange(num_rows)[:, None]
+    tokens = words.first_filler + rng.integers(words.num_filler, size=(num_rows, task.seq_len + 1))
+    answers = np.zeros(tokens.shape, np.float32)
+    tokens[:, 0] = BOS
+    keys = 1 + _distinct(rng, num_rows, words.num_keys, most)
+    values = words.first_value + _distinct(rng, num_rows, words.num_values, most)
+    counts = rng.integers(fewest, most + 1, size=(num_rows, 1))
+    places = task.head + 2 * _distinct(rng, num_rows, task.slots, most) + rng.integers(2, size=(num_rows, 1))
+    # A row's first pairs are in use; what stood where the others would be stays filler.
+    used = np.arange(most) < counts
+    tokens[np.where(used, rows, 0), np.where(used, places, 0)] = np.where(used, keys, BOS)
+    tokens[np.where(used, rows, 0), np.where(used, places + 1, 0)] = np.where(used, values, BOS)
+    # Questions are numbered from the end of the row: the last ones are always there. Each round of questions has an
+    # order of its own, or the answer would always stand equally far back.
+    question = np.arange(task.num_queries)[::-1][None, :]
+    asked = (question < counts) | task.repeat
+    rounds = -(-task.num_queries // fewest) if task.repeat else 1
+    unused = np.arange(most)[None, :] >= counts
+    order = np.argsort(rng.random((num_rows, rounds, most)) + unused[:, None], axis=2)
+    pair = order[rows, np.where(asked, question // counts, 0), question % counts]
+    first = task.first_question + 2 * np.arange(task.num_queries)
+    for at, ids in ((first, keys), (first + 1, values)):
+        tokens[:, at] = np.where(asked, np.take_along_axis(ids, pair, axis=1), tokens[:, at])
+    answers[:, first + 1] = np.broadcast_to(asked, (num_rows, task.num_queries))
+    return tokens.astype(np.int32), answers
+
+
+def make_batch(task: RecallTask, num_rows: int, split: Split, seed: int, index: int) -> dict[str, np.ndarray]:
+    """Draws a batch as docs/architecture.md describes it, in which only answers count; arguments as `make_tokens`."""
+    tokens, answers = make_tokens(task, num_rows, split, seed, index)
+    shape = (num_rows, task.seq_len)
+    return {
+        "tokens": tokens[:, :-1],
+        "targets": tokens[:, 1:],
+        "loss_weights": answers[:, 1:],
+        "segment_ids": np.ones(shape, np.int32),
+        "positions": np.broadcast_to(np.arange(task.seq_len, dtype=np.int32), shape),
+        "source_ids": np.zeros(num_rows, np.int32),
+    }
+
+
+LONG_VOCABULARY = Vocabulary(num_keys=1024, num_values=1024, num_filler=512)
+
+
+def long_task(seq_len: int, gap: int) -> RecallTask:
+    """Rows for models beyond this machine: a pair every 128 tokens at most, 32 questions, blocks of 64 tokens."""
+    return RecallTask(seq_len, (1, max(seq_len // 128, 1)), 32, gap=gap, head=64, vocabulary=LONG_VOCABULARY)
+
+
+def write_dataset(folder: Path, task: RecallTask, num_rows: int, seed: int = 0) -> None:
+    """Writes a dataset folder as `prepare` does, whose loss is on the answers: for the verb `pretrain`.
+
+    Args:
+        folder: what to write; its validation split has a fiftieth as many rows, 64 at least.
+        task: what rows look like.
+        num_rows: rows to train on.
+        seed: of the rows.
+    """
+    words = task.vocabulary
+    spelled = ["<s>", *(f"k{i}" for i in range(words.num_keys)), *(f"v{i}" for i in range(words.num_values))]
+    spelled += [f"f{i}" for i in range(words.num_filler)]
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(spelled)}, "<s>"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = Tokenizer(backend, {"bos_token": "<s>", "eos_token": "<s>"})
+    tokenizer.save(folder / "tokenizer")
+    splits: dict[str, tuple[Split, int]] = {
+        "train": ("train", num_rows),
+        "validation": ("validation", max(num_rows // 50, 64)),
+    }
+    manifest = Manifest(
+        seq_len=task.seq_len,
+        format="text",
+        tokenizer_sha256=tokenizer.sha256,
+        vocab_size=words.size,
+        splits={name: _write_split(folder, name, task, *split, seed) for name, split in splits.items()},
+        rejects={},
+        duplicates=0,
+        truncated=0,
+        sources={"benchmarks.recall_data": num_rows},
+        arguments={**dataclasses.asdict(task), "rows": num_rows, "seed": seed},
+    )
+    manifest.save(folder)
+
+
+def _write_split(folder: Path, name: str, task: RecallTask, split: Split, num_rows: int, seed: int) -> SplitShards:
+    path = folder / f"{name}-00000-of-00001.array_record"
+    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+    chunk = 64
+    for index in range(-(-num_rows // chunk)):
+        tokens, answers = make_tokens(task, min(chunk, num_rows - chunk * index), split, seed, index)
+        for row, mask in zip(tokens, answers, strict=True):
+            record = PackedRecord(row.astype(np.uint32), np.zeros(1, np.uint32), mask.astype(np.bool_))
+            writer.write(encode_record(record))
+    writer.close()
+    num_tokens, size = num_rows * (task.seq_len + 1), path.stat().st_size
+    shard = Shard(path.name, sha256(path), size, num_rows, num_tokens, documents=num_rows, text_bytes=num_tokens)
+    return SplitShards((shard,))
