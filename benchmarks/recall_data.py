@@ -34,9 +34,9 @@ BOS = 0
 class Vocabulary:
     """Token ids: BOS, then keys, values and filler."""
 
-    num_keys: int = 64
-    num_values: int = 64
-    num_filler: int = 32
+    num_keys: int = 32
+    num_values: int = 32
+    num_filler: int = 16
 
     @property
     def first_value(self) -> int:
@@ -65,7 +65,11 @@ class RecallTask:
             out, unless `repeat`.
         gap: tokens between the last pair and the first question, at least.
         head: tokens at the row's beginning that hold no pair.
-        repeat: whether pairs are asked again until there are `num_queries` questions.
+        repeat: whether each question is drawn by itself, so that there are always `num_queries`.
+        copy_weight: loss weight of all tokens but answers, whose targets then are the tokens before them. A model that
+            learns recall alone first learns to guess among the row's values, and stays there: what finds a value needs
+            a layer that tells each token the one before it, and a layer that uses it, and neither helps alone. This
+            target makes the first.
         vocabulary: the token ids.
 
     Raises:
@@ -78,6 +82,7 @@ class RecallTask:
     gap: int = 0
     head: int = 8
     repeat: bool = False
+    copy_weight: float = 0.0
     vocabulary: Vocabulary = Vocabulary()
 
     def __post_init__(self) -> None:
@@ -143,14 +148,15 @@ def make_tokens(
     used = np.arange(most) < counts
     tokens[np.where(used, rows, 0), np.where(used, places, 0)] = np.where(used, keys, BOS)
     tokens[np.where(used, rows, 0), np.where(used, places + 1, 0)] = np.where(used, values, BOS)
-    # Questions are numbered from the end of the row: the last ones are always there. Each round of questions has an
-    # order of its own, or the answer would always stand equally far back.
+    # Questions are numbered from the end of the row: the last ones are always there. Repeated ones are drawn each by
+    # itself: were every pair asked once before any is asked again, the answers so far would tell much of the next.
     question = np.arange(task.num_queries)[::-1][None, :]
-    asked = (question < counts) | task.repeat
-    rounds = -(-task.num_queries // fewest) if task.repeat else 1
-    unused = np.arange(most)[None, :] >= counts
-    order = np.argsort(rng.random((num_rows, rounds, most)) + unused[:, None], axis=2)
-    pair = order[rows, np.where(asked, question // counts, 0), question % counts]
+    if task.repeat:
+        asked, pair = question >= 0, rng.integers(counts, size=(num_rows, task.num_queries))
+    else:
+        asked = question < counts
+        order = np.argsort(rng.random((num_rows, most)) + ~used, axis=1)
+        pair = np.take_along_axis(order, np.broadcast_to(question % counts, (num_rows, task.num_queries)), axis=1)
     first = task.first_question + 2 * np.arange(task.num_queries)
     for at, ids in ((first, keys), (first + 1, values)):
         tokens[:, at] = np.where(asked, np.take_along_axis(ids, pair, axis=1), tokens[:, at])
@@ -159,13 +165,21 @@ def make_tokens(
 
 
 def make_batch(task: RecallTask, num_rows: int, split: Split, seed: int, index: int) -> dict[str, np.ndarray]:
-    """Draws a batch as docs/architecture.md describes it, in which only answers count; arguments as `make_tokens`."""
+    """Draws a batch as docs/architecture.md describes it, in which answers count (and `copy_weight`).
+
+    Arguments are those of `make_tokens`.
+    """
     tokens, answers = make_tokens(task, num_rows, split, seed, index)
     shape = (num_rows, task.seq_len)
+    targets, weights = tokens[:, 1:], answers[:, 1:]
+    if task.copy_weight:
+        before = np.pad(tokens[:, :-2], ((0, 0), (1, 0)))
+        targets = np.where(weights > 0, targets, before)
+        weights = np.where(weights > 0, weights, np.float32(task.copy_weight))
     return {
         "tokens": tokens[:, :-1],
-        "targets": tokens[:, 1:],
-        "loss_weights": answers[:, 1:],
+        "targets": targets,
+        "loss_weights": weights,
         "segment_ids": np.ones(shape, np.int32),
         "positions": np.broadcast_to(np.arange(task.seq_len, dtype=np.int32), shape),
         "source_ids": np.zeros(num_rows, np.int32),

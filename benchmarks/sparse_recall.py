@@ -43,12 +43,13 @@ MODEL = ModelConfig(
     vocab_size=VOCABULARY.size,
     num_layers=2,
     d_model=64,
-    num_heads=2,
-    num_kv_heads=1,
+    num_heads=4,
+    num_kv_heads=2,
     head_dim=32,
     d_ff=128,
     max_position_embeddings=4096,
     rope=RopeConfig(rope_theta=100_000.0),
+    tie_word_embeddings=True,
     initializer_range=0.125,  # 1 / sqrt(d_model)
     dtype="float32",
     scan_layers=False,
@@ -114,7 +115,7 @@ class Cell:
     sparse_config: SparseConfig | None
     steps: int
     tokens: int = 4096
-    peak_lr: float = 3e-3
+    peak_lr: float = 2e-3
     stop_at: float | None = None
 
     @property
@@ -125,16 +126,18 @@ class Cell:
 
 def curriculum(seed: int, lengths: Sequence[int]) -> list[Cell]:
     """The dense model on rows that grow; the last cells have the rows of the study."""
-    first = [
-        ("64", RecallTask(64, 4, 24, head=2, repeat=True), 3000),
-        ("128", RecallTask(128, 8, 32, repeat=True), 2000),
-        ("256", RecallTask(256, (1, 16), 32, repeat=True), 1000),
+    copying = {"repeat": True, "copy_weight": 0.1}
+    stages = [
+        ("16", RecallTask(16, 2, 5, head=1, **copying), 4000, 1024, 0.95),
+        ("32", RecallTask(32, (2, 4), 10, head=2, **copying), 1000, 1024, 0.95),
+        ("64", RecallTask(64, (3, 8), 20, head=2, **copying), 1000, 2048, 0.95),
+        ("128", RecallTask(128, (4, 16), 32, **copying), 1000, 2048, 0.95),
     ]
-    stages = first + [(str(length), training_task(length), 1000) for length in lengths]
+    stages += [(str(length), training_task(length), 1000, 4096, 0.985) for length in lengths]
     cells: list[Cell] = []
-    for name, task, steps in stages:
+    for name, task, steps, tokens, stop_at in stages:
         start = cells[-1].name if cells else ""
-        cells.append(Cell(f"seed{seed}/dense{name}", task, start, seed, None, steps, stop_at=0.98))
+        cells.append(Cell(f"seed{seed}/dense{name}", task, start, seed, None, steps, tokens, 2e-3, stop_at))
     return cells
 
 
@@ -176,6 +179,7 @@ def _answers(model: ModelConfig) -> Callable[[Any, dict[str, Any]], tuple[jax.Ar
 
 def accuracy(model: ModelConfig, params: Any, task: RecallTask, split: Split, answers: int, tokens: int) -> float:
     """The share of answers that are the most probable token, over at least `answers` of them."""
+    task = dataclasses.replace(task, copy_weight=0.0)
     right = total = index = 0.0
     while total < answers:
         batch = make_batch(task, max(tokens // task.seq_len, 1), split, 0, int(index))

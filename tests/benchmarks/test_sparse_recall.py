@@ -70,6 +70,24 @@ def test_pairs_lie_anywhere_and_questions_come_in_any_order():
     assert 0.45 < np.mean(in_order) < 0.55
 
 
+def test_repeated_questions_do_not_tell_the_next_one():
+    task = RecallTask(16, 2, 2, head=1, repeat=True)
+    tokens, _ = make_tokens(task, 2000, "train", 0, 0)
+    first, second = tokens[:, task.first_question], tokens[:, task.first_question + 2]
+    assert 0.45 < np.mean(first == second) < 0.55
+
+
+def test_copying_adds_the_token_before_as_a_target_and_leaves_the_answers():
+    task = TASKS["fixed"]
+    plain = make_batch(task, 8, "train", 0, 0)
+    copying = make_batch(dataclasses.replace(task, copy_weight=0.25), 8, "train", 0, 0)
+    answers = plain["loss_weights"] > 0
+    np.testing.assert_array_equal(copying["loss_weights"], np.where(answers, 1.0, 0.25))
+    np.testing.assert_array_equal(copying["targets"][answers], plain["targets"][answers])
+    others = ~answers[:, 1:]
+    np.testing.assert_array_equal(copying["targets"][:, 1:][others], plain["tokens"][:, :-1][others])
+
+
 def test_rows_are_a_function_of_split_seed_and_index_and_none_is_drawn_twice():
     task = TASKS["fixed"]
     first = make_batch(task, 8, "train", 3, 7)
@@ -89,7 +107,7 @@ def test_rows_are_a_function_of_split_seed_and_index_and_none_is_drawn_twice():
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"num_pairs": 65}, "RecallTask.num_pairs = 65: must be from 1 to the vocabulary's 64"),
+        ({"num_pairs": 33}, "RecallTask.num_pairs = 33: must be from 1 to the vocabulary's 32"),
         ({"num_pairs": (3, 2)}, "RecallTask.num_pairs"),
         ({"num_queries": 0}, "RecallTask.num_queries = 0"),
         ({"head": 0}, "RecallTask.head = 0"),
