@@ -186,21 +186,34 @@ def make_batch(task: RecallTask, num_rows: int, split: Split, seed: int, index: 
     }
 
 
-LONG_VOCABULARY = Vocabulary(num_keys=1024, num_values=1024, num_filler=512)
+LONG_VOCABULARY = Vocabulary(num_keys=512, num_values=512, num_filler=256)
 
 
-def long_task(seq_len: int, gap: int) -> RecallTask:
-    """Rows for models beyond this machine: a pair every 128 tokens at most, 32 questions, blocks of 64 tokens."""
-    return RecallTask(seq_len, (1, max(seq_len // 128, 1)), 32, gap=gap, head=64, vocabulary=LONG_VOCABULARY)
+def long_task(seq_len: int) -> RecallTask:
+    """Rows for models beyond this machine: up to 32 questions, a pair in 128 tokens at most.
+
+    From 8,192 tokens on a gap of 6,144 lies before the questions, the 96 blocks of the published `sparse_config`.
+    """
+    return RecallTask(
+        seq_len,
+        num_pairs=(1, max(seq_len // 128, 2)),
+        num_queries=min(seq_len // 4, 32),
+        gap=6144 if seq_len >= 8192 else 0,
+        head=min(max(seq_len // 16, 1), 64),
+        repeat=seq_len < 256,
+        vocabulary=LONG_VOCABULARY,
+    )
 
 
-def write_dataset(folder: Path, task: RecallTask, num_rows: int, seed: int = 0) -> None:
+def write_dataset(folder: Path, task: RecallTask, num_rows: int, copies: float = 0.0, seed: int = 0) -> None:
     """Writes a dataset folder as `prepare` does, whose loss is on the answers: for the verb `pretrain`.
 
     Args:
         folder: what to write; its validation split has a fiftieth as many rows, 64 at least.
         task: what rows look like.
         num_rows: rows to train on.
+        copies: share of the training rows that instead are documents of three tokens, x y x, of which the last is
+            learned: what `RecallTask.copy_weight` does, as a next token.
         seed: of the rows.
     """
     words = task.vocabulary
@@ -210,9 +223,9 @@ def write_dataset(folder: Path, task: RecallTask, num_rows: int, seed: int = 0) 
     backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer = Tokenizer(backend, {"bos_token": "<s>", "eos_token": "<s>"})
     tokenizer.save(folder / "tokenizer")
-    splits: dict[str, tuple[Split, int]] = {
-        "train": ("train", num_rows),
-        "validation": ("validation", max(num_rows // 50, 64)),
+    splits: dict[str, tuple[Split, int, float]] = {
+        "train": ("train", num_rows, copies),
+        "validation": ("validation", max(num_rows // 50, 64), 0.0),
     }
     manifest = Manifest(
         seq_len=task.seq_len,
@@ -224,21 +237,29 @@ def write_dataset(folder: Path, task: RecallTask, num_rows: int, seed: int = 0) 
         duplicates=0,
         truncated=0,
         sources={"benchmarks.recall_data": num_rows},
-        arguments={**dataclasses.asdict(task), "rows": num_rows, "seed": seed},
+        arguments={**dataclasses.asdict(task), "rows": num_rows, "copies": copies, "seed": seed},
     )
     manifest.save(folder)
 
 
-def _write_split(folder: Path, name: str, task: RecallTask, split: Split, num_rows: int, seed: int) -> SplitShards:
+def _write_split(
+    folder: Path, name: str, task: RecallTask, split: Split, num_rows: int, copies: float, seed: int
+) -> SplitShards:
     path = folder / f"{name}-00000-of-00001.array_record"
     writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
-    chunk = 64
+    chunk, place, one = 64, np.arange(task.seq_len + 1), np.zeros(1, np.uint32)
+    num_copies = num_documents = 0
     for index in range(-(-num_rows // chunk)):
         tokens, answers = make_tokens(task, min(chunk, num_rows - chunk * index), split, seed, index)
-        for row, mask in zip(tokens, answers, strict=True):
-            record = PackedRecord(row.astype(np.uint32), np.zeros(1, np.uint32), mask.astype(np.bool_))
+        for number, (row, mask) in enumerate(zip(tokens, answers, strict=True), chunk * index):
+            starts = one
+            if num_copies < copies * (number + 1):  # spread evenly over the rows
+                row, mask, starts = np.where(place % 3 == 2, np.roll(row, 2), row), place % 3 == 2, place[::3]
+                num_copies += 1
+            record = PackedRecord(row.astype(np.uint32), starts.astype(np.uint32), mask.astype(np.bool_))
             writer.write(encode_record(record))
+            num_documents += len(starts)
     writer.close()
     num_tokens, size = num_rows * (task.seq_len + 1), path.stat().st_size
-    shard = Shard(path.name, sha256(path), size, num_rows, num_tokens, documents=num_rows, text_bytes=num_tokens)
+    shard = Shard(path.name, sha256(path), size, num_rows, num_tokens, num_documents, text_bytes=num_tokens)
     return SplitShards((shard,))

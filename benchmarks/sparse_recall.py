@@ -133,12 +133,17 @@ def curriculum(seed: int, lengths: Sequence[int]) -> list[Cell]:
         ("64", RecallTask(64, (3, 8), 20, head=2, **copying), 1000, 2048, 0.95),
         ("128", RecallTask(128, (4, 16), 32, **copying), 1000, 2048, 0.95),
     ]
-    stages += [(str(length), training_task(length), 1000, 4096, 0.985) for length in lengths]
+    stages += [(str(length), training_task(length), 1000, batch_tokens(length), 0.985) for length in lengths]
     cells: list[Cell] = []
     for name, task, steps, tokens, stop_at in stages:
         start = cells[-1].name if cells else ""
         cells.append(Cell(f"seed{seed}/dense{name}", task, start, seed, None, steps, tokens, 2e-3, stop_at))
     return cells
+
+
+def batch_tokens(length: int) -> int:
+    """Tokens of a batch of such rows: four rows at least."""
+    return max(4096, 4 * length)
 
 
 def training_task(length: int) -> RecallTask:
@@ -162,7 +167,8 @@ def study(seeds: int, lengths: Sequence[int], ablated: Sequence[int], steps: int
             for variant, config in VARIANTS.items():
                 if variant in MAIN or length in ablated:
                     name, start = f"seed{seed}/{length}/{variant}", f"seed{seed}/dense{length}"
-                    cells.append(Cell(name, training_task(length), start, seed, config, steps, peak_lr=1e-3))
+                    task, tokens = training_task(length), batch_tokens(length)
+                    cells.append(Cell(name, task, start, seed, config, steps, tokens, peak_lr=1e-3))
     return cells
 
 
@@ -203,31 +209,28 @@ def train(cell: Cell, work: Path, checkpoint_every: int = 100) -> dict[str, Any]
         schedule = cosine(cell.peak_lr, cell.steps, min(50, cell.steps // 4), final_lr_ratio=1.0)
     optimizer = make_optimizer(OptimizerConfig(b2=0.98, weight_decay=0.0), schedule, model)
     step_fn = make_train_step(model, optimizer)
-    rows, begin, reached = max(cell.tokens // cell.task.seq_len, 1), time.monotonic(), 0.0
+    rows, begin = max(cell.tokens // cell.task.seq_len, 1), time.monotonic()
+    step, reached = 0, -1.0
     # Synchronous: a small state, and a killed cell loses no more than what came after the last save.
     with Checkpointer(folder / "checkpoints", CheckpointConfig(keep_last=1, asynchronous=False)) as checkpointer:
         restored = checkpointer.restore_latest(abstract_state(model, optimizer))
         if restored is not None:
-            state = restored.state
+            state, step, reached = restored.state, restored.step, restored.meta["accuracy"]
         elif cell.start:
             params, _ = restore_params(work / cell.start / "checkpoints")
             state = state_from_params(params, optimizer)
         else:
             state = init_state(model, optimizer, jax.random.key(cell.seed))
-        first = 0 if restored is None else restored.step
-        with Progress(cell.name, cell.steps, initial=first, tokens_per_step=rows * cell.task.seq_len) as progress:
-            for step in range(first, cell.steps):
+        with Progress(cell.name, cell.steps, initial=step, tokens_per_step=rows * cell.task.seq_len) as progress:
+            while step < cell.steps and (cell.stop_at is None or reached < cell.stop_at):
                 state, metrics = step_fn(state, make_batch(cell.task, rows, "train", cell.seed, step))
-                last = step + 1 == cell.steps
-                if last or (step + 1) % checkpoint_every == 0:
+                step += 1
+                if step == cell.steps or step % checkpoint_every == 0:
                     reached = accuracy(model, state.params, cell.task, "validation", 500, cell.tokens)
-                    progress.update(step + 1, loss=float(metrics["loss"]), accuracy=reached)
-                    checkpointer.save(step + 1, state, {"step": step + 1, "model": config_to_dict(model)})
-                    if cell.stop_at is not None and reached >= cell.stop_at:
-                        break
-            else:
-                step = cell.steps - 1
-    result = {"steps": step + 1, "seconds": time.monotonic() - begin, "validation": reached}
+                    meta = {"step": step, "accuracy": reached, "model": config_to_dict(model)}
+                    checkpointer.save(step, state, meta)
+                    progress.update(step, loss=float(metrics["loss"]), accuracy=reached)
+    result = {"steps": step, "seconds": time.monotonic() - begin, "validation": reached}
     write_json(done, result)
     return result
 
@@ -318,13 +321,13 @@ def report(accuracies: Accuracies, directory: Path) -> None:
         (directory / f"sparse_recall_{length}.svg").write_text(figure.svg, "utf-8")
 
 
-def evaluate_checkpoint(folder: Path, lengths: Sequence[int], gap: int, answers: int) -> dict[int, float]:
+def evaluate_checkpoint(folder: Path, lengths: Sequence[int], answers: int) -> dict[int, float]:
     """The accuracy of a checkpoint of the `pretrain` verb by length, on rows like those of `write_dataset`."""
     params, meta = restore_params(folder)
     model = config_from_dict(ModelConfig, meta["model"])
     found = {}
     for length in lengths:
-        task = dataclasses.replace(long_task(length, gap), num_pairs=long_task(length, gap).pairs[1])
+        task = dataclasses.replace(long_task(length), num_pairs=long_task(length).pairs[1])
         found[length] = accuracy(model, params, task, "test", answers, length)
         print(
             f"{length} tokens, {task.pairs[1]} pairs: {100 * found[length]:.1f}% of the answers are right", flush=True
@@ -340,20 +343,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--lengths", nargs="+", type=int, default=[512, 1024], help="tokens of the rows")
     parser.add_argument("--ablated", nargs="*", type=int, default=[512], help="lengths of all variants")
-    parser.add_argument("--steps", type=int, default=200, help="of a variant, from the dense checkpoint")
+    parser.add_argument("--steps", type=int, default=100, help="of a variant, from the dense checkpoint")
     parser.add_argument("--answers", type=int, default=2000, help="answers of each test, at least")
     parser.add_argument("--directory", type=Path, default=RESULTS_DIR, help="where the results go")
     parser.add_argument("--dataset", type=Path, help="write rows for `pretrain` into this folder, and nothing else")
     parser.add_argument("--rows", type=int, default=20_000, help="training rows of --dataset")
     parser.add_argument("--checkpoint", type=Path, help="test what `pretrain` trained on them, and nothing else")
-    parser.add_argument("--gap", type=int, default=6144, help="of --dataset and --checkpoint: RecallTask.gap")
+    parser.add_argument("--copies", type=float, default=0.0, help="share of them that teaches to copy")
     args = parser.parse_args(argv)
     if args.dataset:
         for length in args.lengths:
-            write_dataset(args.dataset / str(length), long_task(length, args.gap), args.rows)
+            write_dataset(args.dataset / str(length), long_task(length), args.rows, args.copies)
         return
     if args.checkpoint:
-        evaluate_checkpoint(args.checkpoint, args.lengths, args.gap, args.answers)
+        evaluate_checkpoint(args.checkpoint, args.lengths, args.answers)
         return
     if not args.work:
         parser.error("--work is required")

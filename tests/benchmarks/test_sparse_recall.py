@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from benchmarks import sparse_recall
-from benchmarks.recall_data import RecallTask, Vocabulary, make_batch, make_tokens, write_dataset
+from benchmarks.recall_data import (
+    LONG_VOCABULARY,
+    RecallTask,
+    Vocabulary,
+    long_task,
+    make_batch,
+    make_tokens,
+    write_dataset,
+)
 from cpm_jax.checkpoints.manager import restore_params
 from cpm_jax.data.loader import make_loader, open_datasets
 from cpm_jax.data.mixture import from_folders
@@ -59,7 +67,7 @@ def test_every_answer_is_the_value_beside_its_key_in_the_haystack(name):
 
 
 def test_pairs_lie_anywhere_and_questions_come_in_any_order():
-    task = RecallTask(40, 2, 2, gap=4, head=3)
+    task = RecallTask(41, 2, 2, gap=4, head=3)
     tokens, _ = make_tokens(task, 2000, "train", 0, 0)
     places = np.flatnonzero(is_key(tokens[:, : task.first_question]).any(axis=0))
     assert list(places) == list(range(3, task.first_question - 4 - 1))
@@ -172,11 +180,16 @@ def test_a_training_that_was_cut_off_goes_on_as_if_it_had_not_been(cell, tmp_pat
     whole, cut = (restore_params(tmp_path / side / "cell" / "checkpoints")[0] for side in ("whole", "cut"))
     jax.tree.map(np.testing.assert_array_equal, whole, cut)
 
+    # Cut off between its last checkpoint and the note that it is done.
+    (tmp_path / "cut" / "cell" / "training.json").unlink()
+    again = sparse_recall.train(cell, tmp_path / "cut")
+    assert (again["steps"], again["validation"]) == (result["steps"], result["validation"])
+
     def never(*_, **__):
         raise AssertionError("what is done was done again")
 
     monkeypatch.setattr(sparse_recall, "make_train_step", never)
-    assert sparse_recall.train(cell, tmp_path / "cut") == result
+    assert sparse_recall.train(cell, tmp_path / "cut") == again
 
 
 def test_a_variant_starts_from_the_dense_parameters_and_is_evaluated_once(cell, tmp_path, monkeypatch):
@@ -218,22 +231,39 @@ def test_the_report_says_which_goals_are_missed(tmp_path, capsys):
     below = rows["512 tokens, recall: InfLLM v2 below full attention"]
     assert below["ours"] == 3.0
     assert below["met"] is False
-    assert (tmp_path / "sparse_recall_512.svg").read_text().startswith("<?xml")
+    assert (tmp_path / "sparse_recall_512.svg").read_text().startswith("<svg")
     assert "| sliding window and first block | 3.0 ± 1.4 |" in sparse_recall.markdown(accuracies)
 
 
 def test_a_written_dataset_gives_the_same_rows_to_pretrain(tmp_path):
     task = dataclasses.replace(TASKS["varying"], seq_len=160)
-    write_dataset(tmp_path, task, 100, seed=5)
+    write_dataset(tmp_path, task, 100, copies=0.25, seed=5)
     mixture = from_folders(str(tmp_path))
     [dataset] = open_datasets(mixture)
     assert dataset.manifest.vocab_size == WORDS.size
     assert dataset.manifest.splits["validation"].records == 64
     dataset.manifest.verify(tmp_path)
-    loader = make_loader(mixture, 10, seed=0, start_step=0, process_index=0, process_count=1, num_workers=0)
+    loader = make_loader(mixture, 100, seed=0, start_step=0, process_index=0, process_count=1, num_workers=0)
     batch = next(iter(loader))
     drawn = [make_tokens(task, 64, "train", 5, 0), make_tokens(task, 36, "train", 5, 1)]
     expected = {row.tobytes(): mask for tokens, answers in drawn for row, mask in zip(tokens, answers, strict=True)}
-    for row in range(10):
+    copies = 0
+    for row in range(100):
         tokens = np.append(batch["tokens"][row], batch["targets"][row, -1])
-        np.testing.assert_array_equal(batch["loss_weights"][row], expected[tokens.tobytes()][1:])
+        weights, targets = batch["loss_weights"][row], batch["targets"][row]
+        if batch["segment_ids"][row, -1] == 1:
+            np.testing.assert_array_equal(weights, expected[tokens.tobytes()][1:])
+            continue
+        copies += 1
+        learned = np.flatnonzero(weights)
+        assert list(learned) == list(range(1, 160, 3))
+        np.testing.assert_array_equal(targets[learned], tokens[learned - 1])
+        assert set(batch["positions"][row]) == {0, 1, 2}
+    assert copies == 25
+
+
+@pytest.mark.parametrize("seq_len", [16, 128, 2048, 8192, 32768])
+def test_rows_for_longer_models_fit_their_vocabulary(seq_len):
+    tokens, answers = make_tokens(long_task(seq_len), 2, "train", 0, 0)
+    assert tokens.max() < LONG_VOCABULARY.size == 1281
+    assert answers.any(axis=1).all()
