@@ -183,14 +183,15 @@ def _answers(model: ModelConfig) -> Callable[[Any, dict[str, Any]], tuple[jax.Ar
     return jax.jit(count)
 
 
-def accuracy(model: ModelConfig, params: Any, task: RecallTask, split: Split, answers: int, tokens: int) -> float:
-    """The share of answers that are the most probable token, over at least `answers` of them."""
+def accuracy(model: ModelConfig, params: Any, task: RecallTask, split: Split, rows: int, tokens: int) -> float:
+    """The share of answers that are the most probable token, over `rows` rows in batches of about `tokens` tokens."""
     task = dataclasses.replace(task, copy_weight=0.0)
-    right = total = index = 0.0
-    while total < answers:
-        batch = make_batch(task, max(tokens // task.seq_len, 1), split, 0, int(index))
-        r, t = _answers(model)(params, batch)
-        right, total, index = right + float(r), total + float(t), index + 1
+    batch_size = min(max(tokens // task.seq_len, 1), rows)
+    counts = [
+        _answers(model)(params, make_batch(task, batch_size, split, 0, index))
+        for index in range(-(-rows // batch_size))
+    ]
+    right, total = (float(sum(side)) for side in zip(*counts, strict=True))
     return right / total
 
 
@@ -226,7 +227,7 @@ def train(cell: Cell, work: Path, checkpoint_every: int = 100) -> dict[str, Any]
                 state, metrics = step_fn(state, make_batch(cell.task, rows, "train", cell.seed, step))
                 step += 1
                 if step == cell.steps or step % checkpoint_every == 0:
-                    reached = accuracy(model, state.params, cell.task, "validation", 500, cell.tokens)
+                    reached = accuracy(model, state.params, cell.task, "validation", 64, cell.tokens)
                     meta = {"step": step, "accuracy": reached, "model": config_to_dict(model)}
                     checkpointer.save(step, state, meta)
                     progress.update(step, loss=float(metrics["loss"]), accuracy=reached)
@@ -235,13 +236,13 @@ def train(cell: Cell, work: Path, checkpoint_every: int = 100) -> dict[str, Any]
     return result
 
 
-def evaluate(cell: Cell, work: Path, answers: int) -> dict[str, float]:
+def evaluate(cell: Cell, work: Path, rows: int) -> dict[str, float]:
     """The accuracy of a trained cell on test rows by task, or what an earlier call found."""
-    path = work / cell.name / f"accuracy_{answers}.json"
+    path = work / cell.name / f"accuracy_{rows}.json"
     if not path.exists():
         params, _ = restore_params(work / cell.name / "checkpoints")
         found = {
-            name: accuracy(cell.model, params, task(cell.task.seq_len), "test", answers, 4 * cell.tokens)
+            name: accuracy(cell.model, params, task(cell.task.seq_len), "test", rows, 4 * cell.tokens)
             for name, task in TASKS.items()
         }
         write_json(path, found)
@@ -251,7 +252,7 @@ def evaluate(cell: Cell, work: Path, answers: int) -> dict[str, float]:
 Accuracies = dict[tuple[int, str, str], list[float]]  # of each seed, by length, task and variant
 
 
-def gather(cells: Sequence[Cell], work: Path, answers: int) -> Accuracies:
+def gather(cells: Sequence[Cell], work: Path, rows: int) -> Accuracies:
     """Runs all cells in their order, each at most once, and returns the accuracies of the variants in percent."""
     accuracies: Accuracies = {}
     for number, cell in enumerate(cells, 1):
@@ -260,7 +261,7 @@ def gather(cells: Sequence[Cell], work: Path, answers: int) -> Accuracies:
         if cell.stop_at is not None:
             print(f"  {result['steps']} steps, accuracy {result['validation']:.3f} on rows like those", flush=True)
             continue
-        found = evaluate(cell, work, answers)
+        found = evaluate(cell, work, rows)
         print("  " + ", ".join(f"{task} {value:.4f}" for task, value in found.items()), flush=True)
         for task, value in found.items():
             key = (cell.task.seq_len, task, cell.name.rpartition("/")[2])
@@ -321,14 +322,14 @@ def report(accuracies: Accuracies, directory: Path) -> None:
         (directory / f"sparse_recall_{length}.svg").write_text(figure.svg, "utf-8")
 
 
-def evaluate_checkpoint(folder: Path, lengths: Sequence[int], answers: int) -> dict[int, float]:
+def evaluate_checkpoint(folder: Path, lengths: Sequence[int], rows: int) -> dict[int, float]:
     """The accuracy of a checkpoint of the `pretrain` verb by length, on rows like those of `write_dataset`."""
     params, meta = restore_params(folder)
     model = config_from_dict(ModelConfig, meta["model"])
     found = {}
     for length in lengths:
         task = dataclasses.replace(long_task(length), num_pairs=long_task(length).pairs[1])
-        found[length] = accuracy(model, params, task, "test", answers, length)
+        found[length] = accuracy(model, params, task, "test", rows, length)
         print(
             f"{length} tokens, {task.pairs[1]} pairs: {100 * found[length]:.1f}% of the answers are right", flush=True
         )
@@ -344,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--lengths", nargs="+", type=int, default=[512, 1024], help="tokens of the rows")
     parser.add_argument("--ablated", nargs="*", type=int, default=[512], help="lengths of all variants")
     parser.add_argument("--steps", type=int, default=100, help="of a variant, from the dense checkpoint")
-    parser.add_argument("--answers", type=int, default=2000, help="answers of each test, at least")
+    parser.add_argument("--test_rows", type=int, default=256, help="rows of each test")
     parser.add_argument("--directory", type=Path, default=RESULTS_DIR, help="where the results go")
     parser.add_argument("--dataset", type=Path, help="write rows for `pretrain` into this folder, and nothing else")
     parser.add_argument("--rows", type=int, default=20_000, help="training rows of --dataset")
@@ -356,14 +357,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             write_dataset(args.dataset / str(length), long_task(length), args.rows, args.copies)
         return
     if args.checkpoint:
-        evaluate_checkpoint(args.checkpoint, args.lengths, args.answers)
+        evaluate_checkpoint(args.checkpoint, args.lengths, args.test_rows)
         return
     if not args.work:
         parser.error("--work is required")
     jax.config.update("jax_compilation_cache_dir", str(args.work / "compiled"))
     if args.recipe:
         args.seeds, args.lengths, args.ablated = 1, [512], []
-    accuracies = gather(study(args.seeds, args.lengths, args.ablated, args.steps), args.work, args.answers)
+    accuracies = gather(study(args.seeds, args.lengths, args.ablated, args.steps), args.work, args.test_rows)
     print(markdown(accuracies))
     if not args.recipe:
         report(accuracies, args.directory)
