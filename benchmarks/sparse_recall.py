@@ -168,7 +168,7 @@ def study(seeds: int, lengths: Sequence[int], ablated: Sequence[int], steps: int
                 if variant in MAIN or length in ablated:
                     name, start = f"seed{seed}/{length}/{variant}", f"seed{seed}/dense{length}"
                     task, tokens = training_task(length), batch_tokens(length)
-                    cells.append(Cell(name, task, start, seed, config, steps, tokens, peak_lr=1e-3))
+                    cells.append(Cell(name, task, start, seed, config, steps, tokens, peak_lr=2e-3))
     return cells
 
 
@@ -344,7 +344,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--lengths", nargs="+", type=int, default=[512, 1024], help="tokens of the rows")
     parser.add_argument("--ablated", nargs="*", type=int, default=[512], help="lengths of all variants")
-    parser.add_argument("--steps", type=int, default=100, help="of a variant, from the dense checkpoint")
+    parser.add_argument("--steps", type=int, default=300, help="of a variant, from the dense checkpoint")
     parser.add_argument("--test_rows", type=int, default=256, help="rows of each test")
     parser.add_argument("--directory", type=Path, default=RESULTS_DIR, help="where the results go")
     parser.add_argument("--dataset", type=Path, help="write rows for `pretrain` into this folder, and nothing else")
