@@ -146,8 +146,8 @@ def test_the_sliding_window_cannot_see_the_pairs_and_the_others_can():
     def questions(name, tokens):
         model = dataclasses.replace(sparse_recall.MODEL, sparse_config=sparse_recall.VARIANTS[name])
         params = decoder.init_params(model, jax.random.key(1))
-        hidden = decoder.bind(model, params)(tokens, batch["positions"], batch["segment_ids"])
-        return np.asarray(hidden)[:, task.first_question :]
+        run = jax.jit(lambda *inputs: decoder.bind(model, params)(*inputs))
+        return np.asarray(run(tokens, batch["positions"], batch["segment_ids"]))[:, task.first_question :]
 
     def change(name):
         return np.abs(questions(name, other) - questions(name, batch["tokens"])).max()
