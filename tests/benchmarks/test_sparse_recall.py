@@ -146,8 +146,9 @@ def test_the_sliding_window_cannot_see_the_pairs_and_the_others_can():
     def questions(name, tokens):
         model = dataclasses.replace(sparse_recall.MODEL, sparse_config=sparse_recall.VARIANTS[name])
         params = decoder.init_params(model, jax.random.key(1))
-        run = jax.jit(lambda *inputs: decoder.bind(model, params)(*inputs))
-        return np.asarray(run(tokens, batch["positions"], batch["segment_ids"]))[:, task.first_question :]
+        rest = batch["positions"], batch["segment_ids"]
+        hidden = jax.jit(lambda tokens: decoder.bind(model, params)(tokens, *rest))(tokens)
+        return np.asarray(hidden)[:, task.first_question :]
 
     def change(name):
         return np.abs(questions(name, other) - questions(name, batch["tokens"])).max()
