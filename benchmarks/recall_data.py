@@ -10,21 +10,12 @@ attention to the beginning and to a window no longer than the gap has nothing to
 most, unless `num_queries` exceeds `num_pairs`, so that no answer repeats an earlier one either.
 """
 
-import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal, get_args
 
-import numpy as np
-import tokenizers
-from array_record.python import array_record_module
-from jaxtyping import Float, Int
-
-from cpm_jax.common.files import sha256
-from cpm_jax.data.manifest import Manifest, Shard
-from cpm_jax.data.manifest import Split as SplitShards
-from cpm_jax.data.records import PackedRecord, encode_record
-from cpm_jax.data.tokenizer import Tokenizer
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 Split = Literal["train", "validation", "test"]
 BOS = 0
@@ -118,72 +109,73 @@ class RecallTask:
         return (self.first_question - self.gap - self.head - 1) // 2
 
 
-def _distinct(rng: np.random.Generator, rows: int, of: int, count: int) -> Int[np.ndarray, "B n"]:
+def _distinct(key: jax.Array, rows: int, of: int, count: int) -> Int[Array, "B n"]:
     """Draws for each row `count` different numbers below `of`, in random order."""
-    return np.argsort(rng.random((rows, of)), axis=1)[:, :count]
+    return jnp.argsort(jax.random.uniform(key, (rows, of)), axis=1)[:, :count]
 
 
-def make_tokens(
-    task: RecallTask, num_rows: int, split: Split, seed: int, index: int
-) -> tuple[Int[np.ndarray, "B T1"], Float[np.ndarray, "B T1"]]:
+def batch_key(split: Split, seed: int | Int[Array, ""], index: int | Int[Array, ""]) -> jax.Array:
+    """What the rows of a batch are drawn by.
+
+    Args:
+        split: rows of each are drawn from a stream of their own.
+        seed: of the run.
+        index: of the batch within the run.
+    """
+    stream = jax.random.fold_in(jax.random.key(get_args(Split).index(split)), seed)
+    return jax.random.fold_in(stream, index)
+
+
+def make_tokens(task: RecallTask, num_rows: int, key: jax.Array) -> tuple[Int[Array, "B T1"], Float[Array, "B T1"]]:
     """Draws rows of T + 1 tokens, and 1 where a token is an answer.
 
     Args:
         task: what rows look like.
         num_rows: B.
-        split: rows of each are drawn from a stream of their own.
-        seed: of the run.
-        index: of the batch within the run.
+        key: from `batch_key`.
     """
-    rng = np.random.default_rng([get_args(Split).index(split), seed, index])
-    words, (fewest, most), rows = task.vocabulary, task.pairs, np.arange(num_rows)[:, None]
-    tokens = words.first_filler + rng.integers(words.num_filler, size=(num_rows, task.seq_len + 1))
-    answers = np.zeros(tokens.shape, np.float32)
-    tokens[:, 0] = BOS
-    keys = 1 + _distinct(rng, num_rows, words.num_keys, most)
-    values = words.first_value + _distinct(rng, num_rows, words.num_values, most)
-    counts = rng.integers(fewest, most + 1, size=(num_rows, 1))
-    places = task.head + 2 * _distinct(rng, num_rows, task.slots, most) + rng.integers(2, size=(num_rows, 1))
+    words, (fewest, most), rows = task.vocabulary, task.pairs, jnp.arange(num_rows)[:, None]
+    filler, keys, values, counts, places, parity, asked = jax.random.split(key, 7)
+    tokens = words.first_filler + jax.random.randint(filler, (num_rows, task.seq_len + 1), 0, words.num_filler)
+    tokens = tokens.at[:, 0].set(BOS)
+    keys = 1 + _distinct(keys, num_rows, words.num_keys, most)
+    values = words.first_value + _distinct(values, num_rows, words.num_values, most)
+    counts = jax.random.randint(counts, (num_rows, 1), fewest, most + 1)
+    places = task.head + 2 * _distinct(places, num_rows, task.slots, most)
+    places += jax.random.randint(parity, (num_rows, 1), 0, 2)
     # A row's first pairs are in use; what stood where the others would be stays filler.
-    used = np.arange(most) < counts
-    tokens[np.where(used, rows, 0), np.where(used, places, 0)] = np.where(used, keys, BOS)
-    tokens[np.where(used, rows, 0), np.where(used, places + 1, 0)] = np.where(used, values, BOS)
+    places = jnp.where(jnp.arange(most) < counts, places, task.seq_len + 1)
+    tokens = tokens.at[rows, places].set(keys, mode="drop").at[rows, places + 1].set(values, mode="drop")
     # Questions are numbered from the end of the row: the last ones are always there. Repeated ones are drawn each by
     # itself: were every pair asked once before any is asked again, the answers so far would tell much of the next.
-    question = np.arange(task.num_queries)[::-1][None, :]
+    shape = num_rows, task.num_queries
+    question = jnp.broadcast_to(jnp.arange(task.num_queries)[::-1], shape)
     if task.repeat:
-        asked, pair = question >= 0, rng.integers(counts, size=(num_rows, task.num_queries))
+        there, pair = question >= 0, jax.random.randint(asked, shape, 0, counts)
     else:
-        asked = question < counts
-        order = np.argsort(rng.random((num_rows, most)) + ~used, axis=1)
-        pair = np.take_along_axis(order, np.broadcast_to(question % counts, (num_rows, task.num_queries)), axis=1)
-    first = task.first_question + 2 * np.arange(task.num_queries)
+        there = question < counts
+        unused = jnp.arange(most) >= counts
+        order = jnp.argsort(jax.random.uniform(asked, unused.shape) + unused, axis=1)
+        pair = jnp.take_along_axis(order, question % counts, axis=1)
+    first = task.first_question + 2 * jnp.arange(task.num_queries)
     for at, ids in ((first, keys), (first + 1, values)):
-        tokens[:, at] = np.where(asked, np.take_along_axis(ids, pair, axis=1), tokens[:, at])
-    answers[:, first + 1] = np.broadcast_to(asked, (num_rows, task.num_queries))
-    return tokens.astype(np.int32), answers
+        tokens = tokens.at[:, at].set(jnp.where(there, jnp.take_along_axis(ids, pair, axis=1), tokens[:, at]))
+    answers = jnp.zeros(tokens.shape, jnp.float32).at[:, first + 1].set(there)
+    return tokens, answers
 
 
-def make_batch(task: RecallTask, num_rows: int, split: Split, seed: int, index: int) -> dict[str, np.ndarray]:
-    """Draws a batch as docs/architecture.md describes it, in which answers count (and `copy_weight`).
+def make_batch(task: RecallTask, num_rows: int, key: jax.Array) -> dict[str, Array]:
+    """Draws tokens, targets and loss_weights, of which answers count (and `copy_weight`).
 
     Arguments are those of `make_tokens`.
     """
-    tokens, answers = make_tokens(task, num_rows, split, seed, index)
-    shape = (num_rows, task.seq_len)
+    tokens, answers = make_tokens(task, num_rows, key)
     targets, weights = tokens[:, 1:], answers[:, 1:]
     if task.copy_weight:
-        before = np.pad(tokens[:, :-2], ((0, 0), (1, 0)))
-        targets = np.where(weights > 0, targets, before)
-        weights = np.where(weights > 0, weights, np.float32(task.copy_weight))
-    return {
-        "tokens": tokens[:, :-1],
-        "targets": targets,
-        "loss_weights": weights,
-        "segment_ids": np.ones(shape, np.int32),
-        "positions": np.broadcast_to(np.arange(task.seq_len, dtype=np.int32), shape),
-        "source_ids": np.zeros(num_rows, np.int32),
-    }
+        before = jnp.pad(tokens[:, :-2], ((0, 0), (1, 0)))
+        targets = jnp.where(weights > 0, targets, before)
+        weights = jnp.where(weights > 0, weights, task.copy_weight)
+    return {"tokens": tokens[:, :-1], "targets": targets, "loss_weights": weights}
 
 
 LONG_VOCABULARY = Vocabulary(num_keys=512, num_values=512, num_filler=256)
@@ -203,63 +195,3 @@ def long_task(seq_len: int) -> RecallTask:
         repeat=seq_len < 256,
         vocabulary=LONG_VOCABULARY,
     )
-
-
-def write_dataset(folder: Path, task: RecallTask, num_rows: int, copies: float = 0.0, seed: int = 0) -> None:
-    """Writes a dataset folder as `prepare` does, whose loss is on the answers: for the verb `pretrain`.
-
-    Args:
-        folder: what to write; its validation split has a fiftieth as many rows, 64 at least.
-        task: what rows look like.
-        num_rows: rows to train on.
-        copies: share of the training rows that instead are documents of three tokens, x y x, of which the last is
-            learned: what `RecallTask.copy_weight` does, as a next token.
-        seed: of the rows.
-    """
-    words = task.vocabulary
-    spelled = ["<s>", *(f"k{i}" for i in range(words.num_keys)), *(f"v{i}" for i in range(words.num_values))]
-    spelled += [f"f{i}" for i in range(words.num_filler)]
-    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({word: i for i, word in enumerate(spelled)}, "<s>"))
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    tokenizer = Tokenizer(backend, {"bos_token": "<s>", "eos_token": "<s>"})
-    tokenizer.save(folder / "tokenizer")
-    splits: dict[str, tuple[Split, int, float]] = {
-        "train": ("train", num_rows, copies),
-        "validation": ("validation", max(num_rows // 50, 64), 0.0),
-    }
-    manifest = Manifest(
-        seq_len=task.seq_len,
-        format="text",
-        tokenizer_sha256=tokenizer.sha256,
-        vocab_size=words.size,
-        splits={name: _write_split(folder, name, task, *split, seed) for name, split in splits.items()},
-        rejects={},
-        duplicates=0,
-        truncated=0,
-        sources={"benchmarks.recall_data": num_rows},
-        arguments={**dataclasses.asdict(task), "rows": num_rows, "copies": copies, "seed": seed},
-    )
-    manifest.save(folder)
-
-
-def _write_split(
-    folder: Path, name: str, task: RecallTask, split: Split, num_rows: int, copies: float, seed: int
-) -> SplitShards:
-    path = folder / f"{name}-00000-of-00001.array_record"
-    writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
-    chunk, place, one = 64, np.arange(task.seq_len + 1), np.zeros(1, np.uint32)
-    num_copies = num_documents = 0
-    for index in range(-(-num_rows // chunk)):
-        tokens, answers = make_tokens(task, min(chunk, num_rows - chunk * index), split, seed, index)
-        for number, (row, mask) in enumerate(zip(tokens, answers, strict=True), chunk * index):
-            starts = one
-            if num_copies < copies * (number + 1):  # spread evenly over the rows
-                row, mask, starts = np.where(place % 3 == 2, np.roll(row, 2), row), place % 3 == 2, place[::3]
-                num_copies += 1
-            record = PackedRecord(row.astype(np.uint32), starts.astype(np.uint32), mask.astype(np.bool_))
-            writer.write(encode_record(record))
-            num_documents += len(starts)
-    writer.close()
-    num_tokens, size = num_rows * (task.seq_len + 1), path.stat().st_size
-    shard = Shard(path.name, sha256(path), size, num_rows, num_tokens, num_documents, text_bytes=num_tokens)
-    return SplitShards((shard,))

@@ -1,44 +1,51 @@
 """Does trained sparse attention still find things? Small models learn associative recall, dense and then sparse.
 
+    python -m benchmarks.sparse_recall --work DIR           # trains and tests
+    python -m benchmarks.sparse_recall_report --work DIR    # writes the results
+
 A decoder learns to answer from a haystack (`recall_data.py`) with full attention, on rows that grow; from that
 checkpoint each variant of sparse attention goes on for the same steps on the same rows, at an equal budget of blocks.
 All sizes are those of MiniCPM4's `sparse_config` divided by 8: blocks of 8 tokens, 12 of them a query.
 
-Every part that is done stays in `--work`, and a part that was cut off goes on from its last checkpoint: call again
-until it is through. `--recipe` is one seed and the main variants. `--dataset` writes rows for the `pretrain` verb
-(papers/minicpm4/recall.gin), and `--checkpoint` tells the accuracy of what it trained.
+The seeds are one program, mapped over: models so small leave a device idle otherwise. All scores are held at once,
+which is fastest for such rows. Every part that is done stays in `--work`, and a part that `--seconds` cut off goes on
+where it was: call again until it is through. `--recipe` is one seed and the main variants.
 """
 
 import argparse
 import dataclasses
 import functools
 import json
-import statistics
+import math
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from benchmarks.recall_data import RecallTask, Split, Vocabulary, long_task, make_batch, write_dataset
-from benchmarks.results import RESULTS_DIR, Benchmark
+from benchmarks.compile_ahead import CompileAhead
+from benchmarks.custom_attention import attention_by_config, hidden_states, make_step
+from benchmarks.recall_data import RecallTask, Split, Vocabulary, batch_key, make_batch
+from benchmarks.results import origin
 from cpm_jax.checkpoints.manager import CheckpointConfig, Checkpointer, restore_params
-from cpm_jax.common.config import config_from_dict, config_to_dict
-from cpm_jax.common.figures import bar_figure
 from cpm_jax.common.files import write_json
 from cpm_jax.common.progress import Progress
-from cpm_jax.modeling import decoder
 from cpm_jax.modeling.config import ModelConfig, RopeConfig, SparseConfig
-from cpm_jax.training.optimizer import OptimizerConfig, make_optimizer
+from cpm_jax.modeling.decoder import bind, init_params
+from cpm_jax.training.optimizer import Optimizer, OptimizerConfig, make_optimizer
 from cpm_jax.training.schedules import cosine
-from cpm_jax.training.train_state import abstract_state, init_state, state_from_params
-from cpm_jax.training.train_step import make_train_step
+from cpm_jax.training.train_state import TrainState, state_from_params
 
 VOCABULARY = Vocabulary()
 BLOCK_SIZE = 8
 NUM_BLOCKS = 12  # |I|, of every variant
+CHUNK = 100  # steps of a call of the compiled program
+VALIDATION_ROWS = 64
+SAVE_EVERY = 120.0  # seconds, within a cell
 MODEL = ModelConfig(
     vocab_size=VOCABULARY.size,
     num_layers=2,
@@ -94,39 +101,56 @@ TASKS: dict[str, Callable[[int], RecallTask]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-    """One training, from scratch or from the parameters of another cell.
+    """One training of all seeds, from scratch or from the parameters of another cell.
 
     Attributes:
         name: of its folder in `--work`.
         task: its rows.
         start: folder of the cell it goes on from; "" begins with random parameters.
-        seed: of the initial parameters and the rows.
         sparse_config: its attention.
         steps: steps at most.
         tokens: of a batch.
+        first_batch: index of its first batch among those of a seed: what goes on learns from rows of its own.
         peak_lr: learning rate.
-        stop_at: accuracy on validation rows at which it ends; None takes all steps.
+        stop_at: accuracy on validation rows at which it ends, when every seed has it; None takes all steps.
     """
 
     name: str
     task: RecallTask
     start: str
-    seed: int
     sparse_config: SparseConfig | None
     steps: int
     tokens: int = 4096
+    first_batch: int = 0
     peak_lr: float = 2e-3
     stop_at: float | None = None
 
     @property
     def model(self) -> ModelConfig:
         """The decoder."""
-        return dataclasses.replace(MODEL, sparse_config=self.sparse_config)
+        return MODEL
+
+    @property
+    def rows(self) -> int:
+        """Rows of a batch."""
+        return max(self.tokens // self.task.seq_len, 1)
+
+    @property
+    def chunk(self) -> int:
+        """Steps of a call of the compiled program."""
+        return min(CHUNK, self.steps)
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """Adam; where it is not known when training ends, at a constant learning rate."""
+        final = 0.1 if self.stop_at is None else 1.0
+        schedule = cosine(self.peak_lr, self.steps, min(50, self.steps // 4), final_lr_ratio=final)
+        return make_optimizer(OptimizerConfig(b2=0.98, weight_decay=0.0), schedule, self.model)
 
 
-def curriculum(seed: int, lengths: Sequence[int]) -> list[Cell]:
+def curriculum(lengths: Sequence[int]) -> list[Cell]:
     """The dense model on rows that grow; the last cells have the rows of the study."""
-    copying = {"repeat": True, "copy_weight": 0.1}
+    copying: dict[str, Any] = {"repeat": True, "copy_weight": 0.1}
     stages = [
         ("16", RecallTask(16, 2, 5, head=1, **copying), 4000, 1024, 0.95),
         ("32", RecallTask(32, (2, 4), 10, head=2, **copying), 1000, 1024, 0.95),
@@ -137,7 +161,7 @@ def curriculum(seed: int, lengths: Sequence[int]) -> list[Cell]:
     cells: list[Cell] = []
     for name, task, steps, tokens, stop_at in stages:
         start = cells[-1].name if cells else ""
-        cells.append(Cell(f"seed{seed}/dense{name}", task, start, seed, None, steps, tokens, 2e-3, stop_at))
+        cells.append(Cell(f"dense{name}", task, start, None, steps, tokens, stop_at=stop_at))
     return cells
 
 
@@ -151,223 +175,218 @@ def training_task(length: int) -> RecallTask:
     return RecallTask(length, (1, 32), 16, gap=GAP)
 
 
-def study(seeds: int, lengths: Sequence[int], ablated: Sequence[int], steps: int) -> list[Cell]:
-    """All cells in their order.
+def study(lengths: Sequence[int], ablated: Sequence[int], steps: int) -> list[Cell]:
+    """All cells in their order: a dense model before what starts from it, shorter rows before longer ones.
 
     Args:
-        seeds: number of seeds.
-        lengths: tokens of the rows that the dense model grows to and the main variants are trained on.
+        lengths: tokens of the rows that the dense model grows to and the main variants are trained on, ascending.
         ablated: those of them that all variants are trained on.
         steps: of a variant.
     """
-    cells: list[Cell] = []
-    for seed in range(seeds):
-        cells += curriculum(seed, lengths)
-        for length in lengths:
-            for variant, config in VARIANTS.items():
-                if variant in MAIN or length in ablated:
-                    name, start = f"seed{seed}/{length}/{variant}", f"seed{seed}/dense{length}"
-                    task, tokens = training_task(length), batch_tokens(length)
-                    cells.append(Cell(name, task, start, seed, config, steps, tokens, peak_lr=2e-3))
+    dense = curriculum(lengths)
+    cells = dense[: -len(lengths)]
+    for length, grown in zip(lengths, dense[-len(lengths) :], strict=True):
+        cells.append(grown)
+        for variant, config in VARIANTS.items():
+            if variant in MAIN or length in ablated:
+                name, task, tokens = f"{length}/{variant}", training_task(length), batch_tokens(length)
+                cells.append(Cell(name, task, grown.name, config, steps, tokens, first_batch=grown.steps))
     return cells
 
 
-@functools.lru_cache(maxsize=4)
-def _answers(model: ModelConfig) -> Callable[[Any, dict[str, Any]], tuple[jax.Array, jax.Array]]:
-    def count(params: Any, batch: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
-        bound = decoder.bind(model, params)
-        hidden = bound(batch["tokens"], batch["positions"], batch["segment_ids"])
-        right = jnp.argmax(bound.logits(hidden), axis=-1) == batch["targets"]
-        return jnp.sum(right * batch["loss_weights"]), jnp.sum(batch["loss_weights"])
-
-    return jax.jit(count)
+class OutOfTimeError(Exception):
+    """The time that was given is over; what was done is kept."""
 
 
-def accuracy(model: ModelConfig, params: Any, task: RecallTask, split: Split, rows: int, tokens: int) -> float:
-    """The share of answers that are the most probable token, over `rows` rows in batches of about `tokens` tokens."""
-    task = dataclasses.replace(task, copy_weight=0.0)
-    batch_size = min(max(tokens // task.seq_len, 1), rows)
-    counts = [
-        _answers(model)(params, make_batch(task, batch_size, split, 0, index))
-        for index in range(-(-rows // batch_size))
-    ]
-    right, total = (float(sum(side)) for side in zip(*counts, strict=True))
-    return right / total
+def _initial(cell: Cell, seeds: jax.Array) -> TrainState:
+    params = jax.vmap(lambda seed: init_params(cell.model, jax.random.key(seed)))(seeds)
+    return _begin(cell, params)
 
 
-def train(cell: Cell, work: Path, checkpoint_every: int = 100) -> dict[str, Any]:
+def _begin(cell: Cell, params: Any) -> TrainState:
+    return jax.vmap(lambda params: state_from_params(params, cell.optimizer))(params)
+
+
+def _steps(cell: Cell, states: TrainState, seeds: jax.Array) -> tuple[TrainState, jax.Array]:
+    """States after `cell.chunk` steps, and their last losses."""
+    step = make_step(cell.model, cell.optimizer, attention_by_config(cell.sparse_config, "reference"), "reference")
+
+    def one(state: TrainState, seed: jax.Array) -> tuple[TrainState, jax.Array]:
+        key = batch_key("train", seed, cell.first_batch + state.step)
+        return step(state, make_batch(cell.task, cell.rows, key))
+
+    states, losses = jax.lax.scan(lambda states, _: jax.vmap(one)(states, seeds), states, length=cell.chunk)
+    return states, losses[-1]
+
+
+def _right(cell: Cell, params: Any, batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    """How many answers of a batch are the most probable token, of each seed, and how many answers there are."""
+
+    def one(params: Any) -> jax.Array:
+        model = bind(cell.model, params)
+        hidden, _ = hidden_states(model, batch["tokens"], attention_by_config(cell.sparse_config, "reference"))
+        right = jnp.argmax(model.logits(hidden), axis=-1) == batch["targets"]
+        return jnp.sum(right * batch["loss_weights"])
+
+    return jax.vmap(one)(params), jnp.sum(batch["loss_weights"])
+
+
+class Programs(CompileAhead):
+    """What cells run."""
+
+    def __init__(self, seeds: int):
+        """Holds no program yet.
+
+        Args:
+            seeds: number of seeds, the leading dimension of all states.
+        """
+        super().__init__()
+        self.seeds = jnp.arange(seeds)
+
+    def prepare(self, cell: Cell) -> None:
+        """Begins to compile what `train` and `evaluate` of a cell call."""
+        self.steps(cell)
+        self.right(cell)
+        for task in (cell.task, *(task(cell.task.seq_len) for task in TASKS.values() if cell.stop_at is None)):
+            self.batch(task, cell.rows)
+
+    def states(self, cell: Cell) -> TrainState:
+        """Shapes of a cell's states."""
+        return jax.eval_shape(functools.partial(_initial, cell), self.seeds)
+
+    def steps(self, cell: Cell) -> Future[Any]:
+        """`_steps` of a cell; the states that are passed in are gone after the call."""
+        function = functools.partial(_steps, cell)
+        return self.get(("steps", cell), function, lambda: (self.states(cell), self.seeds), donate=(0,))
+
+    def right(self, cell: Cell) -> Future[Any]:
+        """`_right` of a cell, which depends on the sizes of its rows and its attention."""
+        draw = functools.partial(make_batch, cell.task, cell.rows)
+
+        def shapes() -> tuple[Any, Any]:
+            return self.states(cell).params, jax.eval_shape(draw, batch_key("test", 0, 0))
+
+        key = "right", cell.task.seq_len, cell.rows, cell.sparse_config
+        return self.get(key, functools.partial(_right, cell), shapes)
+
+    def batch(self, task: RecallTask, rows: int) -> Future[Any]:
+        """Rows whose answers are counted, from a key."""
+        task = dataclasses.replace(task, copy_weight=0.0)
+        draw = functools.partial(make_batch, task, rows)
+        return self.get(("batch", task, rows), draw, lambda: (batch_key("test", 0, 0),))
+
+
+def accuracy(cell: Cell, params: Any, task: RecallTask, split: Split, rows: int, programs: Programs) -> list[float]:
+    """The share of answers that are the most probable token, of each seed, over at least `rows` rows."""
+    draw, right = programs.batch(task, cell.rows).result(), programs.right(cell).result()
+    keys = [batch_key(split, 0, index) for index in range(-(-rows // cell.rows))]
+    counts = [right(params, draw(key)) for key in keys]
+    found, total = (np.sum([np.asarray(count) for count in side], axis=0) for side in zip(*counts, strict=True))
+    return (found / total).tolist()
+
+
+def train(cell: Cell, work: Path, programs: Programs, deadline: float = math.inf) -> dict[str, Any]:
     """Trains a cell, or goes on with it, or reads what it came to.
 
+    Args:
+        cell: what to train.
+        work: where cells are kept.
+        programs: compiled ones.
+        deadline: by `time.monotonic()`, when to end.
+
     Returns:
-        "steps" taken, "seconds" of this call's training, and "validation" accuracy on rows like those it trained on.
+        "steps" taken, "seconds" of this call's training, "curve" of [step, accuracy of each seed on rows like those it
+        trained on], and its `origin`.
+
+    Raises:
+        OutOfTimeError: the deadline has passed; the state so far is kept.
     """
-    folder, model = work / cell.name, cell.model
-    done = folder / "training.json"
-    if done.exists():
-        return json.loads(done.read_text("utf-8"))
-    schedule = cosine(cell.peak_lr, cell.steps, min(50, cell.steps // 4))
-    if cell.stop_at is not None:  # it is not known when it ends: a constant learning rate
-        schedule = cosine(cell.peak_lr, cell.steps, min(50, cell.steps // 4), final_lr_ratio=1.0)
-    optimizer = make_optimizer(OptimizerConfig(b2=0.98, weight_decay=0.0), schedule, model)
-    step_fn = make_train_step(model, optimizer)
-    rows, begin = max(cell.tokens // cell.task.seq_len, 1), time.monotonic()
-    step, reached = 0, -1.0
-    # Synchronous: a small state, and a killed cell loses no more than what came after the last save.
+    folder = work / cell.name
+    if (folder / "training.json").exists():
+        return json.loads((folder / "training.json").read_text("utf-8"))
+    begin = saved = time.monotonic()
+    step, curve = 0, []
+    # Synchronous: a small state.
     with Checkpointer(folder / "checkpoints", CheckpointConfig(keep_last=1, asynchronous=False)) as checkpointer:
-        restored = checkpointer.restore_latest(abstract_state(model, optimizer))
+        restored = checkpointer.restore_latest(programs.states(cell))
         if restored is not None:
-            state, step, reached = restored.state, restored.step, restored.meta["accuracy"]
+            states, step, curve = restored.state, restored.step, restored.meta["curve"]
         elif cell.start:
-            params, _ = restore_params(work / cell.start / "checkpoints")
-            state = state_from_params(params, optimizer)
+            states = jax.jit(functools.partial(_begin, cell))(restore_params(work / cell.start / "checkpoints")[0])
         else:
-            state = init_state(model, optimizer, jax.random.key(cell.seed))
-        with Progress(cell.name, cell.steps, initial=step, tokens_per_step=rows * cell.task.seq_len) as progress:
-            while step < cell.steps and (cell.stop_at is None or reached < cell.stop_at):
-                state, metrics = step_fn(state, make_batch(cell.task, rows, "train", cell.seed, step))
-                step += 1
-                if step == cell.steps or step % checkpoint_every == 0:
-                    reached = accuracy(model, state.params, cell.task, "validation", 64, cell.tokens)
-                    meta = {"step": step, "accuracy": reached, "model": config_to_dict(model)}
-                    checkpointer.save(step, state, meta)
-                    progress.update(step, loss=float(metrics["loss"]), accuracy=reached)
-    result = {"steps": step, "seconds": time.monotonic() - begin, "validation": reached}
-    write_json(done, result)
+            states = jax.jit(functools.partial(_initial, cell))(programs.seeds)
+        run = programs.steps(cell).result()
+
+        def save() -> None:
+            checkpointer.save(step, states, {"step": step, "curve": curve})
+
+        with Progress(cell.name, cell.steps, initial=step, tokens_per_step=cell.rows * cell.task.seq_len) as progress:
+            while step < cell.steps and (cell.stop_at is None or not curve or min(curve[-1][1]) < cell.stop_at):
+                if time.monotonic() > deadline:
+                    save()
+                    raise OutOfTimeError
+                states, losses = run(states, programs.seeds)
+                step += cell.chunk
+                reached = accuracy(cell, states.params, cell.task, "validation", VALIDATION_ROWS, programs)
+                curve.append([step, reached])
+                progress.update(step, loss=float(losses.mean()), accuracy=min(reached))
+                if time.monotonic() > saved + SAVE_EVERY:
+                    save()
+                    saved = time.monotonic()
+        save()
+    seconds = time.monotonic() - begin
+    result = {"steps": step, "seconds": seconds, "curve": curve, **origin()}
+    write_json(folder / "training.json", result)
     return result
 
 
-def evaluate(cell: Cell, work: Path, rows: int) -> dict[str, float]:
-    """The accuracy of a trained cell on test rows by task, or what an earlier call found."""
-    path = work / cell.name / f"accuracy_{rows}.json"
+def evaluate(cell: Cell, work: Path, rows: int, programs: Programs) -> dict[str, list[float]]:
+    """The accuracy of each seed of a trained cell on test rows by task, or what an earlier call found."""
+    path = work / cell.name / "accuracy.json"
     if not path.exists():
         params, _ = restore_params(work / cell.name / "checkpoints")
-        found = {
-            name: accuracy(cell.model, params, task(cell.task.seq_len), "test", rows, 4 * cell.tokens)
-            for name, task in TASKS.items()
-        }
+        tasks = {name: task(cell.task.seq_len) for name, task in TASKS.items()}
+        found = {name: accuracy(cell, params, task, "test", rows, programs) for name, task in tasks.items()}
         write_json(path, found)
     return json.loads(path.read_text("utf-8"))
 
 
-Accuracies = dict[tuple[int, str, str], list[float]]  # of each seed, by length, task and variant
-
-
-def gather(cells: Sequence[Cell], work: Path, rows: int) -> Accuracies:
-    """Runs all cells in their order, each at most once, and returns the accuracies of the variants in percent."""
-    accuracies: Accuracies = {}
+def run_study(cells: Sequence[Cell], work: Path, rows: int, programs: Programs, deadline: float) -> None:
+    """Runs all cells in their order, each at most once."""
     for number, cell in enumerate(cells, 1):
+        for later in cells[number - 1 : number + programs.threads]:
+            if not (work / later.name / "accuracy.json").exists():
+                programs.prepare(later)
         print(f"{number}/{len(cells)}: {cell.name}", flush=True)
-        result = train(cell, work)
-        if cell.stop_at is not None:
-            print(f"  {result['steps']} steps, accuracy {result['validation']:.3f} on rows like those", flush=True)
-            continue
-        found = evaluate(cell, work, rows)
-        print("  " + ", ".join(f"{task} {value:.4f}" for task, value in found.items()), flush=True)
-        for task, value in found.items():
-            key = (cell.task.seq_len, task, cell.name.rpartition("/")[2])
-            accuracies.setdefault(key, []).append(100 * value)
-    return accuracies
-
-
-def spread(values: Sequence[float]) -> float:
-    """Standard deviation over seeds; 0 of a single one."""
-    return statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def markdown(accuracies: Accuracies) -> str:
-    """The table of the page: mean ± standard deviation over seeds, by variant, length and task."""
-    columns = sorted({(length, task) for length, task, _ in accuracies}, key=lambda c: (c[0], list(TASKS).index(c[1])))
-    lines = ["| | " + " | ".join(f"{length}, {task}" for length, task in columns) + " |"]
-    lines.append("|---" * (len(columns) + 1) + "|")
-    for variant in VARIANTS:
-        cells = [accuracies.get((length, task, variant)) for length, task in columns]
-        shown = ["" if x is None else f"{statistics.mean(x):.1f} ± {spread(x):.1f}" for x in cells]
-        if any(shown):
-            lines.append(f"| {variant} | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
-
-
-def report(accuracies: Accuracies, directory: Path) -> None:
-    """Writes `sparse_recall.json` and, for each length, a figure of the accuracies."""
-    bench = Benchmark("sparse_recall")
-    for (length, task, variant), values in accuracies.items():
-        name = f"{length} tokens, {task}, {variant}: right answers, mean of {len(values)} seeds"
-        mean, full = statistics.mean(values), statistics.mean(accuracies[length, task, FULL])
-        goal = {"baseline_name": "at least", "baseline": 95.0, "goal": 1.0} if variant == FULL else {}
-        against = {"baseline_name": FULL, "baseline": full} if variant != FULL else {}
-        bench.add(name, "%", mean, larger_is_better=True, **goal, **against)  # type: ignore[arg-type]
-        bench.add(f"{name}: their standard deviation", "points", spread(values), larger_is_better=False)
-        if variant == INFLLM:
-            bench.add(
-                f"{length} tokens, {task}: {INFLLM} below {FULL}",
-                "points",
-                max(full - mean, 0.0),
-                larger_is_better=False,
-                baseline_name="at most",
-                baseline=2.0,
-                goal=1.0,
-            )
-    bench.write(directory)
-    for length in sorted({length for length, _, _ in accuracies}):
-        values = {
-            name: accuracies[length, "recall", name] for name in VARIANTS if (length, "recall", name) in accuracies
-        }
-        figure = bar_figure(
-            {name: statistics.mean(x) for name, x in values.items()},
-            ylabel=f"right answers, 16 pairs in {length} tokens, %",
-            strong=[FULL, INFLLM],
-            errors={name: spread(x) for name, x in values.items()},
-            format_value=lambda value: f"{value:.1f}",
-        )
-        (directory / f"sparse_recall_{length}.svg").write_text(figure.svg, "utf-8")
-
-
-def evaluate_checkpoint(folder: Path, lengths: Sequence[int], rows: int) -> dict[int, float]:
-    """The accuracy of a checkpoint of the `pretrain` verb by length, on rows like those of `write_dataset`."""
-    params, meta = restore_params(folder)
-    model = config_from_dict(ModelConfig, meta["model"])
-    found = {}
-    for length in lengths:
-        task = dataclasses.replace(long_task(length), num_pairs=long_task(length).pairs[1])
-        found[length] = accuracy(model, params, task, "test", rows, length)
-        print(
-            f"{length} tokens, {task.pairs[1]} pairs: {100 * found[length]:.1f}% of the answers are right", flush=True
-        )
-    return found
+        result = train(cell, work, programs, deadline)
+        shown = ", ".join(f"{share:.4f}" for share in result["curve"][-1][1])
+        print(f"  {result['steps']} steps, {result['seconds']:.0f} s, accuracy on rows like those {shown}", flush=True)
+        if cell.stop_at is None:
+            for task, shares in evaluate(cell, work, rows, programs).items():
+                print(f"  {task}: {', '.join(f'{share:.4f}' for share in shares)}", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Does what is not done yet and writes `results/sparse_recall.json`."""
+    """Does what is not done yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, help="folder of the cells; a cell that is there is not trained again")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the cells; a cell that is there stays")
     parser.add_argument("--recipe", action="store_true", help="one seed, 512 tokens, the main variants")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--lengths", nargs="+", type=int, default=[512, 1024], help="tokens of the rows")
     parser.add_argument("--ablated", nargs="*", type=int, default=[512], help="lengths of all variants")
-    parser.add_argument("--steps", type=int, default=300, help="of a variant, from the dense checkpoint")
+    parser.add_argument("--steps", type=int, default=1000, help="of a variant, from the dense checkpoint")
     parser.add_argument("--test_rows", type=int, default=256, help="rows of each test")
-    parser.add_argument("--directory", type=Path, default=RESULTS_DIR, help="where the results go")
-    parser.add_argument("--dataset", type=Path, help="write rows for `pretrain` into this folder, and nothing else")
-    parser.add_argument("--rows", type=int, default=20_000, help="training rows of --dataset")
-    parser.add_argument("--checkpoint", type=Path, help="test what `pretrain` trained on them, and nothing else")
-    parser.add_argument("--copies", type=float, default=0.0, help="share of them that teaches to copy")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="when to end, with what is done by then")
     args = parser.parse_args(argv)
-    if args.dataset:
-        for length in args.lengths:
-            write_dataset(args.dataset / str(length), long_task(length), args.rows, args.copies)
-        return
-    if args.checkpoint:
-        evaluate_checkpoint(args.checkpoint, args.lengths, args.test_rows)
-        return
-    if not args.work:
-        parser.error("--work is required")
-    jax.config.update("jax_compilation_cache_dir", str(args.work / "compiled"))
+    deadline = time.monotonic() + args.seconds
     if args.recipe:
         args.seeds, args.lengths, args.ablated = 1, [512], []
-    accuracies = gather(study(args.seeds, args.lengths, args.ablated, args.steps), args.work, args.test_rows)
-    print(markdown(accuracies))
-    if not args.recipe:
-        report(accuracies, args.directory)
+    jax.config.update("jax_compilation_cache_dir", str(args.work / "compiled"))
+    with Programs(args.seeds) as programs:
+        try:
+            run_study(study(args.lengths, args.ablated, args.steps), args.work, args.test_rows, programs, deadline)
+        except OutOfTimeError:
+            print(f"{args.seconds:.0f} seconds are over: the same command goes on from here", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,21 @@
 """The rows of the recall study, what its variants can see, and that a cut-off training goes on unchanged."""
 
 import dataclasses
+import functools
 import json
+import math
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import sparse_recall
-from benchmarks.recall_data import (
-    LONG_VOCABULARY,
-    RecallTask,
-    Vocabulary,
-    long_task,
-    make_batch,
-    make_tokens,
-    write_dataset,
-)
+from benchmarks import recall_data, sparse_recall, sparse_recall_report
+from benchmarks.custom_attention import attention_by_config, hidden_states
+from benchmarks.recall_data import LONG_VOCABULARY, RecallTask, Vocabulary, batch_key, long_task
+from benchmarks.recall_dataset import write_dataset
+from benchmarks.results import Benchmark
 from cpm_jax.checkpoints.manager import restore_params
 from cpm_jax.data.loader import make_loader, open_datasets
 from cpm_jax.data.mixture import from_folders
@@ -30,6 +29,19 @@ TASKS = {
     "full": RecallTask(64, 8, 8, gap=20, head=10),
     "repeated": RecallTask(96, (2, 4), 24, repeat=True),
 }
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def drawn(task, rows, key):
+    return recall_data.make_tokens(task, rows, key)
+
+
+def make_tokens(task, rows, split, seed, index):
+    return tuple(map(np.array, drawn(task, rows, batch_key(split, seed, index))))
+
+
+def make_batch(task, rows, split, seed, index):
+    return {name: np.array(x) for name, x in recall_data.make_batch(task, rows, batch_key(split, seed, index)).items()}
 
 
 def is_key(tokens):
@@ -146,7 +158,8 @@ def test_the_sliding_window_cannot_see_the_pairs_and_the_others_can():
     def questions(name, tokens):
         model = dataclasses.replace(sparse_recall.MODEL, sparse_config=sparse_recall.VARIANTS[name])
         params = decoder.init_params(model, jax.random.key(1))
-        rest = batch["positions"], batch["segment_ids"]
+        positions = np.broadcast_to(np.arange(512), tokens.shape)
+        rest = positions, np.ones_like(positions)
         hidden = jax.jit(lambda tokens: decoder.bind(model, params)(tokens, *rest))(tokens)
         return np.asarray(hidden)[:, task.first_question :]
 
@@ -158,82 +171,129 @@ def test_the_sliding_window_cannot_see_the_pairs_and_the_others_can():
     assert change(sparse_recall.INFLLM) > 1e-3
 
 
+@pytest.mark.parametrize("name", [sparse_recall.FULL, sparse_recall.INFLLM])
+def test_the_study_computes_what_the_decoder_computes(name):
+    config = dataclasses.replace(sparse_recall.MODEL, sparse_config=sparse_recall.VARIANTS[name])
+    params = decoder.init_params(config, jax.random.key(1))
+    tokens = make_batch(sparse_recall.TASKS["recall"](512), 2, "test", 0, 0)["tokens"]
+    positions = np.broadcast_to(np.arange(512), tokens.shape)
+    attend = attention_by_config(config.sparse_config, "reference")
+    ours = jax.jit(lambda tokens: hidden_states(decoder.bind(config, params), tokens, attend)[0])(tokens)
+    theirs = jax.jit(lambda tokens: decoder.bind(config, params)(tokens, positions, np.ones_like(positions)))(tokens)
+    np.testing.assert_allclose(ours, theirs, atol=2e-4)
+
+
 @pytest.fixture
-def cell():
-    return sparse_recall.Cell("cell", RecallTask(32, 4, 4), "", 0, None, steps=6, tokens=128)
+def cell(monkeypatch):
+    monkeypatch.setattr(sparse_recall, "CHUNK", 2)
+    return sparse_recall.Cell("cell", RecallTask(32, 4, 4), "", None, steps=6, tokens=128)
 
 
-def test_a_training_that_was_cut_off_goes_on_as_if_it_had_not_been(cell, tmp_path, monkeypatch):
-    sparse_recall.train(cell, tmp_path / "whole", checkpoint_every=2)
+@pytest.fixture(scope="module")
+def programs():
+    with sparse_recall.Programs(2) as programs:
+        yield programs
 
-    def killed(task, rows, split, seed, index):
-        if split == "train" and index == 3:
-            raise KeyboardInterrupt
-        return make_batch(task, rows, split, seed, index)
 
+def params_of(work, name="cell"):
+    return restore_params(work / name / "checkpoints")[0]
+
+
+def test_a_training_that_time_ended_goes_on_as_if_it_had_not(cell, tmp_path, monkeypatch, programs):
+    whole = sparse_recall.train(cell, tmp_path / "whole", programs)
+    times = iter([0.0, 0.0, 0.0, 9.0])
     with monkeypatch.context() as patch:
-        patch.setattr(sparse_recall, "make_batch", killed)
-        with pytest.raises(KeyboardInterrupt):
-            sparse_recall.train(cell, tmp_path / "cut", checkpoint_every=2)
+        patch.setattr(sparse_recall, "time", SimpleNamespace(monotonic=lambda: next(times)))
+        with pytest.raises(sparse_recall.OutOfTimeError):
+            sparse_recall.train(cell, tmp_path / "cut", programs, deadline=5.0)
     assert not (tmp_path / "cut" / "cell" / "training.json").exists()
-    result = sparse_recall.train(cell, tmp_path / "cut", checkpoint_every=2)
+    result = sparse_recall.train(cell, tmp_path / "cut", programs)
     assert result["steps"] == 6
-    whole, cut = (restore_params(tmp_path / side / "cell" / "checkpoints")[0] for side in ("whole", "cut"))
-    jax.tree.map(np.testing.assert_array_equal, whole, cut)
-
-    # Cut off between its last checkpoint and the note that it is done.
-    (tmp_path / "cut" / "cell" / "training.json").unlink()
-    again = sparse_recall.train(cell, tmp_path / "cut")
-    assert (again["steps"], again["validation"]) == (result["steps"], result["validation"])
+    assert [step for step, _ in result["curve"]] == [2, 4, 6]
+    assert result["curve"] == whole["curve"]
+    assert result["machine"]["platform"] == jax.default_backend()
+    jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path / "whole"), params_of(tmp_path / "cut"))
 
     def never(*_, **__):
         raise AssertionError("what is done was done again")
 
-    monkeypatch.setattr(sparse_recall, "make_train_step", never)
-    assert sparse_recall.train(cell, tmp_path / "cut") == again
+    monkeypatch.setattr(sparse_recall, "Checkpointer", never)
+    assert sparse_recall.train(cell, tmp_path / "cut", programs) == result
 
 
-def test_a_variant_starts_from_the_dense_parameters_and_is_evaluated_once(cell, tmp_path, monkeypatch):
-    sparse_recall.train(cell, tmp_path)
+def test_seeds_that_run_together_are_those_that_run_alone(cell, tmp_path, programs):
+    sparse_recall.train(cell, tmp_path / "two", programs)
+    with sparse_recall.Programs(1) as one:
+        one.seeds = jnp.array([1])
+        sparse_recall.train(cell, tmp_path / "one", one)
+    both, alone = params_of(tmp_path / "two"), params_of(tmp_path / "one")
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x[1], y[0], atol=1e-5), both, alone)
+    difference = jax.tree.map(lambda x: np.abs(x[0] - x[1]).max(), both)
+    assert max(jax.tree.leaves(difference)) > 1e-2
+
+
+def test_a_variant_starts_from_the_dense_parameters_and_is_evaluated_once(cell, tmp_path, monkeypatch, programs):
+    sparse_recall.train(cell, tmp_path, programs)
     after = dataclasses.replace(cell, name="after", start="cell", steps=1, peak_lr=1e-30)
-    sparse_recall.train(after, tmp_path)
-    before, then = (restore_params(tmp_path / name / "checkpoints")[0] for name in ("cell", "after"))
-    jax.tree.map(np.testing.assert_array_equal, before, then)
+    sparse_recall.train(after, tmp_path, programs)
+    jax.tree.map(np.testing.assert_array_equal, params_of(tmp_path), params_of(tmp_path, "after"))
     monkeypatch.setattr(sparse_recall, "TASKS", {"recall": lambda length: RecallTask(length, 4, 4)})
-    found = sparse_recall.evaluate(after, tmp_path, 10)
-    assert 0 <= found["recall"] <= 1
-    assert json.loads((tmp_path / "after" / "accuracy_10.json").read_text()) == found
+    found = sparse_recall.evaluate(after, tmp_path, 10, programs)
+    assert len(found["recall"]) == 2
+    assert all(0 <= share <= 1 for share in found["recall"])
+    assert json.loads((tmp_path / "after" / "accuracy.json").read_text()) == found
 
 
-def test_a_cell_ends_when_it_is_right_often_enough(cell, tmp_path):
+def test_a_cell_ends_when_it_is_right_often_enough(cell, tmp_path, programs):
     easy = dataclasses.replace(cell, stop_at=0.0)
-    assert sparse_recall.train(easy, tmp_path, checkpoint_every=2)["steps"] == 2
+    assert sparse_recall.train(easy, tmp_path, programs)["steps"] == 2
 
 
 def test_the_study_trains_a_dense_model_before_what_starts_from_it():
-    cells = sparse_recall.study(2, [512, 1024], [512], 10)
+    cells = sparse_recall.study([512, 1024], [512], 10)
     done = {""}
     for cell in cells:
         assert cell.start in done
         done.add(cell.name)
+        assert cell.stop_at is not None or cell.first_batch >= 1000, "rows of the dense model are seen again"
     assert len(done) == len(cells) + 1
-    assert sum(cell.stop_at is None for cell in cells) == 2 * (len(sparse_recall.VARIANTS) + len(sparse_recall.MAIN))
+    assert sum(cell.stop_at is None for cell in cells) == len(sparse_recall.VARIANTS) + len(sparse_recall.MAIN)
 
 
-def test_the_report_says_which_goals_are_missed(tmp_path, capsys):
+def test_a_study_in_miniature_goes_on_and_is_reported(tmp_path, monkeypatch, programs, capsys):
+    monkeypatch.setattr(sparse_recall, "CHUNK", 2)
+    task = RecallTask(64, 2, 2)
+    monkeypatch.setattr(sparse_recall, "TASKS", {"recall": lambda length: task})
+    dense = sparse_recall.Cell("dense64", task, "", None, 2, 128, stop_at=0.0)
+    cells = [dense]
+    for variant in (sparse_recall.FULL, sparse_recall.INFLLM):
+        cells.append(sparse_recall.Cell(f"64/{variant}", task, "dense64", sparse_recall.VARIANTS[variant], 2, 128))
+    with pytest.raises(sparse_recall.OutOfTimeError):
+        sparse_recall.run_study(cells, tmp_path, 4, programs, -math.inf)
+    sparse_recall.run_study(cells, tmp_path, 4, programs, math.inf)
+    capsys.readouterr()
+    sparse_recall_report.main(["--work", str(tmp_path), "--directory", str(tmp_path)])
+    result = json.loads((tmp_path / "sparse_recall.json").read_text())
+    training = json.loads((tmp_path / "64" / sparse_recall.INFLLM / "training.json").read_text())
+    assert result["machine"] == training["machine"]
+    assert (tmp_path / "sparse_recall_64_training.svg").read_text().startswith("<svg")
+    assert "| InfLLM v2 | " in capsys.readouterr().out
+
+
+def test_the_report_says_which_goals_are_missed():
     accuracies = {
         (512, "recall", sparse_recall.FULL): [97.0, 96.0],
         (512, "recall", sparse_recall.INFLLM): [94.0, 93.0],
         (512, "recall", sparse_recall.WINDOW): [2.0, 4.0],
     }
-    sparse_recall.report(accuracies, tmp_path)
-    rows = {row["metric"]: row for row in json.loads((tmp_path / "sparse_recall.json").read_text())["rows"]}
-    assert rows["512 tokens, recall, full attention: right answers, mean of 2 seeds"]["met"] is True
+    bench = Benchmark("sparse_recall", "")
+    sparse_recall_report.add_rows(bench, accuracies)
+    rows = {row.metric: row for row in bench.rows}
+    assert rows["512 tokens, recall, full attention: right answers, mean of 2 seeds"].met is True
     below = rows["512 tokens, recall: InfLLM v2 below full attention"]
-    assert below["ours"] == 3.0
-    assert below["met"] is False
-    assert (tmp_path / "sparse_recall_512.svg").read_text().startswith("<svg")
-    assert "| sliding window and first block | 3.0 ± 1.4 |" in sparse_recall.markdown(accuracies)
+    assert below.ours == 3.0
+    assert below.met is False
+    assert "| sliding window and first block | 3.0 ± 1.4 |" in sparse_recall_report.markdown(accuracies)
 
 
 def test_a_written_dataset_gives_the_same_rows_to_pretrain(tmp_path):
@@ -246,8 +306,8 @@ def test_a_written_dataset_gives_the_same_rows_to_pretrain(tmp_path):
     dataset.manifest.verify(tmp_path)
     loader = make_loader(mixture, 100, seed=0, start_step=0, process_index=0, process_count=1, num_workers=0)
     batch = next(iter(loader))
-    drawn = [make_tokens(task, 64, "train", 5, 0), make_tokens(task, 36, "train", 5, 1)]
-    expected = {row.tobytes(): mask for tokens, answers in drawn for row, mask in zip(tokens, answers, strict=True)}
+    written = [make_tokens(task, 64, "train", 5, index) for index in range(2)]
+    expected = {row.tobytes(): mask for tokens, answers in written for row, mask in zip(tokens, answers, strict=True)}
     copies = 0
     for row in range(100):
         tokens = np.append(batch["tokens"][row], batch["targets"][row, -1])
