@@ -5,26 +5,22 @@ scores of the others, which the library ranks (`topk_blocks`), and run through t
 """
 
 import dataclasses
-import functools
 import math
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from benchmarks.custom_attention import Implementation, LayerAttend, hidden_states, losses_of
 from cpm_jax.modeling.attention import Selectors
-from cpm_jax.modeling.block import Block, run_layers
 from cpm_jax.modeling.config import ModelConfig, SparseConfig
 from cpm_jax.modeling.decoder import Params, bind
-from cpm_jax.modeling.rotary import rotation
 from cpm_jax.modeling.sparse_attention import compress
 from kernels_pallas.attention.api import dot_product_attention
 from kernels_pallas.block_selection.api import select_blocks
 from kernels_pallas.block_selection.topk_blocks import topk_blocks, visible_blocks
 from kernels_pallas.block_sparse_attention.api import block_sparse_attention
-from kernels_pallas.linear_cross_entropy.api import linear_cross_entropy
 
 # "lse" and "exact" are InfLLM v2 with its approximate and with the exact normaliser; "window" is the first block and
 # the last ones; "random" draws blocks anew for every query, key/value head and layer; "oracle" ranks by the attention
@@ -117,26 +113,27 @@ def choose(
     return topk_blocks(jnp.where(visible, scores, -jnp.inf), sparse.selection, positions, starts)
 
 
-# From a layer's index, q, k, v and selectors to the attended values and what else is to be kept of the layer.
-LayerAttend = Callable[[Any, jax.Array, jax.Array, jax.Array, Selectors], tuple[jax.Array, Any]]
-
-
-def attend_by(rule: Rule, num_blocks: int, key: jax.Array) -> LayerAttend:
+def attend_by(rule: Rule, num_blocks: int, key: jax.Array, implementation: Implementation = None) -> LayerAttend:
     """Attention by a rule; keeps nothing."""
 
     def attend(index: Any, q: jax.Array, k: jax.Array, v: jax.Array, selectors: Selectors) -> tuple[jax.Array, None]:
         if rule == "dense":
-            return dot_product_attention(q, k, v), None
+            return dot_product_attention(q, k, v, implementation=implementation), None
         sparse = sparse_config(rule, num_blocks)
         positions = jnp.broadcast_to(jnp.arange(q.shape[1]), q.shape[:2])
         block_ids = choose(rule, sparse, selectors, positions, jax.random.fold_in(key, index))
-        return block_sparse_attention(q, k, v, block_ids, block_size=sparse.block_size), None
+        size = sparse.block_size
+        return block_sparse_attention(q, k, v, block_ids, block_size=size, implementation=implementation), None
 
     return attend
 
 
 def attend_and_weigh(
-    rules: tuple[Rule, ...], budgets: tuple[int, ...], positions: Int[Array, " R"], key: jax.Array
+    rules: tuple[Rule, ...],
+    budgets: tuple[int, ...],
+    positions: Int[Array, " R"],
+    key: jax.Array,
+    implementation: Implementation = None,
 ) -> LayerAttend:
     """Dense attention; keeps of each rule, number of blocks, head and given query what share its blocks would hold.
 
@@ -153,37 +150,33 @@ def attend_and_weigh(
             return mass_share(masses, choose(rule, sparse_config(rule, budget), asked, some, drawn, masses))
 
         shares = jnp.stack([jnp.stack([share(rule, budget) for budget in budgets]) for rule in rules])
-        return dot_product_attention(q, k, v), shares
+        return dot_product_attention(q, k, v, implementation=implementation), shares
 
     return attend
 
 
-@functools.partial(jax.jit, static_argnames=("config", "attend"))
 def token_losses(
-    params: Params, tokens: Int[Array, "B T+1"], kept: Any, *, config: ModelConfig, attend: LayerAttend
+    config: ModelConfig,
+    attend: LayerAttend,
+    params: Params,
+    tokens: Int[Array, "B T+1"],
+    kept: Any = None,
+    implementation: Implementation = None,
 ) -> tuple[Float[Array, "B T"], Any]:
     """The loss of each token but the first, in nats, with attention computed by `attend`.
 
     Args:
+        config: the model.
+        attend: from `attend_by` or `attend_and_weigh`.
         params: the model's parameters.
         tokens: rows of one document each.
         kept: zeros [L, ...] for what `attend` keeps of each layer, or None.
-        config: the model.
-        attend: from `attend_by` or `attend_and_weigh`.
+        implementation: of the loss.
 
     Returns:
         The losses, and `kept` filled.
     """
-    model, inputs = bind(config, params), tokens[:, :-1]
-    positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
-    angles = rotation(config, positions, length=inputs.shape[1])
-
-    def body(carry: tuple[Array, Any], block: Block, index: Any) -> tuple[Array, Any]:
-        x, kept = carry
-        x, new = block(x, angles, functools.partial(attend, index))
-        return x, jax.tree.map(lambda layers, one: layers.at[index].set(one), kept, new)
-
-    x, kept = run_layers(config, model.layers, body, (model.embed_tokens(inputs), kept))
-    hidden, kernel = model.head_inputs(model.norm(x)), model.lm_head_kernel()
-    losses = linear_cross_entropy(hidden, kernel, tokens[:, 1:], jnp.ones(inputs.shape, jnp.float32))[1]
-    return losses, kept
+    model = bind(config, params)
+    hidden, kept = hidden_states(model, tokens[:, :-1], attend, kept)
+    targets = tokens[:, 1:]
+    return losses_of(model, hidden, targets, jnp.ones(targets.shape, jnp.float32), implementation)[1], kept

@@ -1,20 +1,27 @@
-"""What `sparse_quality` measured, on disk and as figures: losses with their errors, shares of attention, drawings."""
+"""What `sparse_quality` measured, as figures: losses with their errors, shares of attention, drawings.
 
+    python -m benchmarks.sparse_quality_report --work DIR
+
+DIR holds the rows and what was computed of them, on whatever machine: the report names that one.
+"""
+
+import argparse
 import math
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
 
 from benchmarks.block_rules import Rule
-from benchmarks.results import Benchmark
+from benchmarks.results import RESULTS_DIR, Benchmark
+from benchmarks.sparse_quality import BUDGETS, WEIGHED, WEIGHED_BUDGETS
+from benchmarks.sparse_quality_cells import Cell, Measured, Weights
+from benchmarks.sparse_quality_texts import LENGTH, LONG, TRAIN_LENGTH, read_rows
+from benchmarks.sparse_quality_training import TRAIN_BLOCKS, curve_of
 from cpm_jax.common.figures import Series, heat_map_figure, line_figure
 from cpm_jax.common.files import write_json
 
-Weights = Literal["published", "trained_dense", "trained_sparse"]
 NAMES: dict[Rule, str] = {
     "dense": "dense",
     "lse": "InfLLM v2",
@@ -27,56 +34,6 @@ RIVALS: tuple[Rule, ...] = ("window", "random")
 # Of the difference to a rival in its standard errors: below it, chance would do.
 CLEARLY = 2.0
 BIN = 512  # tokens of a point of the drawing over positions
-
-
-class Cell(NamedTuple):
-    """What is measured of each row.
-
-    Attributes:
-        weights: as published, or after training.
-        rule: how blocks are chosen.
-        blocks: how many of 64 keys a query sees; 0 of "dense".
-        length: tokens of the row.
-        rope: "plain", or "yarn" where the rotary embedding is stretched to the length.
-    """
-
-    weights: Weights
-    rule: Rule
-    blocks: int
-    length: int
-    rope: Literal["plain", "yarn"]
-
-
-class Measured(NamedTuple):
-    """A row as one cell ran it.
-
-    Attributes:
-        losses: of each token but the first, in nats.
-        shares: of dense attention, by layer, rule, number of blocks, head and query; None where not asked for.
-    """
-
-    losses: Float[np.ndarray, " T"]
-    shares: Float[np.ndarray, "L rules budgets N R"] | None = None
-
-    @staticmethod
-    def path(work: Path, cell: Cell, row: str) -> Path:
-        """Where it is kept."""
-        return work / "cells" / f"{'-'.join(map(str, cell))}-{row}.npz"
-
-    def save(self, work: Path, cell: Cell, row: str) -> None:
-        """Keeps it, whole or not at all."""
-        path = self.path(work, cell, row)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        arrays = {name: value for name, value in self._asdict().items() if value is not None}
-        with open(path.with_suffix(".tmp"), "wb") as file:
-            np.savez(file, **arrays)
-        os.replace(path.with_suffix(".tmp"), path)
-
-    @classmethod
-    def load(cls, work: Path, cell: Cell, row: str) -> "Measured":
-        """Reads it back."""
-        with np.load(cls.path(work, cell, row)) as arrays:
-            return cls(**arrays)
 
 
 class Estimate(NamedTuple):
@@ -107,10 +64,13 @@ class Losses:
         """
         self._num_bytes = num_bytes
         self._losses: dict[Cell, dict[str, np.ndarray]] = {}
+        self.origin: Mapping[str, Any] = {}  # of the latest cell
         for path in sorted((work / "cells").glob("*.npz")):
             weights, rule, blocks, length, rope, row = path.stem.split("-")
             cell = Cell(weights, rule, int(blocks), int(length), rope)  # type: ignore[arg-type]
-            self._losses.setdefault(cell, {})[row] = Measured.load(work, cell, row).losses
+            measured = Measured.load(work, cell, row)
+            self._losses.setdefault(cell, {})[row] = measured.losses
+            self.origin = max(self.origin, measured.origin, key=lambda origin: origin.get("date", ""))
 
     def rows(self, *cells: Cell) -> list[str]:
         """The rows that all of these cells have been measured on."""
@@ -317,6 +277,63 @@ class Plan(NamedTuple):
     train_blocks: int
 
 
+def _training_curves(bench: Benchmark, work: Path, plan: Plan, directory: Path) -> None:
+    """How the loss on held-out rows went while training: rows for its first and last step, and a drawing."""
+    folders = {"sparse": work / "trained_sparse", "dense": work / "trained_dense"}
+    curves = {name: curve_of(folder) for name, folder in folders.items() if (folder / "training.json").exists()}
+    if len(curves) < len(folders):
+        return
+    lines = {}
+    for trained, curve in curves.items():
+        steps, *runs = zip(*curve, strict=True)
+        for how, losses in zip(("run dense", "run sparse"), runs, strict=True):
+            means = [float(np.mean(rows)) for rows in losses]
+            lines[f"trained {trained}, {how}"] = Series([float(step) for step in steps], means, markers=True)
+    for title, ours in (("trained sparse", curves["sparse"]), ("trained dense", curves["dense"])):
+        for (step, _, run), (_, dense, _) in ((ours[0], curves["dense"][0]), (ours[-1], curves["dense"][-1])):
+            more = Estimate.of((np.asarray(run) - np.asarray(dense)).tolist())
+            bench.add(
+                f"held-out rows of {plan.train_length}, second half, after {step} steps: {title}, run sparse with "
+                f"{plan.train_blocks} blocks: {more.value:+.4f} ± {more.error:.4f} to trained dense, run dense",
+                "nats/token",
+                float(np.mean(run)),
+                larger_is_better=False,
+                baseline_name="dense",
+                baseline=float(np.mean(dense)),
+            )
+    figure = line_figure(lines, xlabel="steps of training", ylabel="nats a token, held-out rows, second half")
+    (directory / "sparse_quality_training.svg").write_text(figure.svg, "utf-8")
+
+
+def markdown(losses: Losses, plan: Plan) -> str:
+    """Tables for the page: over lengths at the main number of blocks, and over numbers of blocks."""
+    rules: tuple[Rule, ...] = ("lse", "exact", *RIVALS)
+    places = [(plan.length, "plain", end) for end in (plan.length // 4, plan.length // 2, plan.length)]
+    places.append((plan.long, "yarn", plan.long))
+    lines = ["| perplexity | " + " | ".join(f"{end // 1024}K" for *_, end in places) + " |", "|---" * 5 + "|"]
+    for rule in ("dense", *rules):
+        shown = []
+        for length, rope, end in places:
+            dense = Cell("published", "dense", 0, length, rope)  # type: ignore[arg-type]
+            cell = dense if rule == "dense" else dense._replace(rule=rule, blocks=plan.main)
+            if not (rows := losses.rows(cell, dense)):
+                shown.append("")
+                continue
+            perplexity = math.exp(losses.loss(cell, 0, end, rows).value)
+            more = losses.beyond(cell, dense, 0, end, rows)
+            shown.append(f"{perplexity:.2f}" + ("" if rule == "dense" else f" ({more.value:+.3f} ± {more.error:.3f})"))
+        lines.append(f"| {NAMES[rule]} | " + " | ".join(shown) + " |")
+    lines += ["", "| blocks | " + " | ".join(NAMES[rule] for rule in rules) + " |", "|---" * 5 + "|"]
+    dense = Cell("published", "dense", 0, plan.length, "plain")
+    for blocks in plan.budgets:
+        shown = []
+        for cell in (dense._replace(rule=rule, blocks=blocks) for rule in rules):
+            rows = losses.rows(cell, dense)
+            shown.append(str(losses.beyond(cell, dense, plan.length // 2, plan.length, rows)) if rows else "")
+        lines.append(f"| {blocks} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
 def report(work: Path, num_bytes: Mapping[str, Callable[[int, int], int]], plan: Plan, directory: Path) -> None:
     """Writes `sparse_quality.json`, the shares of every head, and the drawings.
 
@@ -326,17 +343,31 @@ def report(work: Path, num_bytes: Mapping[str, Callable[[int, int], int]], plan:
         plan: what was to be measured.
         directory: where results go.
     """
-    bench, losses = (
-        Benchmark("sparse_quality", "python -m benchmarks.sparse_quality --work DIR"),
-        Losses(work, num_bytes),
-    )
+    bench = Benchmark("sparse_quality", "python -m benchmarks.sparse_quality --work DIR")
+    losses = Losses(work, num_bytes)
     (directory / "sparse_quality").mkdir(parents=True, exist_ok=True)
     _loss_rows(bench, losses, plan.length, plan.main)
     _long_rows(bench, losses, plan.long)
     _training_rows(bench, losses, plan.length, plan.train_length, plan.train_blocks)
+    _training_curves(bench, work, plan, directory)
     dense = Cell("published", "dense", 0, plan.length, "plain")
     every = [Measured.load(work, dense, row).shares for row in losses.rows(dense)]
     shares = np.stack([share for share in every if share is not None]).astype(np.float32)
     _share_rows(bench, shares, plan.weighed, plan.budgets, plan.main, directory)
     _drawings(losses, plan.length, plan.main, directory)
-    bench.write(directory)
+    bench.write(directory, losses.origin)
+    print(markdown(losses, plan))
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Writes `results/sparse_quality.json` and its drawings of whatever is measured, and prints the page's tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder of rows, cells and trainings")
+    parser.add_argument("--directory", type=Path, default=RESULTS_DIR, help="where the results go")
+    args = parser.parse_args(argv)
+    plan = Plan(LENGTH, LONG, WEIGHED_BUDGETS, BUDGETS[0], WEIGHED, TRAIN_LENGTH, TRAIN_BLOCKS)
+    report(args.work, {row.name: row.num_bytes for row in read_rows(args.work).excerpts}, plan, args.directory)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,5 +1,7 @@
 """The rules that choose blocks, and the shares of attention, against definitions and against the model itself."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -140,10 +142,11 @@ def decoder_losses(config, params, tokens):
 
 
 @pytest.mark.parametrize("rule", ["dense", "lse", "exact", "window"])
-def test_losses_are_those_of_the_decoder(rule, model):
+@pytest.mark.parametrize("implementation", [None, "reference"])
+def test_losses_are_those_of_the_decoder(rule, implementation, model):
     params, tokens = model
-    attend = attend_by(rule, 4, jax.random.key(0))
-    ours, _ = token_losses(params, tokens, None, config=CONFIG, attend=attend)
+    attend = attend_by(rule, 4, jax.random.key(0), implementation)
+    ours, _ = jax.jit(functools.partial(token_losses, CONFIG, attend))(params, tokens)
     sparse = None if rule == "dense" else sparse_config(rule, 4)
     config = ModelConfig(**{**CONFIG.__dict__, "sparse_config": sparse})
     np.testing.assert_allclose(ours, decoder_losses(config, params, tokens), atol=1e-4)
@@ -157,7 +160,7 @@ def test_weighing_leaves_dense_losses_and_keeps_every_layer(model):
     budgets = 3, 5, 11
     kept = jnp.zeros((2, len(RULES), len(budgets), 1, 4, len(at)))
     attend = attend_and_weigh(RULES, budgets, at, jax.random.key(0))
-    losses, shares = token_losses(params, tokens, kept, config=CONFIG, attend=attend)
+    losses, shares = jax.jit(functools.partial(token_losses, CONFIG, attend))(params, tokens, kept)
     np.testing.assert_allclose(losses, decoder_losses(CONFIG, params, tokens), atol=1e-4)
     shares = np.asarray(shares)
     np.testing.assert_allclose(shares[:, :, 2], 1.0, atol=1e-5)  # all 11 blocks
