@@ -116,8 +116,8 @@ def _add_wins(bench: Benchmark, losses: Losses, title: str, cell: Cell, begin: i
     for rival in RIVALS:
         other = cell._replace(rule=rival)
         rows = losses.rows(cell, other)
-        if len(rows) > 1:
-            more = losses.beyond(other, cell, begin, end, rows)
+        more = losses.beyond(other, cell, begin, end, rows) if len(rows) > 1 else None
+        if more and more.error:  # none where both see all blocks
             bench.add(
                 f"{title}, {cell.blocks} blocks: {NAMES[rival]} {more.value:+.4f} ± {more.error:.4f} nats to InfLLM v2",
                 "standard errors",
