@@ -222,8 +222,14 @@ def _text(fields: dict[str, Any], name: str) -> str:
 
 
 def _json_values(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Values as JSON can hold them: dates and the like as text."""
-    return json.loads(json.dumps(dict(fields), default=str))
+    """Values as JSON can hold them: numbers and arrays of NumPy as numbers and lists, dates and the like as text."""
+
+    def other(value: Any) -> Any:
+        if isinstance(value, bytes):
+            return value.decode("utf-8", "replace")
+        return value.tolist() if hasattr(value, "tolist") else str(value)
+
+    return json.loads(json.dumps(dict(fields), default=other))
 
 
 def _page(path: Path, name: str, source: str, reading: Reading) -> Iterator[Document | Reject]:

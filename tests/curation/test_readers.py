@@ -14,6 +14,7 @@ from cpm_jax.curation.document import Document
 from cpm_jax.curation.readers import Damage, Reading, plan_shards, read_shard
 from cpm_jax.data.sources import Reject
 from tests.curation.web_pages import MATH_PAGE, PROSE, gzipped, page, warc_record, wet_record
+from tests.data.test_sources_tfds import TEXTS, TinyTexts
 
 
 def read(source, **reading):
@@ -150,6 +151,18 @@ def test_a_folder_of_pages_and_texts(tmp_path):
     ]
     # A damaged page is one document that is not there, so the shard goes on.
     assert rejects(tmp_path) == [("invalid UTF-8", "d.txt"), ("truncated", "e.html.gz")]
+
+
+def test_tfds_examples_keep_their_features(tmp_path):
+    TinyTexts(data_dir=str(tmp_path), file_format="array_record").download_and_prepare()
+    found = documents("tfds:tiny_texts:test", tfds_data_dir=str(tmp_path))
+    # TFDS shuffles what it prepares.
+    assert {document.text: document.metadata for document in found} == {
+        text: {"label": label} for label, text in enumerate(TEXTS[4:])
+    }
+    assert found[0].id == "tiny_texts:test:1"
+    (shard,), _ = plan_shards(["tfds:tiny_texts:test"])
+    assert shard.name == "tfds:tiny_texts:test"
 
 
 ROWS = "".join(json.dumps({"text": f"text number {number} " * 20}) + "\n" for number in range(50)).encode()
