@@ -12,7 +12,6 @@ import collections
 import itertools
 import multiprocessing
 import random
-import resource
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +29,6 @@ from cpm_jax.curation.words import hash_ngrams, hash_words, normal_words
 CONFIG = DedupConfig()
 SIMILAR = 0.7  # Jaccard similarity from which two documents count as near duplicates
 MIN_WORDS = 50
-MIB = 1 << 20
 
 
 def with_words_replaced(share: float) -> Callable[[str, random.Random], str]:
@@ -156,8 +154,8 @@ def measure_paragraphs(benchmark: Benchmark, originals: Sequence[Document]) -> N
         piece = draw.choice(pieces)
         texts.append(f"{texts[host][:1000]} and so on\n\n{piece.upper()}\n\nThe end.")
         planted[len(texts) - 1] = piece
-    keys = [dedup.paragraph_keys(text, least) for text in texts]
-    counts = [np.array([len(found)]) for found in keys]
+    keys = [dedup.paragraph_keys(text, least)[None] for text in texts]
+    counts = [np.array([found.shape[1]]) for found in keys]
     goes = dedup.find_duplicate_paragraphs(keys, counts, np.zeros(len(texts), np.uint8))
     removed = {number: dedup.without_paragraphs(texts[number], least, goes[number]) for number in range(len(texts))}
     found = 100 * float(np.mean([piece.upper() not in removed[number] for number, piece in planted.items()]))
@@ -203,13 +201,19 @@ def measure_speed(benchmark: Benchmark, originals: Sequence[Document]) -> None:
     )
 
 
+def _peak_memory() -> float:
+    """The most memory that this process held, in MiB; what `getrusage` says may be its parent's."""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
+
+
 def _decide(folder: str, shards: int, result: "multiprocessing.Queue[tuple[float, float]]") -> None:
-    keys = [np.load(Path(folder) / f"{number}.npy", mmap_mode="r") for number in range(shards)]
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    keys = [dedup.KeyFile(Path(folder) / f"{number}.npy") for number in range(shards)]
+    before = _peak_memory()
     start = time.perf_counter()
     dedup.find_duplicates(keys)
     seconds = time.perf_counter() - start
-    result.put((seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / MIB))
+    result.put((seconds, _peak_memory() - before))
 
 
 def measure_memory(benchmark: Benchmark) -> None:

@@ -8,6 +8,8 @@ the input, so the decision does not depend on who computed what, or when.
 import functools
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from jaxtyping import Bool, Int, UInt8, UInt64
@@ -22,7 +24,7 @@ KEPT, EXACT, SAME_ID, NEAR = range(4)
 REASONS = {EXACT: "exact duplicate", SAME_ID: "duplicate id", NEAR: "near duplicate"}
 PARAGRAPHS = "duplicate paragraphs"
 
-_KEYS_AT_ONCE = 1 << 24  # that are sorted in memory
+_KEYS_AT_ONCE = 1 << 23  # that are sorted in memory
 _SHINGLES_AT_ONCE = 1 << 8  # so that what is computed stays in the processor's cache
 _PARAGRAPH = re.compile(r"(?:[^\n]*\S[^\n]*(?:\n|\Z))+")  # lines that are not blank
 _LINE = re.compile(r"[^\n]*\S[^\n]*")
@@ -97,22 +99,52 @@ def document_keys(document: Document, config: DedupConfig) -> UInt64[np.ndarray,
     return keys
 
 
-def _runs(columns: Sequence[np.ndarray]) -> Iterator[tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]]:
+class KeyFile:
+    """An array [keys, documents] in a file, of which one row at a time is held in memory."""
+
+    def __init__(self, path: Path):
+        """Opens the file, which `numpy.save` wrote."""
+        self._path = path
+        self.shape = np.load(path, mmap_mode="r").shape
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """A row."""
+        return np.array(np.load(self._path, mmap_mode="r")[row])
+
+
+class _Surviving:
+    """The keys of those paragraphs whose document stays, 0 for the others."""
+
+    def __init__(self, keys: "Keys", stays: Bool[np.ndarray, " paragraphs"]):
+        self._keys = keys
+        self._stays = stays
+        self.shape = keys.shape
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        return np.where(self._stays, self._keys[row], np.uint64(0))
+
+
+Keys: TypeAlias = KeyFile | _Surviving | np.ndarray
+
+
+def _runs(shards: Sequence[Keys], row: int) -> Iterator[tuple[Int[np.ndarray, " n"], Int[np.ndarray, " n"]]]:
     """Of keys that occur more than once: places of the later ones, and of the first of the same key.
 
     Args:
-        columns: keys of each shard, one after another; they may lie on disk. 0 is no key.
+        shards: keys of each shard, one after another. 0 is no key.
+        row: which of the keys.
     """
-    total = sum(map(len, columns))
-    if not total:
-        return
-    # So many passes over the columns that the keys of each fit in memory.
-    parts = max(1, -(-total // _KEYS_AT_ONCE))
-    starts = np.cumsum([0, *map(len, columns)])
+    starts = np.cumsum([0, *(shard.shape[1] for shard in shards)])
+    # So many passes over the shards that the keys of each fit in memory.
+    parts = -(-int(starts[-1]) // _KEYS_AT_ONCE)
     for part in range(parts):
-        chosen = [np.flatnonzero((column % np.uint64(parts) == part) & (column != 0)) for column in columns]
-        keys = np.concatenate([column[here] for column, here in zip(columns, chosen, strict=True)])
-        places = np.concatenate([here + start for here, start in zip(chosen, starts, strict=False)])
+        some_keys, some_places = [], []
+        for shard, start in zip(shards, starts, strict=False):
+            column = shard[row]
+            chosen = np.flatnonzero((column % np.uint64(parts) == part) & (column != 0))
+            some_keys.append(column[chosen])
+            some_places.append(chosen + start)
+        keys, places = np.concatenate(some_keys), np.concatenate(some_places)
         order = np.argsort(keys, kind="stable")  # keeps the order of places within a key
         keys, places = keys[order], places[order]
         is_first = np.ones(len(keys), bool)
@@ -121,11 +153,11 @@ def _runs(columns: Sequence[np.ndarray]) -> Iterator[tuple[Int[np.ndarray, " n"]
         yield places[~is_first], first_of[~is_first]
 
 
-def find_duplicates(keys: Sequence[np.ndarray]) -> UInt8[np.ndarray, " documents"]:
+def find_duplicates(keys: Sequence[Keys]) -> UInt8[np.ndarray, " documents"]:
     """Decides about every document.
 
     Args:
-        keys: of each shard an array [keys, documents], whose columns `document_keys` made; it may lie on disk.
+        keys: of each shard an array [keys, documents], whose columns `document_keys` made.
 
     Returns:
         Of each document, over all shards, KEPT or why it goes: EXACT, SAME_ID or NEAR.
@@ -133,24 +165,26 @@ def find_duplicates(keys: Sequence[np.ndarray]) -> UInt8[np.ndarray, " documents
     fates = np.zeros(sum(shard.shape[1] for shard in keys), np.uint8)
     if not len(fates):
         return fates
-    for column, fate in ((0, EXACT), (1, SAME_ID)):
-        for later, _ in _runs([shard[column] for shard in keys]):
+    for row, fate in ((0, EXACT), (1, SAME_ID)):
+        for later, _ in _runs(keys, row):
             fates[later[fates[later] == KEPT]] = fate
     # Of documents with one text or name only the first takes part: the others would add nothing.
-    first, second = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
-    for column in range(_FIXED, keys[0].shape[0]):
-        for later, earliest in _runs([shard[column] for shard in keys]):
+    members = firsts = np.empty(0, np.int64)
+    for row in range(_FIXED, keys[0].shape[0]):
+        for later, earliest in _runs(keys, row):
             chosen = fates[later] == KEPT
-            first.append(earliest[chosen])
-            second.append(later[chosen])
-    later = _not_first(np.concatenate(first), np.concatenate(second))
-    fates[later[fates[later] == KEPT]] = NEAR
+            members, firsts = _groups(
+                np.concatenate([members, later[chosen]]), np.concatenate([firsts, earliest[chosen]])
+            )
+    fates[members[fates[members] == KEPT]] = NEAR
     return fates
 
 
-def _not_first(first: Int[np.ndarray, " links"], second: Int[np.ndarray, " links"]) -> Int[np.ndarray, " n"]:
-    """All that linked documents but the first of each connected group."""
-    nodes, ends = np.unique(np.concatenate([first, second]), return_inverse=True)
+def _groups(
+    left: Int[np.ndarray, " links"], right: Int[np.ndarray, " links"]
+) -> tuple[Int[np.ndarray, " members"], Int[np.ndarray, " members"]]:
+    """Of documents that are linked, directly or through others, all but the first, and for each the first."""
+    nodes, ends = np.unique(np.concatenate([left, right]), return_inverse=True)
     left, right = np.split(ends, 2)
     root = np.arange(len(nodes))
     while not (root[left] == root[right]).all():
@@ -159,7 +193,8 @@ def _not_first(first: Int[np.ndarray, " links"], second: Int[np.ndarray, " links
         np.minimum.at(root, root[right], lower)
         while not (root[root] == root).all():
             root = root[root]
-    return nodes[root != np.arange(len(nodes))]
+    is_member = root != np.arange(len(nodes))
+    return nodes[is_member], nodes[root[is_member]]
 
 
 def paragraphs(text: str, least: int) -> list[tuple[int, int]]:
@@ -190,27 +225,27 @@ def paragraph_keys(text: str, least: int) -> UInt64[np.ndarray, " paragraphs"]:
 
 
 def find_duplicate_paragraphs(
-    keys: Sequence[np.ndarray], counts: Sequence[np.ndarray], fates: UInt8[np.ndarray, " documents"]
+    keys: Sequence[Keys], counts: Sequence[np.ndarray], fates: UInt8[np.ndarray, " documents"]
 ) -> list[Bool[np.ndarray, " paragraphs"]]:
     """Decides about every paragraph of the documents that stay; paragraphs of the others count for nothing.
 
     Args:
-        keys: of each shard, as `paragraph_keys` made them, one document after another.
+        keys: of each shard an array [1, paragraphs], as `paragraph_keys` made them, one document after another.
         counts: of each shard, how many of them belong to each document.
         fates: as `find_duplicates` gives them.
 
     Returns:
         Of each shard, which paragraphs go.
     """
-    columns, start = [], 0
+    rows, start = [], 0
     for shard, count in zip(keys, counts, strict=True):
-        stays = np.repeat(fates[start : start + len(count)] == KEPT, count)
-        columns.append(np.where(stays, shard, np.uint64(0)))
+        rows.append(_Surviving(shard, np.repeat(fates[start : start + len(count)] == KEPT, count)))
         start += len(count)
-    goes = np.zeros(sum(map(len, columns)), bool)
-    for later, _ in _runs(columns):
+    ends = np.cumsum([row.shape[1] for row in rows])
+    goes = np.zeros(ends[-1] if rows else 0, bool)
+    for later, _ in _runs(rows, 0):
         goes[later] = True
-    return np.split(goes, np.cumsum([len(column) for column in columns])[:-1]) if columns else []
+    return np.split(goes, ends[:-1])[: len(rows)]
 
 
 def without_paragraphs(text: str, least: int, goes: Bool[np.ndarray, " paragraphs"]) -> str:

@@ -182,7 +182,7 @@ class _FilterShard:
         if keys:
             _save(place(".keys.npy"), np.stack(keys, axis=1))
         if paragraph_keys:
-            _save(place(".paragraphs.npy"), np.concatenate(paragraph_keys))
+            _save(place(".paragraphs.npy"), np.concatenate(paragraph_keys)[None])
             _save(place(".paragraph_counts.npy"), np.array([len(found) for found in paragraph_keys], np.int64))
         write_json(
             place(".json"),
@@ -386,22 +386,24 @@ def _curate(
 def _decide(config: PipelineConfig, shards: Sequence[InputShard], places: _Places) -> Iterator[_Decision]:
     """Stage 2, for all shards in order."""
 
-    def load(suffix: str, otherwise: np.ndarray) -> list[np.ndarray]:
-        paths = [places.file(_FILTERED, shard.index, suffix) for shard in shards]
-        return [np.load(path, mmap_mode="r") if path.exists() else otherwise for path in paths]
-
     none = np.empty(0, np.int64)
     if config.dedup is None:
         yield from (_Decision(shard.index, none, none, none) for shard in shards)
         return
-    keys = load(".keys.npy", np.empty((config.dedup.bands + 2, 0), np.uint64))
+
+    def paths(suffix: str) -> list[Path]:
+        return [places.file(_FILTERED, shard.index, suffix) for shard in shards]
+
+    no_keys = np.empty((config.dedup.bands + 2, 0), np.uint64)  # of a shard of which no document is kept
+    keys = [dedup.KeyFile(path) if path.exists() else no_keys for path in paths(".keys.npy")]
     fates = dedup.find_duplicates(keys)
-    counts = load(".paragraph_counts.npy", none)
-    goes = dedup.find_duplicate_paragraphs(load(".paragraphs.npy", np.empty(0, np.uint64)), counts, fates)
+    counts = [np.load(path) if path.exists() else none for path in paths(".paragraph_counts.npy")]
+    paragraphs = [dedup.KeyFile(path) if path.exists() else no_keys[:1] for path in paths(".paragraphs.npy")]
+    goes = dedup.find_duplicate_paragraphs(paragraphs, counts, fates)
     starts = np.cumsum([0, *(shard.shape[1] for shard in keys)])
     for index in range(len(shards)):
         own = fates[starts[index] : starts[index + 1]]
-        yield _Decision(shards[index].index, own, goes[index] if goes else none, np.asarray(counts[index]))
+        yield _Decision(shards[index].index, own, goes[index], counts[index])
 
 
 def _run(

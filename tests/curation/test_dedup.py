@@ -148,13 +148,19 @@ def test_paragraphs_that_occurred_before_go_unless_their_document_went():
         f"{text(4)}\n\n{text(5)}",
         f"{text(5)}\n\n{text(6)}",
     ]
-    keys = [paragraph_keys(content, 50) for content in contents]
-    counts = [np.array([len(found)]) for found in keys]
+    keys = [paragraph_keys(content, 50)[None] for content in contents]
+    counts = [np.array([found.shape[1]]) for found in keys]
     fates = np.array([KEPT, KEPT, EXACT, KEPT], np.uint8)
     goes = find_duplicate_paragraphs(keys, counts, fates)
     assert [shard.tolist() for shard in goes] == [[False] * 3, [True, False], [False, False], [False, False]]
     assert without_paragraphs(contents[1], 50, goes[1]) == f"{text(3)}\n\n{CODE}"
     assert without_paragraphs(contents[0], 50, goes[0]) == contents[0]
+
+
+def test_keys_may_lie_in_files(tmp_path):
+    keys = keys_of([Document(text(n % 3), str(n)) for n in range(6)])
+    np.save(tmp_path / "keys.npy", keys)
+    assert find_duplicates([dedup.KeyFile(tmp_path / "keys.npy")]).tolist() == [KEPT] * 3 + [EXACT] * 3
 
 
 def test_no_documents_are_no_error():
