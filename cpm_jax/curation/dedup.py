@@ -105,7 +105,7 @@ class KeyFile:
     def __init__(self, path: Path):
         """Opens the file, which `numpy.save` wrote."""
         self._path = path
-        self.shape = np.load(path, mmap_mode="r").shape
+        self.shape: tuple[int, ...] = np.load(path, mmap_mode="r").shape
 
     def __getitem__(self, row: int) -> np.ndarray:
         """A row."""
@@ -118,7 +118,7 @@ class _Surviving:
     def __init__(self, keys: "Keys", stays: Bool[np.ndarray, " paragraphs"]):
         self._keys = keys
         self._stays = stays
-        self.shape = keys.shape
+        self.shape: tuple[int, ...] = keys.shape
 
     def __getitem__(self, row: int) -> np.ndarray:
         return np.where(self._stays, self._keys[row], np.uint64(0))
