@@ -10,12 +10,13 @@ later call goes by the notes, so each input shard has one output shard, however 
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +24,22 @@ import numpy as np
 from tqdm import tqdm
 
 from cpm_jax.common.config import ConfigError, config_dataclass
-from cpm_jax.common.files import sha256, write_json, write_text
+from cpm_jax.common.files import write_json, write_text
 from cpm_jax.curation import dedup
 from cpm_jax.curation.card import dataset_card
 from cpm_jax.curation.decontamination import Decontaminate, build_index
 from cpm_jax.curation.dedup import DedupConfig
-from cpm_jax.curation.document import Document, Filter, apply_filters
 from cpm_jax.curation.html import Extractor
-from cpm_jax.curation.readers import Damage, InputShard, Reading, plan_shards, read_shard
+from cpm_jax.curation.readers import InputShard, Reading, plan_shards
+from cpm_jax.curation.shards import DATA_DIR, DROPPED_DIR, FILTERED, WRITTEN, Decision, FilterShard, Places, WriteShard
 from cpm_jax.curation.statistics import Statistics
-from cpm_jax.curation.writers import Columns, OutputFormat, ShardWriter, dump, load_dump
+from cpm_jax.curation.writers import Columns, OutputFormat
 from cpm_jax.data.errors import DataError
-from cpm_jax.data.prepare import PROGRESS_DIR, REJECTS_FILE, full_disk_as_data_error, only_process
-from cpm_jax.data.sources import Reject
+from cpm_jax.data.prepare import REJECTS_FILE, full_disk_as_data_error, only_process
 from cpm_jax.data.workers import ordered_map
 
 MANIFEST = "curation.json"
 CARD = "dataset_card.md"
-DATA_DIR = "data"
-DROPPED_DIR = "dropped"
 
 
 @config_dataclass
@@ -116,159 +114,6 @@ def _described(apply: Any) -> dict[str, Any]:
     return {"filter": getattr(apply, "__qualname__", type(apply).__qualname__)}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Places:
-    """Where what belongs to a shard lies."""
-
-    output_dir: Path
-
-    @property
-    def work_dir(self) -> Path:
-        return self.output_dir / PROGRESS_DIR
-
-    def file(self, stage: str, shard: int, suffix: str) -> Path:
-        return self.work_dir / stage / f"{shard:05d}{suffix}"
-
-    def note(self, stage: str, shard: int) -> dict[str, Any] | None:
-        """What a finished stage says of a shard; None if it is not finished."""
-        path = self.file(stage, shard, ".json")
-        return json.loads(path.read_text("utf-8")) if path.exists() else None
-
-
-_FILTERED, _WRITTEN = "filtered", "written"
-
-
-class _FilterShard:
-    """Stage 1 of one shard."""
-
-    def __init__(self, config: PipelineConfig, filters: tuple[Filter, ...], output_dir: Path):
-        self._config = config
-        self._filters = filters
-        self._places = _Places(output_dir)
-
-    def __call__(self, shard: InputShard) -> None:
-        statistics, columns, rejects = Statistics(), Columns(), []
-        keys: list[np.ndarray] = []
-        paragraph_keys: list[np.ndarray] = []
-        dedup_config, damage = self._config.dedup, None
-        place = functools.partial(self._places.file, _FILTERED, shard.index)
-        try:
-            with ShardWriter(place(".kept.jsonl.zst")) as kept, ShardWriter(place(".dropped.jsonl.zst")) as dropped:
-                for found in read_shard(shard, self._config.reading):
-                    if isinstance(found, Reject):
-                        rejects.append(dataclasses.asdict(found))
-                        continue
-                    document = apply_filters(found, self._filters)
-                    if document.dropped:
-                        statistics.add(document)
-                        dropped.write(dump(document))
-                        continue
-                    columns.add(document)
-                    kept.write(dump(document))
-                    if dedup_config is not None:
-                        keys.append(dedup.document_keys(document, dedup_config))
-                        if dedup_config.min_paragraph is not None:
-                            paragraph_keys.append(dedup.paragraph_keys(document.text, dedup_config.min_paragraph))
-        except Damage as error:
-            damage, rejects, statistics, keys, paragraph_keys = (
-                dataclasses.asdict(error.reject),
-                [],
-                Statistics(),
-                [],
-                [],
-            )
-            columns = Columns()
-        statistics.rejects.update(reject["reason"] for reject in rejects)
-        if keys:
-            _save(place(".keys.npy"), np.stack(keys, axis=1))
-        if paragraph_keys:
-            _save(place(".paragraphs.npy"), np.concatenate(paragraph_keys)[None])
-            _save(place(".paragraph_counts.npy"), np.array([len(found) for found in paragraph_keys], np.int64))
-        write_json(
-            place(".json"),
-            {
-                "damage": damage,
-                "rejects": rejects,
-                "statistics": statistics.to_json(),
-                "scores": columns.scores,
-                "fields": columns.fields,
-            },
-        )
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        np.save(file, array)
-    os.replace(temporary, path)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Decision:
-    """What deduplication says of a shard: the fate of each document, and which paragraphs go."""
-
-    shard: int
-    fates: np.ndarray
-    paragraphs: np.ndarray
-    paragraph_counts: np.ndarray
-
-
-class _WriteShard:
-    """Stage 3 of one shard."""
-
-    def __init__(self, config: PipelineConfig, output_dir: Path, columns: Columns):
-        self._config = config
-        self._places = _Places(output_dir)
-        self._columns = columns
-
-    def __call__(self, decision: _Decision) -> None:
-        statistics = Statistics()
-        name = f"shard-{decision.shard:05d}"
-        kept_path = self._places.output_dir / DATA_DIR / f"{name}.{self._config.output_format}"
-        dropped_path = self._places.output_dir / DROPPED_DIR / f"{name}.jsonl.zst"
-        place = functools.partial(self._places.file, _FILTERED, decision.shard)
-        with ShardWriter(kept_path, self._columns) as kept, ShardWriter(dropped_path) as dropped:
-            for document in load_dump(place(".dropped.jsonl.zst")):
-                dropped.write(dump(document))
-            for document in self._decided(load_dump(place(".kept.jsonl.zst")), decision):
-                statistics.add(document)
-                if document.dropped:
-                    dropped.write(dump(document))
-                else:
-                    kept.write(self._columns.row(document))
-        files = {}
-        for path, count in ((kept_path, statistics.documents), (dropped_path, None)):
-            if count == 0:
-                path.unlink()  # `datasets` cannot tell the columns of a file without rows
-            else:
-                files[path.relative_to(self._places.output_dir).as_posix()] = {
-                    "sha256": sha256(path),
-                    "documents": count,
-                }
-        note = {"statistics": statistics.to_json(), "files": files}
-        write_json(self._places.file(_WRITTEN, decision.shard, ".json"), note)
-
-    def _decided(self, documents: Iterator[Document], decision: _Decision) -> Iterator[Document]:
-        config = self._config.dedup
-        if config is None:
-            yield from documents
-            return
-        ends = np.cumsum(decision.paragraph_counts)
-        for number, document in enumerate(documents):
-            if decision.fates[number] != dedup.KEPT:
-                yield document.drop(dedup.REASONS[int(decision.fates[number])])
-                continue
-            if config.min_paragraph is not None:
-                goes = decision.paragraphs[ends[number] - decision.paragraph_counts[number] : ends[number]]
-                if goes.any():
-                    text = dedup.without_paragraphs(document.text, config.min_paragraph, goes)
-                    if len(text) < config.min_rest:
-                        yield document.drop(dedup.PARAGRAPHS)
-                        continue
-                    document = dataclasses.replace(document, text=text)
-            yield document
-
-
 def curate(
     config: PipelineConfig,
     output_dir: str | Path,
@@ -294,7 +139,7 @@ def curate(
             call; the folder was made with other arguments; the disk is full.
     """
     output_dir = Path(output_dir)
-    places = _Places(output_dir)
+    places = Places(output_dir)
     evaluation_sets = evaluation_sets or {}
     arguments = config.arguments() | {"evaluation_sets": {name: _digest(t) for name, t in evaluation_sets.items()}}
     manifest_file = output_dir / MANIFEST
@@ -307,7 +152,7 @@ def curate(
         if os.path.isdir(source) and output_dir.resolve().is_relative_to(Path(source).resolve()):
             raise DataError(f"the output folder {output_dir} lies inside the source {source!r}: choose one outside")
     with full_disk_as_data_error(output_dir):
-        for folder in (places.work_dir / _FILTERED, places.work_dir / _WRITTEN, output_dir / DATA_DIR):
+        for folder in (places.work_dir / FILTERED, places.work_dir / WRITTEN, output_dir / DATA_DIR):
             folder.mkdir(parents=True, exist_ok=True)
         (output_dir / DROPPED_DIR).mkdir(exist_ok=True)
         with only_process(places.work_dir):
@@ -321,7 +166,7 @@ def _digest(texts: Sequence[str]) -> str:
 def _curate(
     config: PipelineConfig,
     arguments: dict[str, Any],
-    places: _Places,
+    places: Places,
     evaluation_sets: Mapping[str, Sequence[str]],
     progress: bool,
 ) -> dict[str, Any]:
@@ -333,36 +178,37 @@ def _curate(
         compared = build_index(index, evaluation_sets, config.decontamination_ngram)
         # Before duplicates are looked for: a document that goes must not stand for those that are like it.
         filters = (*filters, Decontaminate(str(index)))
-    make_filter = functools.partial(_FilterShard, config, filters, places.output_dir)
-    _run(make_filter, shards, shards, _FILTERED, places, config, progress)
+    make_filter = functools.partial(FilterShard, config.reading, filters, config.dedup, places.output_dir)
+    _run(make_filter, shards, shards, FILTERED, places, config, progress)
 
-    notes = [places.note(_FILTERED, shard.index) or {} for shard in shards]
     total, columns = Statistics(), Columns()
-    for note in notes:
+    usable, quarantined = [], []
+    for shard in shards:
+        note = places.note(FILTERED, shard.index) or {}
         total.merge(Statistics.from_json(note["statistics"]))
         columns.merge(Columns(note["scores"], note["fields"]))
+        if note["damage"] is None:
+            usable.append(shard)
+        else:
+            quarantined.append(note["damage"])
     total.rejects.update(reject.reason for reject in unread)
-    decisions = list(_decide(config, shards, places))
-    make_writer = functools.partial(_WriteShard, config, places.output_dir, columns)
-    whole = [note["damage"] is None for note in notes]
-    usable = [shard for shard, is_whole in zip(shards, whole, strict=True) if is_whole]
-    _run(make_writer, usable, [decisions[shard.index] for shard in usable], _WRITTEN, places, config, progress)
+    make_writer = functools.partial(WriteShard, columns, config.output_format, config.dedup, places.output_dir)
+    _run(make_writer, usable, _decide(config.dedup, usable, places), WRITTEN, places, config, progress)
 
     files: dict[str, Any] = {}
     for shard in usable:
-        note = places.note(_WRITTEN, shard.index) or {}
+        note = places.note(WRITTEN, shard.index) or {}
         total.merge(Statistics.from_json(note["statistics"]))
         files |= note["files"]
-    quarantined = [note["damage"] for note in notes if note["damage"]]
     if not total.documents:
         raise DataError(
             f"no document of {', '.join(config.source_list)} is left; rejected: {dict(total.rejects) or 'none'}; "
             f"dropped: {dict(total.drops) or 'none'}; damaged: {[item['id'] for item in quarantined] or 'none'}"
         )
-    rejects = [dataclasses.asdict(reject) for reject in unread] + [item for note in notes for item in note["rejects"]]
-    write_text(
-        places.output_dir / REJECTS_FILE, "".join(json.dumps(reject, ensure_ascii=False) + "\n" for reject in rejects)
-    )
+    with open(places.output_dir / REJECTS_FILE, "w", encoding="utf-8") as file:
+        read_in_vain = (reject for shard in usable for reject in places.rejects(shard.index))
+        for reject in itertools.chain(map(dataclasses.asdict, unread), read_in_vain):
+            file.write(json.dumps(reject, ensure_ascii=False) + "\n")
     manifest = {
         "documents": total.documents,
         "characters": total.characters,
@@ -383,27 +229,20 @@ def _curate(
     return manifest
 
 
-def _decide(config: PipelineConfig, shards: Sequence[InputShard], places: _Places) -> Iterator[_Decision]:
-    """Stage 2, for all shards in order."""
-
+def _decide(config: DedupConfig | None, shards: Sequence[InputShard], places: Places) -> list[Decision]:
+    """Stage 2."""
     none = np.empty(0, np.int64)
-    if config.dedup is None:
-        yield from (_Decision(shard.index, none, none, none) for shard in shards)
-        return
-
-    def paths(suffix: str) -> list[Path]:
-        return [places.file(_FILTERED, shard.index, suffix) for shard in shards]
-
-    no_keys = np.empty((config.dedup.bands + 2, 0), np.uint64)  # of a shard of which no document is kept
-    keys = [dedup.KeyFile(path) if path.exists() else no_keys for path in paths(".keys.npy")]
+    if config is None:
+        return [Decision(shard.index, none, none, none) for shard in shards]
+    keys = [places.keys(shard.index, config.bands) for shard in shards]
     fates = dedup.find_duplicates(keys)
-    counts = [np.load(path) if path.exists() else none for path in paths(".paragraph_counts.npy")]
-    paragraphs = [dedup.KeyFile(path) if path.exists() else no_keys[:1] for path in paths(".paragraphs.npy")]
-    goes = dedup.find_duplicate_paragraphs(paragraphs, counts, fates)
-    starts = np.cumsum([0, *(shard.shape[1] for shard in keys)])
-    for index in range(len(shards)):
-        own = fates[starts[index] : starts[index + 1]]
-        yield _Decision(shards[index].index, own, goes[index], counts[index])
+    counts = [places.paragraph_counts(shard.index) for shard in shards]
+    goes = dedup.find_duplicate_paragraphs([places.paragraph_keys(shard.index) for shard in shards], counts, fates)
+    ends = np.cumsum([shard.shape[1] for shard in keys])
+    return [
+        Decision(shard.index, own, gone, count)
+        for shard, own, gone, count in zip(shards, np.split(fates, ends)[:-1], goes, counts, strict=True)
+    ]
 
 
 def _run(
@@ -411,7 +250,7 @@ def _run(
     shards: Sequence[InputShard],
     arguments: Sequence[Any],
     stage: str,
-    places: _Places,
+    places: Places,
     config: PipelineConfig,
     progress: bool,
 ) -> None:
@@ -447,7 +286,7 @@ def _identity(shard: InputShard) -> dict[str, Any]:
     }
 
 
-def _check_plan(places: _Places, plan: dict[str, Any]) -> None:
+def _check_plan(places: Places, plan: dict[str, Any]) -> None:
     path = places.work_dir / "plan.json"
     if not path.exists():
         write_json(path, plan)

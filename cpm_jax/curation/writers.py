@@ -183,12 +183,21 @@ def dump(document: Document) -> dict[str, Any]:
     return dataclasses.asdict(document)
 
 
-def load_dump(path: Path) -> Iterator[Document]:
-    """The documents of a .jsonl.zst file of dumps.
+def load_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a .jsonl.zst file that was written here.
 
     Raises:
         Truncated: the file is damaged.
     """
     for line in split_lines(read_chunks(path)):
         assert isinstance(line, bytes), "readers let no text through that makes such a line"
-        yield Document(**json.loads(line))
+        yield json.loads(line)
+
+
+def load_dump(path: Path) -> Iterator[Document]:
+    """The documents of a .jsonl.zst file of dumps.
+
+    Raises:
+        Truncated: the file is damaged.
+    """
+    return (Document(**row) for row in load_rows(path))

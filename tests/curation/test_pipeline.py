@@ -210,7 +210,7 @@ def test_what_was_finished_before_an_interruption_is_not_done_again(corpus, tmp_
         run(corpus, tmp_path / "out", filters=(StopAt("b25"),))
     read = []
     monkeypatch.setattr(
-        "cpm_jax.curation.pipeline.read_shard",
+        "cpm_jax.curation.shards.read_shard",
         lambda shard, reading: (read.append(shard.name), readers.read_shard(shard, reading))[1],
     )
     monkeypatch.setattr(StopAt, "__call__", lambda self, document: document)
