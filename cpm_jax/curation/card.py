@@ -132,8 +132,8 @@ def _excerpts(statistics: Statistics) -> str:
 
 def _commands(manifest: Mapping[str, Any]) -> str:
     sources = manifest["arguments"]["sources"]
-    data = sources[0] if len(sources) == 1 else repr(tuple(sources))
-    command = shlex.join(["python", "-m", "experiments.run", "curate", f"--gin.DATA={data}", "--workdir=OUT"])
+    data = shlex.quote(sources[0]) if len(sources) == 1 else f'"{tuple(sources)!r}"'
+    command = f"python -m experiments.run curate --gin.DATA={data} --workdir=OUT"
     return (
         "## Commands\nMade by the first, with the settings in `config.gin` and, in full, `curation.json`; read by the"
         f" others.\n```\n{command}\npython -m experiments.run prepare --gin.DATA=OUT/data --gin.TOKENIZER=… "
