@@ -25,6 +25,7 @@ _FORMULAS = (
     " | //*[local-name() = 'math'] | //script[starts-with(@type, 'math/tex')]"
     " | //img[contains(@class, 'math') or contains(@class, 'tex')][@alt]"
 )
+_PARTS = ("p", "div", "section", "ul", "ol", "li", "dl", "dd", "blockquote", "article", "main")
 _TYPESET = "//*[contains(@class, 'MathJax') and not(self::script)]"
 
 
@@ -51,13 +52,27 @@ def extract_text(page: bytes | str, extractor: Extractor = "keep_code_and_math")
     text = trafilatura.extract(tree, favor_precision=True, include_comments=False) or ""
     # Of prose the layout of the source says nothing.
     text = "\n".join(line.strip() for line in text.split("\n"))
-    return _PLACEHOLDERS.sub(lambda match: kept[int(match[1])], text).strip()
+    return _restored(text, kept).strip()
+
+
+def _restored(text: str, kept: list[str]) -> str:
+    """The text with what was set aside; blocks get lines of their own."""
+
+    def content(match: re.Match[str]) -> str:
+        found = kept[int(match[1])]
+        if not found.startswith(("```", "$$")):
+            return found
+        before = "" if match.start() == 0 or text[match.start() - 1] == "\n" else "\n"
+        after = "" if match.end() == len(text) or text[match.end()] == "\n" else "\n"
+        return f"{before}{found}{after}"
+
+    return _PLACEHOLDERS.sub(content, text)
 
 
 def _set_aside(tree: Any, kept: list[str]) -> None:
     def put(element: Any, content: str, block: bool) -> None:
         kept.append(content)
-        _replace(element, _PLACEHOLDER.format(len(kept) - 1), "p" if block else "span")
+        _replace(element, _PLACEHOLDER.format(len(kept) - 1), block)
 
     rendered = set(tree.xpath(_TYPESET))
     for element in tree.xpath(_FORMULAS):
@@ -80,12 +95,42 @@ def _set_aside(tree: Any, kept: list[str]) -> None:
             put(element, f"`{code.strip()}`", False)
 
 
-def _replace(element: Any, text: str, tag: str) -> None:
+def _replace(element: Any, text: str, block: bool) -> None:
+    """Puts text in place of an element; a block goes to the end of the paragraph before it.
+
+    A paragraph of one strange word would be taken for furniture of the page. With the words that introduce it the
+    block stays where they stay, and goes where they go.
+    """
+    before = _text_before(element) if block else None
     tail = element.tail
     for child in list(element):
         element.remove(child)
     element.attrib.clear()
-    element.tag, element.text, element.tail = tag, text, tail
+    element.tag, element.text, element.tail = "p" if block else "span", text, tail
+    if before is not None:
+        element.drop_tree()
+        element.tag, element.tail = "span", None
+        before.append(element)
+
+
+def _text_before(element: Any) -> Any:
+    """The paragraph, or what serves as one, that stands before an element; None if there is none."""
+    for around in [element, *element.iterancestors()]:
+        for sibling in around.itersiblings(preceding=True):
+            if not isinstance(sibling.tag, str) or not sibling.text_content().strip() or _is_aside(sibling):
+                continue
+            if sibling.tag not in (*_PARTS, "h1", "h2", "h3", "h4", "h5", "h6"):
+                return None  # a table, a form, loose words: what is put into them may go with them
+            while len(sibling) and sibling[-1].tag in _PARTS:
+                sibling = sibling[-1]
+            return sibling
+        if around.tag not in _PARTS and around is not element:
+            break
+    return None
+
+
+def _is_aside(element: Any) -> bool:
+    return element.tag in ("aside", "nav", "script", "style") or "sidebar" in element.get("class", "")
 
 
 def _formula(element: Any) -> tuple[str, bool]:

@@ -19,6 +19,19 @@ def test_code_and_formulas_survive_to_the_character():
         assert unwanted not in text
 
 
+@pytest.mark.parametrize("before", ["<p>{}</p>", "<div class='para'>{}</div>", "<ul><li>{}</li></ul>", "<h2>{}</h2>"])
+def test_a_block_stands_after_the_words_that_introduce_it(before):
+    example = "<div class='example'><div class='contents'><pre>ls  -l</pre></div></div>"
+    middle = before.format("This is how the files of a folder are listed with their sizes:")
+    html = page(PROSE).replace("</article>", f"{middle}{example}<p>{PROSE[::-1]}</p></article>")
+    assert "with their sizes:\n```\nls  -l\n```\n" in extract_text(html)
+
+
+def test_a_block_at_the_very_beginning_is_kept():
+    html = page(PROSE * 2).replace("<article>", "<article><pre>first  things\n\nfirst</pre>")
+    assert extract_text(html).startswith("```\nfirst  things\n\nfirst\n```\n")
+
+
 def test_plain_trafilatura_is_there_to_compare_with_and_loses_the_blank_line():
     text = extract_text(MATH_PAGE, "prose")
     assert PROSE in text
