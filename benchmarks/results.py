@@ -8,7 +8,7 @@ import datetime
 import json
 import math
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,18 @@ class Row:
     ratio: float | None
     goal: float | None
     met: bool | None
+
+
+def origin() -> dict[str, Any]:
+    """Commit, date and machine of what is measured here and now.
+
+    What is measured on one machine and reported on another is kept together with this.
+    """
+    return {
+        "commit": provenance.git_revision(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": provenance.machine() | {"jax": provenance.versions()["jax"]},
+    }
 
 
 class Benchmark:
@@ -98,16 +110,18 @@ class Benchmark:
         self.rows.append(row)
         return row
 
-    def write(self, directory: Path = RESULTS_DIR) -> Path:
-        """Prints the table and writes `<directory>/<name>.json`."""
-        result = {
-            "name": self.name,
-            "command": self.command,
-            "commit": provenance.git_revision(),
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "machine": provenance.machine(),
-            "rows": [asdict(row) for row in self.rows],
-        }
+    def write(self, directory: Path = RESULTS_DIR, measured: Mapping[str, Any] | None = None) -> Path:
+        """Prints the table and writes `<directory>/<name>.json`.
+
+        Args:
+            directory: where to.
+            measured: `origin()` of the figures; None takes that of this moment. A commit that was not known there,
+                where the code had come without its repository, is this one.
+        """
+        measured = dict(measured or origin())
+        measured["commit"] = measured["commit"] or provenance.git_revision()
+        rows = [asdict(row) for row in self.rows]
+        result = {"name": self.name, "command": self.command, **measured, "rows": rows}
         path = directory / f"{self.name}.json"
         write_json(path, result)
         print(table([(self.name, row) for row in self.rows]))

@@ -8,12 +8,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.block_selection import pallas_tpu, reference, xla
+from kernels_pallas.block_selection import pallas_gpu, pallas_tpu, reference, xla
 from kernels_pallas.block_selection.selection import BlockSelection, num_kernels
 from kernels_pallas.dispatch import UnsupportedError, choose_implementation
 
-Implementation = Literal["reference", "xla", "pallas_tpu"]
-_IMPLEMENTATIONS = {"reference": reference, "xla": xla, "pallas_tpu": pallas_tpu}
+Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu"]
+_IMPLEMENTATIONS = {"reference": reference, "xla": xla, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
 
 
 def select_blocks(
@@ -46,9 +46,9 @@ def select_blocks(
         query_positions: where each query lies among the keys; None for a whole sequence, where query t is key t.
             A negative position is a query that sees nothing.
         segment_ids: document of each key; a document is a run of equal ids. None means one document.
-        implementation: "reference" holds all scores; "xla" those of a tile of queries; "pallas_tpu" is for TPU.
-            None takes "pallas_tpu" where the program is for a TPU and the kernel supports the arguments, else "xla",
-            and logs its choice once.
+        implementation: "reference" holds all scores; "xla" those of a tile of queries; "pallas_tpu" is for TPU,
+            "pallas_gpu" for a GPU. None takes the kernel of the platform that the program is for where it supports the
+            arguments, else "xla", and logs its choice once.
 
     Returns:
         Block numbers in ascending order, -1 at the end where a query has fewer. I is `selection.num_selected`, or the
@@ -174,7 +174,10 @@ def _choose(
     k_coarse: Array | None,
     scale: float,
     selection: BlockSelection,
-    *_: Any,
+    *places: Any,
 ) -> str:
-    unsupported = {"pallas_tpu": pallas_tpu.unsupported_reason(q, k_compressed, k_coarse, selection)}
+    unsupported = {
+        "pallas_tpu": pallas_tpu.unsupported_reason(q, k_compressed, k_coarse, selection),
+        "pallas_gpu": pallas_gpu.unsupported_reason(q, k_compressed, num_blocks=places[-1]),
+    }
     return choose_implementation("block_selection", implementation, get_args(Implementation), unsupported)

@@ -1,4 +1,4 @@
-"""The tables by which the TPU kernels walk chosen blocks: for each tile of queries the union of their blocks.
+"""The tables by which the Pallas kernels walk chosen blocks: for each tile of queries the union of their blocks.
 
 Neighbouring queries choose nearly the same blocks, so a tile of them reads each block of the union once, and a bit
 for every query says whether it chose the block. Made by sorting, a tile's lists at a time: memory grows linearly with
@@ -9,10 +9,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Int
-
-# Queries of a tile: one bit each of an int32.
-MAX_TILE = 32
+from jaxtyping import Array, Bool, Int
 
 
 class TileUnions(NamedTuple):
@@ -75,6 +72,29 @@ def range_starts(unions: TileUnions, blocks_per_range: int, num_ranges: int) -> 
     bounds = jnp.arange(num_ranges + 1) * blocks_per_range
     below = (unions.ids[..., None] < bounds) & (entry < unions.counts[..., None])[..., None]
     return below.sum(axis=-2, dtype=jnp.int32)
+
+
+def block_tiles(
+    ids: Int[Array, "B K M U"], words: Int[Array, "B K M U"], second: Bool[Array, "B K M U"], num_blocks: int
+) -> tuple[Int[Array, "B K M*U"], Int[Array, "B K C2"]]:
+    """Turns unions round: entries U·m + u of the tiles that chose block 0, in their order, then those of block 1, ...
+
+    Args:
+        ids: of `TileUnions`.
+        words: of `TileUnions`.
+        second: which entries come after the others of their block.
+        num_blocks: C.
+
+    Returns:
+        The entries, and where each block's begin, where its second ones do, and where the last one's end: 2·C + 1.
+    """
+    batch_size, num_kv_heads = ids.shape[:2]
+    half = jnp.where(words == 0, 2 * num_blocks, 2 * ids + second).reshape(batch_size, num_kv_heads, -1)
+    entries = jnp.broadcast_to(jnp.arange(half.shape[-1], dtype=jnp.int32), half.shape)
+    half, entries = lax.sort((half, entries), num_keys=1, is_stable=True)
+    bounds = jnp.arange(2 * num_blocks + 1, dtype=jnp.int32)
+    find = jnp.vectorize(lambda half: jnp.searchsorted(half, bounds), signature="(n)->(c)")
+    return entries, find(half).astype(jnp.int32)
 
 
 def _shifted(x: Array, first: int) -> Array:

@@ -17,3 +17,14 @@ RANGE_BYTES = 2 * 2**20
 TILES_PER_STEP = 4
 # Sums of dq in vector memory, a step's each: the one being added to, the one that comes and the one that goes.
 DQ_BUFFERS = 3
+
+# Of the GPU kernels, by bytes of a number: rows of a product, queries of a tile times the heads of a group; and warps
+# of a program. Chosen so that no GPU's compiler runs out of registers (`tests/aot/test_sparse_gpu.py`): products in
+# float32 are sums in registers.
+GPU_ROWS = {2: 64, 4: 16}
+GPU_WARPS = {
+    2: {"forward": 4, "dq": 4, "dkv": 8},
+    4: {"forward": 16, "dq": 16, "dkv": 16},
+}
+# Blocks on their way.
+GPU_STAGES = 2

@@ -3,6 +3,7 @@
 JAX lowers a kernel to a Triton module; the `triton` package makes of it what XLA would make on a machine with the GPU.
 """
 
+import functools
 import importlib.util
 import re
 import subprocess
@@ -13,6 +14,8 @@ import pytest
 from jaxlib.mlir import ir
 from jaxlib.triton import dialect
 
+from kernels_pallas.block_selection import api as selection
+from kernels_pallas.block_selection.arg_specs import ARG_SPECS as SELECTION_SPECS
 from kernels_pallas.block_sparse_attention import api
 from kernels_pallas.block_sparse_attention.arg_specs import ARG_SPECS
 from kernels_pallas.sparse_decode_attention import api as decode
@@ -68,27 +71,32 @@ def machine_code(module, capability, num_warps, num_stages, directory: Path):
     return compiled.metadata.shared, registers, stack
 
 
-def check(function, args, tmp_path, monkeypatch):
+def check(function, args, number, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
-    [(module, warps, stages)] = triton_kernels(function, args)
-    for capability, most in GPUS.items():
-        shared, registers, stack = machine_code(module, capability, warps, stages, tmp_path)
-        assert shared <= most * 1024
-        assert registers <= 255
-        assert stack == 0, f"{stack} bytes a thread do not fit the registers of sm_{capability}"
+    kernels = triton_kernels(function, args)
+    assert len(kernels) == number
+    for module, warps, stages in kernels:
+        for capability, most in GPUS.items():
+            shared, registers, stack = machine_code(module, capability, warps, stages, tmp_path)
+            assert shared <= most * 1024
+            assert registers <= 255
+            assert stack == 0, f"{stack} bytes a thread do not fit the registers of sm_{capability}"
 
 
 @pytest.mark.parametrize("name", ARG_SPECS)
 def test_block_sparse_attention(name, tmp_path, monkeypatch):
     spec = ARG_SPECS[name]
 
-    def forward(q, k, v, ids, segments):
-        return api.block_sparse_attention(
-            q, k, v, ids, block_size=spec.block_size, segment_ids=segments, implementation="pallas_gpu"
+    def both(q, k, v, ids, segments, dout):
+        attend = functools.partial(
+            api.block_sparse_attention, block_size=spec.block_size, segment_ids=segments, implementation="pallas_gpu"
         )
+        out, vjp = jax.vjp(lambda q, k, v: attend(q, k, v, ids), q, k, v)
+        return out, vjp(dout)
 
-    check(forward, spec.abstract_args(), tmp_path, monkeypatch)
+    args = spec.abstract_args()
+    check(both, (*args, args[0]), 3, tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("name", [name for name, spec in DECODE_SPECS.items() if spec.block_size >= 16])
@@ -101,4 +109,16 @@ def test_sparse_decode_attention(name, tmp_path, monkeypatch):
             q, k, v, ids, positions, block_size=spec.block_size, page_table=page_table, implementation="pallas_gpu"
         )
 
-    check(attend, spec.abstract_args(), tmp_path, monkeypatch)
+    check(attend, spec.abstract_args(), 1, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("name", SELECTION_SPECS)
+def test_block_selection(name, tmp_path, monkeypatch):
+    spec = SELECTION_SPECS[name]
+
+    def select(q, fine, coarse, segments):
+        return selection.select_blocks(
+            q, fine, coarse, selection=spec.selection, segment_ids=segments, implementation="pallas_gpu"
+        )
+
+    check(select, spec.abstract_args(), 3, tmp_path, monkeypatch)
