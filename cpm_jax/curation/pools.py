@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from cpm_jax.common.config import InputError
 from cpm_jax.curation.document import Document
-from cpm_jax.data.sources import Reject, read_documents
+from cpm_jax.curation.readers import Damage, Reading, plan_shards, read_shard
+from cpm_jax.data.sources import Reject
 
 MIN_DOCUMENTS = 20  # of a pool: with fewer there is nothing to hold out, and nothing to learn
 
@@ -37,16 +38,19 @@ def read_usable(sources: Sequence[str], text_field: str, rejects: collections.Co
     Raises:
         DataError: a source does not exist.
     """
-    for source in sources:
-        for found in read_documents(source, text_field=text_field):
-            if isinstance(found, Reject):
-                rejects[found.reason] += 1
-            elif not found.text.strip():
-                rejects["empty text"] += 1
-            elif not _encodable(found.text):
-                rejects["lone surrogates"] += 1
-            else:
-                yield Document(found.text, id=found.id, source=found.source)
+    shards, skipped = plan_shards(sources)
+    rejects.update(reject.reason for reject in skipped)
+    for shard in shards:
+        try:
+            for found in read_shard(shard, Reading(text_field)):
+                if isinstance(found, Reject):
+                    rejects[found.reason] += 1
+                elif not found.text.strip():
+                    rejects["empty text"] += 1
+                else:
+                    yield found
+        except Damage as damage:  # what came before the break is used
+            rejects[damage.reject.reason] += 1
 
 
 def read_pools(
@@ -102,11 +106,3 @@ def position(text: str, seed: int) -> float:
     """Where a text lies in [0, 1), by its content and a seed alone."""
     key = hashlib.blake2b(text.encode(), digest_size=8, key=seed.to_bytes(8, "little")).digest()
     return int.from_bytes(key, "little") / 2**64
-
-
-def _encodable(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -76,7 +76,7 @@ def test_what_cannot_be_used_is_counted(tmp_path, pool_texts):
         "invalid UTF-8": 1,
         "empty text": 1,
         "missing field": 1,
-        "lone surrogates": 1,
+        "invalid unicode": 1,
         "malformed JSON": 1,
         "in both pools": 1,
     }
