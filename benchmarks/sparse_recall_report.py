@@ -2,8 +2,8 @@
 
     python -m benchmarks.sparse_recall_report --work DIR
 
-Accuracies are of the seeds whose dense twin solves recall, and it says how many do. It goes by the files `training.json`
-and `accuracy.json` in the folders of cells, wherever they were computed.
+Accuracies are of the seeds whose dense twin solves recall, and it says how many do. It goes by the files
+`training.json` and `accuracy.json` in the folders of cells, wherever they were computed.
 """
 
 import argparse
