@@ -96,7 +96,7 @@ def check_values(bench: Benchmark) -> None:
                 tuple(x.astype("float32") for x in (q, k, v)), dout, ids, segments, "reference"
             )
         for what, got, want in zip(("output", "dq", "dk", "dv"), ours, plain, strict=True):
-            goal = {"float32": 1e-5, "bfloat16": 1e-2}[dtype]
+            goal = {"float32": 1e-5, "bfloat16": 2e-2}[dtype]
             bench.add(
                 *(f"{name}: {what}", "relative error", relative_error(got, want)),
                 larger_is_better=False,
