@@ -71,17 +71,18 @@ def machine_code(module, capability, num_warps, num_stages, directory: Path):
     return compiled.metadata.shared, registers, stack
 
 
-def check(function, args, number, tmp_path, monkeypatch):
+def check(function, args, most_spilled, tmp_path, monkeypatch):
+    """Compiles a function's kernels, which may put at most so many bytes a thread beside the registers."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
     kernels = triton_kernels(function, args)
-    assert len(kernels) == number
-    for module, warps, stages in kernels:
+    assert len(kernels) == len(most_spilled)
+    for (module, warps, stages), spilled in zip(kernels, most_spilled, strict=True):
         for capability, most in GPUS.items():
             shared, registers, stack = machine_code(module, capability, warps, stages, tmp_path)
             assert shared <= most * 1024
             assert registers <= 255
-            assert stack == 0, f"{stack} bytes a thread do not fit the registers of sm_{capability}"
+            assert stack <= spilled, f"{stack} bytes a thread do not fit the registers of sm_{capability}"
 
 
 @pytest.mark.parametrize("name", ARG_SPECS)
@@ -96,7 +97,8 @@ def test_block_sparse_attention(name, tmp_path, monkeypatch):
         return out, vjp(dout)
 
     args = spec.abstract_args()
-    check(both, (*args, args[0]), 3, tmp_path, monkeypatch)
+    # The gradients to the keys are quicker on an H100 with some of their sums in memory (`tuned_block_sizes.py`).
+    check(both, (*args, args[0]), (0, 0, 272), tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("name", [name for name, spec in DECODE_SPECS.items() if spec.block_size >= 16])
@@ -109,7 +111,7 @@ def test_sparse_decode_attention(name, tmp_path, monkeypatch):
             q, k, v, ids, positions, block_size=spec.block_size, page_table=page_table, implementation="pallas_gpu"
         )
 
-    check(attend, spec.abstract_args(), 1, tmp_path, monkeypatch)
+    check(attend, spec.abstract_args(), (0,), tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("name", SELECTION_SPECS)
@@ -121,4 +123,4 @@ def test_block_selection(name, tmp_path, monkeypatch):
             q, fine, coarse, selection=spec.selection, segment_ids=segments, implementation="pallas_gpu"
         )
 
-    check(select, spec.abstract_args(), 3, tmp_path, monkeypatch)
+    check(select, spec.abstract_args(), (0, 0, 0), tmp_path, monkeypatch)
