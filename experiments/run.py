@@ -40,6 +40,7 @@ class Verb:
 
 VERBS = {
     "convert": Verb("published weights into a checkpoint, checkpoints into Hugging Face folders", reads_runs=True),
+    "curate": Verb("filter, deduplicate and decontaminate raw documents, with a card", uses_devices=False),
     "prepare": Verb("tokenise and pack documents into a dataset folder", uses_devices=False),
     "pretrain": Verb("train a model on dataset folders; the same command resumes"),
     "sft": Verb("fine-tune a checkpoint on conversations, with the loss on assistant turns only"),

@@ -139,10 +139,10 @@ def prepare(config: PrepareConfig, output_dir: str | Path, *, progress: bool = T
         _check_same_arguments(manifest.arguments, arguments, output_dir)
         shutil.rmtree(output_dir / PROGRESS_DIR, ignore_errors=True)  # a kill at the very end may have left it
         return manifest
-    with _full_disk_as_data_error(output_dir):
+    with full_disk_as_data_error(output_dir):
         work_dir = output_dir / PROGRESS_DIR
         os.makedirs(work_dir, exist_ok=True)
-        with _lock(work_dir):
+        with only_process(work_dir):
             return _prepare(config, arguments, output_dir, work_dir, progress)
 
 
@@ -367,7 +367,7 @@ def _check_not_inside_source(config: PrepareConfig, output_dir: Path) -> None:
 
 
 @contextlib.contextmanager
-def _lock(work_dir: Path) -> Iterator[None]:
+def only_process(work_dir: Path) -> Iterator[None]:
     """Keeps a second process from writing the same folder; the system frees the lock however this one ends."""
     with open(work_dir / "lock", "w") as file:
         try:
@@ -378,7 +378,8 @@ def _lock(work_dir: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _full_disk_as_data_error(output_dir: Path) -> Iterator[None]:
+def full_disk_as_data_error(output_dir: Path) -> Iterator[None]:
+    """Turns errors of a full disk into a `DataError` that says what to do."""
     try:
         yield
     except (OSError, RuntimeError, sqlite3.OperationalError) as error:

@@ -6,14 +6,12 @@ import glob
 import json
 import os
 import sysconfig
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import zstandard
-
 from cpm_jax.data.errors import DataError
+from cpm_jax.data.streams import MAX_LINE_BYTES, Truncated, read_chunks, split_lines
 
 Format = Literal["text", "chat"]
 
@@ -23,7 +21,7 @@ ACCEPTED = (
 )
 _CHAT_FIELDS = ("messages", "conversations", "tools")
 _COMPRESSED = {".gz", ".zst", ".parquet", ".array_record"}
-_READ_SIZE = 1 << 16
+TFDS = "tfds:"  # begins the source strings of TFDS
 _STDLIB_LEFT_OUT = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 
 
@@ -60,8 +58,23 @@ class Reject:
     detail: str = ""
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Record:
+    """One record as it was found, before anything is taken out of it.
+
+    Attributes:
+        value: a JSON object, a row of a table or an example as a dict; `RawText` where a record is nothing but text.
+        id: as in `Document`.
+        source: as in `Document`.
+    """
+
+    value: Any
+    id: str
+    source: str
+
+
 class _Unusable(Exception):
-    """Raised by the extractors below; becomes a `Reject`."""
+    """Raised while a record is parsed or its text extracted; becomes a `Reject`."""
 
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(reason)
@@ -69,12 +82,12 @@ class _Unusable(Exception):
         self.detail = detail
 
 
-class _RawText(str):
+class RawText(str):
     """Text that is a whole record, not a field of one."""
 
 
 def _text_of(record: Any, field: str) -> str:
-    if isinstance(record, _RawText):
+    if isinstance(record, RawText):
         return str(record)
     if not isinstance(record, dict):
         raise _Unusable("not a JSON object", f"found {type(record).__name__}")
@@ -109,7 +122,9 @@ def _decode(data: bytes) -> str:
         raise _Unusable("invalid UTF-8", f"at byte {error.start}: {error.reason}") from None
 
 
-def _parse_json(line: bytes) -> Any:
+def _parse_json(line: bytes | int) -> Any:
+    if isinstance(line, int):
+        raise _Unusable("line too long", f"{line} bytes, more than {MAX_LINE_BYTES}")
     try:
         return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
@@ -118,122 +133,63 @@ def _parse_json(line: bytes) -> Any:
         raise _Unusable("malformed JSON", str(error)) from None
 
 
-class _Truncated(Exception):
-    """The compressed stream ends, or is damaged, before its end."""
-
-
-def _decompressed(path: Path, new_decoder: Callable[[], Any]) -> Iterator[bytes]:
-    """Yields the decompressed bytes of a file of one or more gzip members or zstd frames.
-
-    The streams' own file objects are not used: zstandard's does not notice a truncated frame.
-    """
-    decoder = None
-    with open(path, "rb") as file:
-        while data := file.read(_READ_SIZE):
-            while data:
-                if decoder is None:
-                    decoder = new_decoder()
-                try:
-                    yield decoder.decompress(data)
-                except (zlib.error, zstandard.ZstdError) as error:
-                    raise _Truncated(f"damaged before byte {file.tell()} of the file: {error}") from None
-                data = b""
-                if decoder.eof:
-                    data = decoder.unused_data.lstrip(b"\0")
-                    decoder = None
-        if decoder is not None:
-            raise _Truncated(f"the compressed stream is cut off at byte {file.tell()}, the end of the file")
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
-    if path.suffix == ".gz":
-        yield from _decompressed(path, lambda: zlib.decompressobj(wbits=31))
-    elif path.suffix == ".zst":
-        yield from _decompressed(path, lambda: zstandard.ZstdDecompressor().decompressobj())
-    else:
-        with open(path, "rb") as file:
-            while data := file.read(_READ_SIZE):
-                yield data
-
-
-def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    pending: list[bytes] = []
-    try:
-        for chunk in chunks:
-            first, *rest = chunk.split(b"\n")
-            pending.append(first)
-            if rest:
-                yield b"".join(pending)
-                yield from rest[:-1]
-                pending = [rest[-1]]
-    except _Truncated as error:
-        cut = sum(map(len, pending))
-        raise _Truncated(f"{error}; {cut} bytes of an unfinished line are lost") from None
-    if any(pending):
-        yield b"".join(pending)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Reader:
     """Opens files of every kind for one source.
 
     Attributes:
         source: the source string.
-        extract: turns a record into a document's text.
-        fields: the fields of a record that `extract` uses.
-        extensions: endings of the file names to take from folders.
+        columns: those of a table to read, of which it must have one; None for all.
     """
 
     source: str
-    extract: Callable[[Any], str]
-    fields: tuple[str, ...]
-    extensions: tuple[str, ...] | None = None
+    columns: tuple[str, ...] | None = None
 
     def reject(self, reason: str, id: str, detail: str = "") -> Reject:
         return Reject(reason, id, self.source, _printable(detail))
 
-    def one(self, record: Any, id: str, parse: Callable[[Any], Any] = lambda record: record) -> Document | Reject:
-        """One record, as `parse` makes it of what was read, as a document or a reject."""
+    def one(self, data: Any, id: str, parse: Callable[[Any], Any]) -> Record | Reject:
+        """What `parse` makes of data that was read."""
         try:
-            return Document(self.extract(parse(record)), id, self.source)
+            return Record(parse(data), id, self.source)
         except _Unusable as error:
             return self.reject(error.reason, id, error.detail)
 
-    def text_file(self, path: Path, name: str) -> Iterator[Document | Reject]:
+    def text_file(self, path: Path, name: str) -> Iterator[Record | Reject]:
         try:
-            yield Document(_decode(b"".join(_chunks(path))), name, self.source)
-        except _Unusable as error:
-            yield self.reject(error.reason, name, error.detail)
-        except _Truncated as error:
+            yield self.one(b"".join(read_chunks(path)), name, lambda data: RawText(_decode(data)))
+        except Truncated as error:
             yield self.reject("truncated", name, str(error))
 
-    def jsonl(self, path: Path, name: str) -> Iterator[Document | Reject]:
+    def jsonl(self, path: Path, name: str) -> Iterator[Record | Reject]:
         number = 0
         try:
-            for number, line in enumerate(_lines(_chunks(path)), start=1):
-                if line.strip():
+            for number, line in enumerate(split_lines(read_chunks(path)), start=1):
+                if isinstance(line, int) or line.strip():
                     yield self.one(line, f"{name}:{number}", _parse_json)
-        except _Truncated as error:
+        except Truncated as error:
             yield self.reject("truncated", f"{name}:{number + 1}", str(error))
 
-    def parquet(self, path: Path, name: str) -> Iterator[Document | Reject]:
+    def parquet(self, path: Path, name: str) -> Iterator[Record | Reject]:
         parquet = _import_extra("pyarrow.parquet")
         number = 0
         try:
             with parquet.ParquetFile(path, page_checksum_verification=True) as file:
-                columns = [column for column in self.fields if column in file.schema_arrow.names]
+                columns = file.schema_arrow.names
+                if self.columns is not None:
+                    columns = [column for column in self.columns if column in columns]
                 if not columns:
-                    found = f"no column {' or '.join(self.fields)} among {file.schema_arrow.names[:20]}"
+                    found = f"no column {' or '.join(self.columns or ())} among {file.schema_arrow.names[:20]}"
                     yield self.reject("missing field", name, f"{found}; {file.metadata.num_rows} rows")
                     return
                 for batch in file.iter_batches(batch_size=256, columns=columns):
                     for row in batch.to_pylist():
                         number += 1
-                        yield self.one(row, f"{name}:{number}")
+                        yield Record(row, f"{name}:{number}", self.source)
         except (OSError, ValueError) as error:  # pyarrow's errors derive from these
             yield self.reject("truncated", f"{name}:{number + 1}", f"parquet: {error}")
 
-    def array_record(self, path: Path, name: str) -> Iterator[Document | Reject]:
+    def array_record(self, path: Path, name: str) -> Iterator[Record | Reject]:
         from array_record.python import array_record_module
 
         reader = array_record_module.ArrayRecordReader(str(path))
@@ -250,7 +206,7 @@ class _Reader:
                 yield self.one(data, f"{name}:{number}", _array_record_value)
         reader.close()
 
-    def file(self, path: Path, name: str) -> Iterator[Document | Reject]:
+    def file(self, path: Path, name: str) -> Iterator[Record | Reject]:
         """Any file, by its suffix; an error of the operating system becomes a reject."""
         kind = path.with_suffix("") if path.suffix in (".gz", ".zst") else path
         try:
@@ -266,40 +222,6 @@ class _Reader:
                 yield from self.text_file(path, name)
         except OSError as error:
             yield self.reject("cannot be read", name, str(error))
-
-    def folder(self, root: Path, left_out: frozenset[str] = frozenset()) -> Iterator[Document | Reject]:
-        """The documents of all files that `walk` finds."""
-        for found in self.walk(root, left_out):
-            if isinstance(found, Reject):
-                yield found
-            else:
-                yield from self.file(*found)
-
-    def walk(self, root: Path, left_out: frozenset[str]) -> Iterator[tuple[Path, str] | Reject]:
-        """All files below `root` with their names, ordered, but for folders of a name in `left_out`."""
-        for folder, subfolders, files in os.walk(root, onerror=_raise):
-            subfolders.sort()
-            inside = Path(folder)
-            for subfolder in list(subfolders):
-                name = _printable((inside / subfolder).relative_to(root).as_posix())
-                reason = ""
-                if subfolder.startswith("."):
-                    reason = "hidden"
-                elif (inside / subfolder).is_symlink():
-                    reason = "link to a folder"
-                if reason:
-                    yield self.reject(reason, name)
-                if reason or subfolder in left_out:
-                    subfolders.remove(subfolder)
-            for file in sorted(files):
-                path = inside / file
-                name = _printable(path.relative_to(root).as_posix())
-                if file.startswith("."):
-                    yield self.reject("hidden", name)
-                elif self.extensions is not None and not file.endswith(self.extensions):
-                    yield self.reject("other extension", name)
-                else:
-                    yield path, name
 
 
 def _printable(text: str) -> str:
@@ -318,7 +240,7 @@ def _array_record_value(data: bytes) -> Any:
             return _parse_json(data)
         except _Unusable:
             pass
-    return _RawText(_decode(data))
+    return RawText(_decode(data))
 
 
 def _import_extra(module: str) -> Any:
@@ -330,7 +252,7 @@ def _import_extra(module: str) -> Any:
         raise DataError(f"{module} is needed for this source: pip install 'cpm_jax[data]' ({error})") from error
 
 
-def _read_tfds(reader: _Reader, name: str, data_dir: str | None) -> Iterator[Document | Reject]:
+def _read_tfds(reader: _Reader, name: str, data_dir: str | None) -> Iterator[Record | Reject]:
     tfds = _import_extra("tensorflow_datasets")
     dataset, _, split = name.partition(":")
     split = split or "train"
@@ -353,20 +275,62 @@ def _read_tfds(reader: _Reader, name: str, data_dir: str | None) -> Iterator[Doc
         yield reader.one(number, f"{dataset}:{split}:{number + 1}", read)
 
 
-def _make_reader(source: str, format: Format, text_field: str, extensions: Sequence[str] | None) -> _Reader:
-    if source == "stdlib":
-        extensions = (".py",)
-    endings = None if extensions is None else tuple(extensions)
-    if format == "chat":
-        return _Reader(source, _conversation_of, _CHAT_FIELDS, endings)
-    return _Reader(source, functools.partial(_text_of, field=text_field), (text_field,), endings)
+@dataclasses.dataclass(frozen=True)
+class _Files:
+    """Finds the files of one source.
 
+    Attributes:
+        source: the source string.
+        extensions: endings of the names to take from folders; None for all.
+    """
 
-def _stdlib(reader: _Reader) -> Iterator[tuple[Path, str]]:
-    """The standard library is by definition its .py files outside of tests: the rest of its folder is no reject."""
-    for found in reader.walk(Path(sysconfig.get_path("stdlib")), _STDLIB_LEFT_OUT):
-        if not isinstance(found, Reject):
-            yield found
+    source: str
+    extensions: tuple[str, ...] | None
+
+    def find(self) -> Iterator[tuple[Path, str] | Reject]:
+        source = self.source
+        if source == "stdlib":
+            # It is by definition its .py files outside of tests: the rest of its folder is no reject.
+            files = dataclasses.replace(self, extensions=(".py",))
+            walked = files.walk(Path(sysconfig.get_path("stdlib")), _STDLIB_LEFT_OUT)
+            yield from (found for found in walked if not isinstance(found, Reject))
+        elif os.path.isdir(source):
+            yield from self.walk(Path(source), frozenset())
+        elif os.path.isfile(source):
+            yield Path(source), Path(source).name
+        elif matches := sorted(glob.glob(source, recursive=True)):
+            base = Path(os.path.commonpath([os.path.dirname(match) for match in matches]))
+            for match in matches:
+                if os.path.isfile(match):
+                    yield Path(match), Path(match).relative_to(base).as_posix()
+        else:
+            raise DataError(f"source {source!r} does not exist; accepted: {ACCEPTED}")
+
+    def walk(self, root: Path, left_out: frozenset[str]) -> Iterator[tuple[Path, str] | Reject]:
+        """All files below `root` with their names, ordered, but for folders of a name in `left_out`."""
+        for folder, subfolders, files in os.walk(root, onerror=_raise):
+            subfolders.sort()
+            inside = Path(folder)
+            for subfolder in list(subfolders):
+                name = _printable((inside / subfolder).relative_to(root).as_posix())
+                reason = ""
+                if subfolder.startswith("."):
+                    reason = "hidden"
+                elif (inside / subfolder).is_symlink():
+                    reason = "link to a folder"
+                if reason:
+                    yield Reject(reason, name, self.source)
+                if reason or subfolder in left_out:
+                    subfolders.remove(subfolder)
+            for file in sorted(files):
+                path = inside / file
+                name = _printable(path.relative_to(root).as_posix())
+                if file.startswith("."):
+                    yield Reject("hidden", name, self.source)
+                elif self.extensions is not None and not file.endswith(self.extensions):
+                    yield Reject("other extension", name, self.source)
+                else:
+                    yield path, name
 
 
 def read_documents(
@@ -395,37 +359,88 @@ def read_documents(
     Raises:
         DataError: the source does not exist, or needs a package that is not installed.
     """
-    reader = _make_reader(source, format, text_field, extensions)
-    if source == "stdlib":
-        for path, name in _stdlib(reader):
-            yield from reader.file(path, name)
-    elif source.startswith("tfds:"):
-        yield from _read_tfds(reader, source.removeprefix("tfds:"), tfds_data_dir)
-    elif os.path.isdir(source):
-        yield from reader.folder(Path(source))
-    elif os.path.isfile(source):
-        yield from reader.file(Path(source), Path(source).name)
-    elif matches := sorted(glob.glob(source, recursive=True)):
-        base = Path(os.path.commonpath([os.path.dirname(match) for match in matches]))
-        for match in matches:
-            if os.path.isfile(match):
-                yield from reader.file(Path(match), Path(match).relative_to(base).as_posix())
+    fields: tuple[str, ...]
+    extract: Callable[[Any], str]
+    if format == "chat":
+        fields, extract = _CHAT_FIELDS, _conversation_of
     else:
-        raise DataError(f"source {source!r} does not exist; accepted: {ACCEPTED}")
+        fields, extract = (text_field,), functools.partial(_text_of, field=text_field)
+    for found in _read_records(source, fields, extensions, tfds_data_dir):
+        yield _document(found, extract) if isinstance(found, Record) else found
+
+
+def _read_records(
+    source: str, fields: tuple[str, ...], extensions: Sequence[str] | None, tfds_data_dir: str | None
+) -> Iterator[Record | Reject]:
+    if source.startswith(TFDS):
+        yield from read_tfds(source, tfds_data_dir)
+        return
+    for found in find_files(source, extensions):
+        if isinstance(found, Reject):
+            yield found
+        else:
+            yield from read_file(*found, source, fields)
+
+
+def _document(record: Record, extract: Callable[[Any], str]) -> Document | Reject:
+    try:
+        return Document(extract(record.value), record.id, record.source)
+    except _Unusable as error:
+        return Reject(error.reason, record.id, record.source, _printable(error.detail))
+
+
+def text_document(record: Record, text_field: str) -> Document | Reject:
+    """The text of a record as a document; a reject if there is none."""
+    return _document(record, functools.partial(_text_of, field=text_field))
+
+
+def find_files(source: str, extensions: Sequence[str] | None = None) -> Iterator[tuple[Path, str] | Reject]:
+    """The files of any source but one of TFDS, ordered, each with its name within the source.
+
+    Args:
+        source: as in `read_documents`.
+        extensions: as in `read_documents`.
+
+    Raises:
+        DataError: the source does not exist.
+    """
+    return _Files(source, None if extensions is None else tuple(extensions)).find()
+
+
+def read_file(path: Path, name: str, source: str, columns: tuple[str, ...] | None = None) -> Iterator[Record | Reject]:
+    """The records of one file, by its suffix.
+
+    Args:
+        path: the file.
+        name: its name within the source, with which ids begin.
+        source: the source string.
+        columns: those of a table to read; None for all.
+    """
+    return _Reader(source, columns).file(path, name)
+
+
+def read_tfds(source: str, data_dir: str | None = None) -> Iterator[Record | Reject]:
+    """The examples of a data set that TFDS has prepared as ArrayRecord.
+
+    Args:
+        source: "tfds:NAME[/CONFIG][:SPLIT]".
+        data_dir: where TFDS keeps its data sets; its own default if None.
+
+    Raises:
+        DataError: it cannot be opened, or TFDS is not installed.
+    """
+    return _read_tfds(_Reader(source), source.removeprefix(TFDS), data_dir)
 
 
 def estimate_bytes(source: str, extensions: Sequence[str] | None = None) -> int | None:
     """About how many bytes of text `read_documents` will yield; None where only reading can tell."""
-    reader = _make_reader(source, "text", "", extensions)
-    files: Iterable[Path]
-    if source == "stdlib":
-        files = [path for path, _ in _stdlib(reader)]
-    elif os.path.isdir(source):
-        files = [found[0] for found in reader.walk(Path(source), frozenset()) if not isinstance(found, Reject)]
-    else:
-        files = [Path(match) for match in glob.glob(source, recursive=True) if os.path.isfile(match)]
+    if source.startswith(TFDS):
+        return None
     total = 0
-    for file in files:
+    for found in find_files(source, extensions):
+        if isinstance(found, Reject):
+            continue
+        file = found[0]
         if file.suffix in _COMPRESSED or not file.is_file():
             return None
         total += file.stat().st_size

@@ -1,0 +1,1 @@
+"""Curation: documents in, better documents out."""

@@ -1,0 +1,47 @@
+"""What the filters of this package have in common."""
+
+import dataclasses
+
+from cpm_jax.common.config import ConfigError, config_dataclass
+from cpm_jax.curation.document import Document
+
+
+@config_dataclass
+class TextFilter:
+    """A filter that may be for some languages only.
+
+    A class that derives from it defines `judge`.
+
+    Attributes:
+        languages: those it concerns, as `Document.language` names them; documents of others pass unchanged. () for
+            all.
+    """
+
+    languages: tuple[str, ...] | list[str] = ()
+
+    def __call__(self, document: Document) -> Document:
+        """The document, perhaps changed or dropped."""
+        if self.languages and document.language not in self.languages:
+            return document
+        return self.judge(document)
+
+    def judge(self, document: Document) -> Document:
+        """What `__call__` does to a document of the right language."""
+        raise NotImplementedError
+
+    def check_fractions(self, *names: str) -> None:
+        """Checks that fields are None or in [0, 1].
+
+        Raises:
+            ConfigError: one is not.
+        """
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                field = f"{type(self).__name__}.{name}"
+                raise ConfigError(f"{field} = {value}: must be None or in [0, 1]", field)
+
+
+def with_text(document: Document, text: str) -> Document:
+    """The document with another text; the same object where nothing changes."""
+    return document if text == document.text else dataclasses.replace(document, text=text)

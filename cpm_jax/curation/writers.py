@@ -1,0 +1,206 @@
+"""Shards of documents as parquet or jsonl.zst, one flat row each, that appear whole or not at all."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Literal, TypeAlias
+
+import zstandard
+
+from cpm_jax.curation.document import Document
+from cpm_jax.curation.extra import import_extra
+from cpm_jax.data.streams import read_chunks, split_lines
+
+OutputFormat: TypeAlias = Literal["parquet", "jsonl.zst"]
+
+_TEXT_COLUMNS = ("text", "id", "source", "url", "language")
+_KINDS = {str: "text", int: "integer", float: "number", bool: "boolean"}
+_ROWS_PER_GROUP = 1000
+_CHARACTERS_PER_GROUP = 1 << 25  # a group of rows is held in memory until it is written
+_ZSTD_LEVEL = 3
+
+
+class Columns:
+    """Which columns documents need besides `text`, `id`, `source`, `url` and `language`.
+
+    A score is a column. So is a metadata field whose values are all text, or all numbers of one kind; the others go
+    together into the column `metadata`, as JSON.
+
+    Attributes:
+        scores: names of scores, ordered.
+        fields: metadata fields and the kind of their values: "text", "integer", "number", "boolean" or "mixed".
+    """
+
+    def __init__(self, scores: Iterable[str] = (), fields: Mapping[str, str] | None = None):
+        self.scores = sorted(scores)
+        self.fields = dict(sorted((fields or {}).items()))
+
+    @classmethod
+    def of(cls, documents: Iterable[Document]) -> "Columns":
+        """The columns that these documents need."""
+        columns = cls()
+        for document in documents:
+            columns.add(document)
+        return columns
+
+    def add(self, document: Document) -> None:
+        """Makes room for a document."""
+        if not document.scores.keys() <= set(self.scores):
+            self.scores = sorted({*self.scores, *document.scores})
+        for name, value in document.metadata.items():
+            self._note(name, _KINDS.get(type(value), "mixed"))
+
+    def merge(self, other: "Columns") -> None:
+        """Makes room for the documents that another one is for."""
+        self.scores = sorted({*self.scores, *other.scores})
+        for name, kind in other.fields.items():
+            self._note(name, kind)
+
+    def _note(self, name: str, kind: str) -> None:
+        known = self.fields.get(name, kind)
+        taken = name in _TEXT_COLUMNS or name in ("metadata", "dropped")
+        self.fields[name] = "mixed" if known != kind or taken else known
+
+    def row(self, document: Document) -> dict[str, Any]:
+        """A document as one flat row, with None for what it lacks."""
+        row: dict[str, Any] = {name: getattr(document, name) for name in _TEXT_COLUMNS}
+        row |= {name: document.scores.get(name) for name in self.scores}
+        own = self._own_fields()
+        row |= {name: document.metadata.get(name) for name in own}
+        rest = {name: value for name, value in document.metadata.items() if name not in own}
+        if len(own) < len(self.fields):
+            row["metadata"] = json.dumps(rest, ensure_ascii=False, sort_keys=True)
+        return row
+
+    def _own_fields(self) -> dict[str, str]:
+        return {name: kind for name, kind in self.fields.items() if kind != "mixed" and name not in self.scores}
+
+    def arrow_schema(self) -> Any:
+        """The same as a schema of Arrow."""
+        arrow = import_extra("pyarrow")
+        types = {"text": arrow.string(), "integer": arrow.int64(), "number": arrow.float64(), "boolean": arrow.bool_()}
+        schema = [(name, arrow.string()) for name in _TEXT_COLUMNS]
+        schema += [(name, arrow.float64()) for name in self.scores]
+        schema += [(name, types[kind]) for name, kind in self._own_fields().items()]
+        if len(self._own_fields()) < len(self.fields):
+            schema.append(("metadata", arrow.string()))
+        return arrow.schema(schema)
+
+
+class _Lines:
+    """Rows as lines of JSON into a zstd stream."""
+
+    def __init__(self, file: BinaryIO):
+        self._stream = zstandard.ZstdCompressor(_ZSTD_LEVEL).stream_writer(file, closefd=False)
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._stream.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+class _Table:
+    """Rows into a parquet file."""
+
+    def __init__(self, file: BinaryIO, schema: Any):
+        self._arrow = import_extra("pyarrow")
+        self._schema = schema
+        self._rows: list[dict[str, Any]] = []
+        self._characters = 0
+        self._writer = import_extra("pyarrow.parquet").ParquetWriter(
+            file, schema, compression="zstd", write_page_checksum=True
+        )
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._rows.append(row)
+        self._characters += len(row["text"])
+        if len(self._rows) >= _ROWS_PER_GROUP or self._characters >= _CHARACTERS_PER_GROUP:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._writer.write_table(self._arrow.Table.from_pylist(self._rows, self._schema))
+        self._rows, self._characters = [], 0
+
+    def close(self) -> None:
+        if self._rows:
+            self._flush()
+        self._writer.close()
+
+
+class ShardWriter:
+    """Writes values to a file that gets its name when the block that writes it ends well."""
+
+    def __init__(self, path: Path, columns: Columns | None = None):
+        """Begins a file.
+
+        Args:
+            path: ends with .parquet or .jsonl.zst.
+            columns: of parquet.
+        """
+        self._path = path
+        self._temporary = path.with_name(f"{path.name}.tmp")
+        self._file = open(self._temporary, "wb")  # noqa: SIM115
+        if path.suffix == ".parquet":
+            self._rows: _Table | _Lines = _Table(self._file, (columns or Columns()).arrow_schema())
+        else:
+            self._rows = _Lines(self._file)
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Appends a row."""
+        self._rows.write(row)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        with self._file:
+            self._rows.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        if kind is None:
+            os.replace(self._temporary, self._path)
+        else:
+            self._temporary.unlink(missing_ok=True)
+
+
+def write_documents(path: Path, documents: Iterable[Document]) -> None:
+    """Writes documents of any source to one file.
+
+    Args:
+        path: ends with .parquet or .jsonl.zst.
+        documents: those of a parquet file are held in memory, since all of them decide its columns.
+    """
+    documents = list(documents)
+    columns = Columns.of(documents)
+    with ShardWriter(path, columns) as writer:
+        for document in documents:
+            writer.write(columns.row(document))
+
+
+def dump(document: Document) -> dict[str, Any]:
+    """A document with all it has, as JSON holds it; `load_dump` reads it."""
+    return dataclasses.asdict(document)
+
+
+def load_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a .jsonl.zst file that was written here.
+
+    Raises:
+        Truncated: the file is damaged.
+    """
+    for line in split_lines(read_chunks(path)):
+        assert isinstance(line, bytes), "readers let no text through that makes such a line"
+        yield json.loads(line)
+
+
+def load_dump(path: Path) -> Iterator[Document]:
+    """The documents of a .jsonl.zst file of dumps.
+
+    Raises:
+        Truncated: the file is damaged.
+    """
+    return (Document(**row) for row in load_rows(path))

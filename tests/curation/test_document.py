@@ -1,0 +1,40 @@
+"""The document and how filters compose."""
+
+import dataclasses
+
+import pytest
+
+from cpm_jax.curation.document import Document, apply_filters, as_predicate
+
+
+def upper(document: Document) -> Document:
+    return dataclasses.replace(document, text=document.text.upper())
+
+
+def no_spam(document: Document) -> Document:
+    scored = document.with_score("spam", document.text.count("SPAM"))
+    return scored.drop("spam") if scored.scores["spam"] else scored
+
+
+def must_not_run(document: Document) -> Document:
+    raise AssertionError("a dropped document went on")
+
+
+def test_filters_run_in_order_and_stop_at_the_first_drop():
+    kept = apply_filters(Document("ham", "1"), [upper, no_spam])
+    assert (kept.text, kept.dropped, kept.scores) == ("HAM", "", {"spam": 0.0})
+    dropped = apply_filters(Document("spam", "2"), [upper, no_spam, must_not_run])
+    assert (dropped.text, dropped.dropped, dropped.scores) == ("SPAM", "spam", {"spam": 1.0})
+
+
+def test_a_document_keeps_its_first_reason_and_is_not_changed_in_place():
+    document = Document("a", "1", scores={"x": 1.0})
+    assert document.drop("first").drop("second").dropped == "first"
+    assert document.with_score("y", 2).scores == {"x": 1.0, "y": 2.0}
+    assert (document.dropped, document.scores) == ("", {"x": 1.0})
+    with pytest.raises(ValueError, match="needs a reason"):
+        document.drop("")
+
+
+def test_as_predicate_serves_frameworks_that_know_only_text():
+    assert list(filter(as_predicate(no_spam), ["ham", "SPAM", "SPAM ham"])) == ["ham"]
