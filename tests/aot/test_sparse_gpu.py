@@ -33,6 +33,11 @@ def triton_compiler():
         pytest.fail("Triton's compiler is not installed: make aot")
 
 
+def longest(specs):
+    """Of each model's shapes the longest one: on a GPU the length is no more than strides."""
+    return [name for name in specs if not re.fullmatch(r"minicpm4_.*_(4|32)k", name)]
+
+
 def triton_kernels(function, args):
     """The Triton modules of a function lowered for CUDA, with what they are to be compiled with."""
     lowered = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).compiler_ir()
@@ -85,7 +90,7 @@ def check(function, args, most_spilled, tmp_path, monkeypatch):
             assert stack <= spilled, f"{stack} bytes a thread do not fit the registers of sm_{capability}"
 
 
-@pytest.mark.parametrize("name", ARG_SPECS)
+@pytest.mark.parametrize("name", longest(ARG_SPECS))
 def test_block_sparse_attention(name, tmp_path, monkeypatch):
     spec = ARG_SPECS[name]
 
@@ -114,7 +119,7 @@ def test_sparse_decode_attention(name, tmp_path, monkeypatch):
     check(attend, spec.abstract_args(), (0,), tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("name", SELECTION_SPECS)
+@pytest.mark.parametrize("name", longest(SELECTION_SPECS))
 def test_block_selection(name, tmp_path, monkeypatch):
     spec = SELECTION_SPECS[name]
 
