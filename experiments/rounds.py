@@ -75,6 +75,12 @@ class RoundsConfig:
     num_workers: NonNegativeInt | None = None
 
     def __post_init__(self) -> None:
+        if self.classifier.keep_rate is not None:
+            raise ConfigError(
+                f"RoundsConfig.classifier.keep_rate = {self.classifier.keep_rate}: it is a share of a round's negative "
+                "pool, which is another in every round; accepted are threshold and precision",
+                field="ClassifierConfig.keep_rate",
+            )
         positive, negative = self.verification.candidates, self.negative
         dataclasses.replace(self.verification, candidates={**positive, **negative, **self.compare})  # checks names
         named = [*positive.items(), *negative.items(), *self.compare.items()]
@@ -176,7 +182,7 @@ def run_round(config: RoundsConfig, workdir: Path, number: int, pools: Pools) ->
     if scored[KEPT] < MIN_DOCUMENTS:
         raise PoolError(
             f"round {number}: the positive pool {KEPT}_{number} has {scored[KEPT]} of {scored['documents']} documents, "
-            f"needed are at least {MIN_DOCUMENTS}; lower the threshold or give a keep rate"
+            f"needed are at least {MIN_DOCUMENTS}; lower the threshold"
         )
     split_scored(folder / "score" / SCORED_DIR, folder)
     before = _folder(workdir, number - 1) / "score" / SCORED_DIR

@@ -72,7 +72,7 @@ def texts(folder):
 
 
 def undated(manifest):
-    return {name: value for name, value in manifest.items() if name not in ("date", "verification")}
+    return {n: value for n, value in manifest.items() if n not in ("date", "git_revision", "verification")}
 
 
 def test_prose_is_found_in_the_heap(made, pool_texts):
@@ -222,6 +222,11 @@ def test_what_cannot_be_a_pool_is_said(recipe, changes, said):
     negative = {name: places.get(source, source) for name, source in changes["negative"].items()}
     with pytest.raises(ConfigError, match=re.escape(said)):
         dataclasses.replace(recipe, negative=negative)
+
+
+def test_a_keep_rate_is_refused(recipe):
+    with pytest.raises(ConfigError, match=r"keep_rate = 0.2: it is a share of a round's negative pool"):
+        dataclasses.replace(recipe, classifier=dataclasses.replace(recipe.classifier, keep_rate=0.2))
 
 
 @pytest.mark.slow
