@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import scipy.signal
 
 from benchmarks.results import RESULTS_DIR, Benchmark
 from cpm_jax.common.figures import Series, line_figure
@@ -39,9 +38,14 @@ SELECTION = BlockSelection()
 def drifting(key: jax.Array, length: int, heads: int, width: int) -> jax.Array:
     """Returns [1, T, heads, H] of unit variance, where a token and the one 64 later correlate at 0.5."""
     keep = 0.5 ** (1 / 64)
-    noise = np.array(jax.random.normal(key, (length, heads, width)))
-    noise[1:] *= (1 - keep**2) ** 0.5
-    return jnp.asarray(scipy.signal.lfilter([1.0], [1.0, -keep], noise, axis=0)[None], jnp.float32)
+    noise = jax.random.normal(key, (length, heads, width))
+    noise = noise.at[1:].multiply((1 - keep**2) ** 0.5)
+
+    def step(last: jax.Array, new: jax.Array) -> tuple[jax.Array, jax.Array]:
+        new = keep * last + new
+        return new, new
+
+    return jax.lax.scan(step, jnp.zeros((heads, width)), noise)[1][None]
 
 
 def union_ratio(block_ids: np.ndarray, tile: int) -> float:

@@ -71,6 +71,8 @@ class Losses:
             measured = Measured.load(work, cell, row)
             self._losses.setdefault(cell, {})[row] = measured.losses
             self.origin = max(self.origin, measured.origin, key=lambda origin: origin.get("date", ""))
+        # One row alone, where a study was cut off, has no error and is no figure.
+        self._losses = {cell: rows for cell, rows in self._losses.items() if len(rows) > 1}
 
     def rows(self, *cells: Cell) -> list[str]:
         """The rows that all of these cells have been measured on."""

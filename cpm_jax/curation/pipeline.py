@@ -200,15 +200,16 @@ def _curate(
         note = places.note(WRITTEN, shard.index) or {}
         total.merge(Statistics.from_json(note["statistics"]))
         files |= note["files"]
-    if not total.documents:
-        raise DataError(
-            f"no document of {', '.join(config.source_list)} is left; rejected: {dict(total.rejects) or 'none'}; "
-            f"dropped: {dict(total.drops) or 'none'}; damaged: {[item['id'] for item in quarantined] or 'none'}"
-        )
     with open(places.output_dir / REJECTS_FILE, "w", encoding="utf-8") as file:
         read_in_vain = (reject for shard in usable for reject in places.rejects(shard.index))
         for reject in itertools.chain(map(dataclasses.asdict, unread), read_in_vain):
             file.write(json.dumps(reject, ensure_ascii=False) + "\n")
+    if not total.documents:
+        raise DataError(
+            f"no document of {', '.join(config.source_list)} is left; rejected: {dict(total.rejects) or 'none'}; "
+            f"dropped: {dict(total.drops) or 'none'}; damaged: {[item['id'] for item in quarantined] or 'none'}; "
+            f"see {places.output_dir / REJECTS_FILE}"
+        )
     manifest = {
         "documents": total.documents,
         "characters": total.characters,
@@ -265,10 +266,8 @@ def _run(
             for shard, argument in zip(shards, arguments, strict=True)
         )
         for shard, _ in ordered_map(make_function, tasks, num_workers):
-            note = places.note(stage, shard.index) or {}
             if progress:
-                counted = note["statistics"]
-                documents += counted["documents"] + sum(counted["drops"].values())
+                documents += (places.note(stage, shard.index) or {"documents": 0})["documents"]
                 rate = documents / max(time.monotonic() - begin, 1e-9)
                 bar.set_postfix_str(f"{rate:,.0f} documents/s", refresh=False)
             bar.update(shard.num_bytes)

@@ -77,6 +77,7 @@ class _Filtered:
     """What stage 1 collects of a shard."""
 
     def __init__(self) -> None:
+        self.documents = 0
         self.statistics = Statistics()
         self.columns = Columns()
         self.keys: list[np.ndarray] = []
@@ -125,6 +126,7 @@ class FilterShard:
                         filtered.statistics.rejects[found.reason] += 1
                         rejects.write(dataclasses.asdict(found))
                         continue
+                    filtered.documents += 1
                     document = apply_filters(found, self._filters)
                     (dropped if document.dropped else kept).write(dump(document))
                     if document.dropped:
@@ -138,7 +140,7 @@ class FilterShard:
         if filtered.paragraph_keys:
             _save(place(_PARAGRAPHS), np.concatenate(filtered.paragraph_keys)[None])
             _save(place(_PARAGRAPH_COUNTS), np.array(list(map(len, filtered.paragraph_keys)), np.int64))
-        note = {"damage": damage, "statistics": filtered.statistics.to_json()}
+        note = {"damage": damage, "documents": filtered.documents, "statistics": filtered.statistics.to_json()}
         write_json(place(".json"), note | {"scores": filtered.columns.scores, "fields": filtered.columns.fields})
 
 
@@ -210,7 +212,8 @@ class WriteShard:
                     "sha256": sha256(path),
                     "documents": count,
                 }
-        note = {"statistics": statistics.to_json(), "files": files}
+        documents = statistics.documents + sum(statistics.drops.values())
+        note = {"documents": documents, "statistics": statistics.to_json(), "files": files}
         write_json(self._places.file(WRITTEN, decision.shard, ".json"), note)
 
     def _decided(self, documents: Iterator[Document], decision: Decision) -> Iterator[Document]:

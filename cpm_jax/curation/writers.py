@@ -19,6 +19,7 @@ OutputFormat: TypeAlias = Literal["parquet", "jsonl.zst"]
 _TEXT_COLUMNS = ("text", "id", "source", "url", "language")
 _KINDS = {str: "text", int: "integer", float: "number", bool: "boolean"}
 _ROWS_PER_GROUP = 1000
+_CHARACTERS_PER_GROUP = 1 << 25  # a group of rows is held in memory until it is written
 _ZSTD_LEVEL = 3
 
 
@@ -109,18 +110,20 @@ class _Table:
         self._arrow = import_extra("pyarrow")
         self._schema = schema
         self._rows: list[dict[str, Any]] = []
+        self._characters = 0
         self._writer = import_extra("pyarrow.parquet").ParquetWriter(
             file, schema, compression="zstd", write_page_checksum=True
         )
 
     def write(self, row: dict[str, Any]) -> None:
         self._rows.append(row)
-        if len(self._rows) >= _ROWS_PER_GROUP:
+        self._characters += len(row["text"])
+        if len(self._rows) >= _ROWS_PER_GROUP or self._characters >= _CHARACTERS_PER_GROUP:
             self._flush()
 
     def _flush(self) -> None:
         self._writer.write_table(self._arrow.Table.from_pylist(self._rows, self._schema))
-        self._rows = []
+        self._rows, self._characters = [], 0
 
     def close(self) -> None:
         if self._rows:

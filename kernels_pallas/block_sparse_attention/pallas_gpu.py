@@ -25,15 +25,21 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.block_sparse_attention.tile_unions import block_tiles, tile_unions
 from kernels_pallas.block_sparse_attention.tuned_block_sizes import GPU_ROWS, GPU_STAGES, GPU_WARPS
 from kernels_pallas.query_tiles import QueryTiles
-from kernels_pallas.sparse_decode_attention.pallas_gpu import MASKED, unsupported_reason
-
-__all__ = ["block_sparse_attention", "unsupported_reason"]
+from kernels_pallas.sparse_decode_attention import pallas_gpu as decode
 
 # Softmax in powers of two, which a GPU computes directly.
 LOG2_E = math.log2(math.e)
 # What a maximum begins with: far above MASKED, so that a masked score has the weight 0 where nothing was seen so far.
 LOWEST = -1e30
 ANYWHERE = pl.BlockSpec(memory_space=pl.ANY)
+
+
+def unsupported_reason(q: Float[Array, "B T N H"], k: Float[Array, "B S K H"], block_size: int) -> str | None:
+    """Says why the kernels cannot serve these arguments, or None if they can."""
+    tiles = QueryTiles.of(q, k.shape[2], GPU_ROWS.get(q.dtype.itemsize, 0))
+    if (size := tiles.batch * tiles.kv_heads * tiles.number * tiles.rows * q.shape[3]) >= 2**31:
+        return f"queries of {size} numbers in whole tiles: must be below 2**31, as Pallas counts offsets in 32 bits"
+    return decode.unsupported_reason(q, k, block_size)
 
 
 def block_sparse_attention(
@@ -256,7 +262,7 @@ def _forward_kernel(tiles: QueryTiles, layout: _Keys, scale: float, *refs: Any) 
         slots = layout.slots(block)
         scores = scale * LOG2_E * _dot(q, keys[b, h, slots], trans_b=True)  # [R, b]
         if masked:
-            scores = jnp.where(_visible(layout, rows, tables, b, block), scores, MASKED)
+            scores = jnp.where(_visible(layout, rows, tables, b, block), scores, decode.MASKED)
         now = jnp.where(chosen, jnp.maximum(maximum, scores.max(axis=1)), maximum)
         weights = jnp.exp2(scores - jnp.where(chosen, now, jnp.inf)[:, None])
         shrink = jnp.exp2(maximum - now)
@@ -284,7 +290,7 @@ def _dq_kernel(tiles: QueryTiles, layout: _Keys, scale: float, *refs: Any) -> No
         k = keys[b, h, slots]
         scores = scale * LOG2_E * _dot(q, k, trans_b=True)
         if masked:
-            scores = jnp.where(_visible(layout, rows, tables, b, block), scores, MASKED)
+            scores = jnp.where(_visible(layout, rows, tables, b, block), scores, decode.MASKED)
         weights = jnp.exp2(scores - jnp.where(chosen, lse, jnp.inf)[:, None])
         dscores = weights * (_dot(dout, values[b, h, slots], trans_b=True) - delta[:, None])
         return dq + _dot(dscores.astype(q.dtype), k)
@@ -310,7 +316,7 @@ def _dkv_kernel(tiles: QueryTiles, layout: _Keys, scale: float, *refs: Any) -> N
         scores = scale * LOG2_E * _dot(k, q, trans_b=True)  # [b, R]
         if masked:
             visible = _visible(layout, _places(tiles, tables, b, m, axis=0), tables, b, c)
-            scores = jnp.where(visible, scores, MASKED)
+            scores = jnp.where(visible, scores, decode.MASKED)
         weights = jnp.exp2(scores - jnp.where(chosen, lses[b, h, m, :], jnp.inf)[None])
         dv += _dot(weights.astype(q.dtype), dout)
         dscores = weights * (_dot(v, dout, trans_b=True) - deltas[b, h, m, :][None])

