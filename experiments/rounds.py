@@ -184,7 +184,7 @@ def run_round(config: RoundsConfig, workdir: Path, number: int, pools: Pools) ->
             f"round {number}: the positive pool {KEPT}_{number} has {scored[KEPT]} of {scored['documents']} documents, "
             f"needed are at least {MIN_DOCUMENTS}; lower the threshold"
         )
-    split_scored(folder / "score" / SCORED_DIR, folder)
+    split_scored(folder / "score" / SCORED_DIR, folder, config.verification.text_field)
     before = _folder(workdir, number - 1) / "score" / SCORED_DIR
     manifest = {
         "round": number,

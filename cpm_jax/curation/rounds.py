@@ -110,16 +110,25 @@ def margin(results: Mapping[str, Any], first: str, second: str) -> dict[str, Any
     }
 
 
-def split_scored(scored: Path, folder: Path) -> None:
+def split_scored(scored: Path, folder: Path, text_field: str = "text") -> None:
     """Divides scored documents into `folder/kept` and `folder/dropped`, a file for each part, one part in memory.
 
     Files that are there are whole, and are left.
+
+    Args:
+        scored: folder of scored documents.
+        folder: of the round.
+        text_field: what to call the text: as other pools do, since all are read in one way.
     """
     for part in sorted(scored.glob("part-*.jsonl")):
         lines: dict[str, list[str]] = {KEPT: [], DROPPED: []}
         with part.open(encoding="utf-8") as file:
             for line in file:
-                lines[_name(json.loads(line))].append(line)
+                row = json.loads(line)
+                name = _name(row)
+                if text_field != "text":
+                    line = json.dumps({text_field: row.pop("text"), **row}) + "\n"
+                lines[name].append(line)
         for name, found in lines.items():
             path = folder / name / part.name
             if found and not path.exists():

@@ -75,6 +75,13 @@ def test_every_scored_document_is_on_one_side_as_it_was(tmp_path):
     assert len(dropped) == 2  # the second part has no dropped document, and no file of them
 
 
+def test_the_text_of_pools_is_called_as_in_other_pools(tmp_path):
+    split_scored(scored(tmp_path / "scored", [0.9, 0.1]), tmp_path, "content")
+    row = json.loads((tmp_path / "kept" / "part-00000.jsonl").read_text())
+    assert row["content"] == "t0"
+    assert "text" not in row
+
+
 def test_changes_are_counted_and_the_largest_shown(tmp_path):
     before = scored(tmp_path / "before", [0.9, 0.9, 0.1, 0.4, 0.2, 0.8])
     now = scored(tmp_path / "now", [0.9, 0.3, 0.1, 0.6, 0.9, 0.7], part=4)
