@@ -92,7 +92,9 @@ def train(config: ClassifyConfig, workdir: Path) -> dict[str, Any]:
     folder = workdir / CLASSIFIER_DIR
     if (folder / CLASSIFIER_FILE).exists():
         print(f"nothing to do: {folder} holds a classifier; take another --workdir to train again")
-        return read_classifier(folder)
+        result = read_classifier(folder)
+        write_training_report(workdir, result)  # the page comes after the classifier, and a kill between them
+        return result
     pools = read_pools(_tuple(config.positive), _tuple(config.negative), config.text_field, config.max_documents)
     result = train_classifier(config.classifier, *pools, folder)
     report = write_training_report(workdir, result)

@@ -49,6 +49,7 @@ VERBS = {
     "evaluate": Verb("score a model on tasks, item by item, and compare it with another; the same command resumes"),
     "ruler": Verb("ask a model, ours or behind a server, about long texts: a score for every length and depth"),
     "verify": Verb("which candidate data set makes a model better, and how sure that is; the same command resumes"),
+    "rounds": Verb("verify seeds, learn a filter from the best, filter, and again; the same command resumes"),
     "quickstart": Verb("prepare, pretrain, evaluate, sample and export a small model; ends with report.html"),
     "plan": Verb("what a TPU pod will do: memory, time and cost, compiled without the pod", uses_devices=False),
 }

@@ -136,10 +136,7 @@ def run(config: VerifyConfig, workdir: Path) -> dict[str, Any]:
         InputError: the checkpoint, a data set or a task cannot be used.
         exit_codes.Stop: it was told to stop; the same command goes on.
     """
-    from cpm_jax.evaluation.tasks import TaskOptions, make_tasks
-
-    start = find_start(config.checkpoint)
-    make_tasks(_tuple(config.tasks), TaskOptions(0, config.limit))  # a wrong name is said before anything is trained
+    start = check(config)
     _claim(workdir, config, start)
     folders = {DEFAULT: ""} | prepare_candidates(config, start, workdir)
     for seed in range(1, config.num_seeds + 1):  # seed by seed, so that there is something to compare early
@@ -151,6 +148,19 @@ def run(config: VerifyConfig, workdir: Path) -> dict[str, Any]:
     report = write_verification_report(workdir, results)
     print(f"{results['verdict']}\nreport: {report}")
     return results
+
+
+def check(config: VerifyConfig) -> Start:
+    """Finds where the annealings start, and says before anything is trained that a task does not exist.
+
+    Raises:
+        ConfigError: the checkpoint is not in its stable phase.
+        InputError: there is no such checkpoint or task.
+    """
+    from cpm_jax.evaluation.tasks import TaskOptions, make_tasks
+
+    make_tasks(_tuple(config.tasks), TaskOptions(0, config.limit))
+    return find_start(config.checkpoint)
 
 
 def find_start(checkpoint: str) -> Start:

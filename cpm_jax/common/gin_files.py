@@ -257,7 +257,7 @@ def parse_flag(flag: str) -> Setting:
         flag: with or without the leading dashes and "gin.".
 
     Raises:
-        ConfigError: the flag has no "=" or its name is none.
+        ConfigError: the flag has no "=", its name is none, or a dict in its value names a key twice.
     """
     left, equals, text = flag.removeprefix("--").removeprefix("gin.").partition("=")
     shown = f"--gin.{left}{equals}{text}"
@@ -267,7 +267,19 @@ def parse_flag(flag: str) -> Setting:
         raise ConfigError(f"{shown}: {left!r} is neither a macro (BATCH_SIZE) nor a binding (ModelConfig.num_layers)")
     scope, _, dotted = left.rpartition("/")
     selector, _, name = dotted.rpartition(".")
+    if twice := _repeated_keys(text):
+        raise ConfigError(f"{shown}: {twice[0]!r} is named twice, and Python would keep the last")
     return Setting(scope, selector, name, _parse_value(text), where=shown, from_flag=True)
+
+
+def _repeated_keys(text: str) -> list[Any]:
+    """The keys that a literal dict in `text` has more than once."""
+    try:
+        dicts = [node for node in ast.walk(ast.parse(text.strip(), mode="eval")) if isinstance(node, ast.Dict)]
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return []
+    keys = [[key.value for key in found.keys if isinstance(key, ast.Constant)] for found in dicts]
+    return [key for found in keys for key in found if found.count(key) > 1]
 
 
 def _parse_value(text: str) -> Any:

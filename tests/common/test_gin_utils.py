@@ -148,6 +148,12 @@ def test_malformed_flags(flag):
         parse_flag(flag)
 
 
+def test_a_key_that_a_dict_names_twice_is_refused():
+    with pytest.raises(ConfigError, match=r"--gin.NAME=.*: 'a' is named twice"):
+        parse_flag("--gin.NAME=({'a': 1, 'b': 2, 'a': 3},)")
+    assert parse_flag("--gin.NAME=({'a': 1}, {'a': 2})").value == ({"a": 1}, {"a": 2})
+
+
 def test_typo_in_a_macro_names_the_close_one():
     text = message("--gin.NUM_LAYRES=4")
     assert "--gin.NUM_LAYRES=4" in text

@@ -50,7 +50,9 @@ def test_training_leaves_a_classifier_and_a_page(trained):
 
 def test_a_second_training_has_nothing_to_do(trained, pool_files, capsys):
     before = (trained / "classifier" / "model.ftz").stat().st_mtime_ns
+    (trained / "report.html").unlink()  # as a kill between the classifier and its page does
     run(ClassifyConfig(positive=pool_files["prose"], negative=pool_files["code"]), trained)
+    assert (trained / "report.html").exists()
     assert "nothing to do" in capsys.readouterr().out
     assert (trained / "classifier" / "model.ftz").stat().st_mtime_ns == before
 
