@@ -1,5 +1,6 @@
 """What the filters of this package have in common."""
 
+import abc
 import dataclasses
 
 from cpm_jax.common.config import ConfigError, config_dataclass
@@ -7,7 +8,7 @@ from cpm_jax.curation.document import Document
 
 
 @config_dataclass
-class TextFilter:
+class TextFilter(abc.ABC):
     """A filter that may be for some languages only.
 
     A class that derives from it defines `judge`.
@@ -25,9 +26,9 @@ class TextFilter:
             return document
         return self.judge(document)
 
+    @abc.abstractmethod
     def judge(self, document: Document) -> Document:
         """What `__call__` does to a document of the right language."""
-        raise NotImplementedError
 
     def check_fractions(self, *names: str) -> None:
         """Checks that fields are None or in [0, 1].

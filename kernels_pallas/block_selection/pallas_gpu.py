@@ -21,7 +21,7 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.block_selection.selection import BlockSelection
-from kernels_pallas.block_selection.topk_blocks import visible_blocks
+from kernels_pallas.block_selection.topk_blocks import select_by_spans, visible_blocks
 from kernels_pallas.block_selection.tuned_block_sizes import (
     GPU_CHUNK,
     GPU_PROGRAMS,
@@ -30,7 +30,7 @@ from kernels_pallas.block_selection.tuned_block_sizes import (
     GPU_STAGES,
     GPU_WARPS,
 )
-from kernels_pallas.query_tiles import QueryTiles
+from kernels_pallas.query_tiles import MAX_TILE, QueryTiles
 from kernels_pallas.sparse_decode_attention import pallas_gpu as decode
 
 LOG2_E = math.log2(math.e)
@@ -64,26 +64,15 @@ def select_blocks(
 
     `interpret` runs the kernels' programs step by step on any device, for tests.
     """
-    (batch, length), kv_heads = q.shape[:2], k_compressed.shape[2]
-    of_query = 4 * batch * kv_heads * num_blocks
-    # Whole tiles, of at most 32 queries.
-    span = min(max(GPU_SPAN_BYTES // of_query // 32, 1) * 32, length)
-    fill = -length % span
-    # Queries that fill the last span see nothing.
-    q = jnp.pad(q, ((0, 0), (0, fill), (0, 0), (0, 0)))
-    query_positions = jnp.pad(query_positions, ((0, 0), (0, fill)), constant_values=-1)
-    document_starts = jnp.pad(document_starts, ((0, 0), (0, fill)))
 
-    def one_span(i: Array, out: Array) -> Array:
-        part, positions, starts = (
-            lax.dynamic_slice_in_dim(x, i * span, span, axis=1) for x in (q, query_positions, document_starts)
-        )
+    def select(part: Array, positions: Array, starts: Array) -> Array:
         scores = _scores(part, k_compressed, k_coarse, scale, selection, positions, starts, num_blocks, interpret)
-        chosen = _best(scores, selection, positions, starts, num_blocks, interpret)
-        return lax.dynamic_update_slice_in_dim(out, chosen, i * span, axis=2)
+        return _best(scores, selection, positions, starts, num_blocks, interpret)
 
-    out = jnp.zeros((batch, kv_heads, length + fill, min(selection.num_selected, num_blocks)), jnp.int32)
-    return lax.fori_loop(0, (length + fill) // span, one_span, out)[:, :, :length]
+    shape = k_compressed.shape[2], min(selection.num_selected, num_blocks)
+    # Whole tiles, of at most 32 queries.
+    span = max(GPU_SPAN_BYTES // (4 * q.shape[0] * shape[0] * num_blocks * MAX_TILE), 1) * MAX_TILE
+    return select_by_spans(select, span, q, query_positions, document_starts, shape)
 
 
 def block_scores(

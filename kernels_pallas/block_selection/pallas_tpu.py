@@ -26,7 +26,7 @@ from jaxtyping import Array, Float, Int
 from kernels_pallas.block_selection.arg_specs import ArgSpec
 from kernels_pallas.block_selection.costs import scores_cost, tile_queries
 from kernels_pallas.block_selection.selection import BlockSelection
-from kernels_pallas.block_selection.topk_blocks import topk_blocks, visible_blocks
+from kernels_pallas.block_selection.topk_blocks import select_by_spans, topk_blocks, visible_blocks
 from kernels_pallas.block_selection.tuned_block_sizes import (
     CHUNK_BLOCKS,
     COARSE_CHUNK,
@@ -79,27 +79,15 @@ def select_blocks(
 
     `interpret` (True or `pltpu.InterpretParams`) runs the kernel's program step by step on any device, for tests.
     """
-    batch, length = q.shape[:2]
-    span = min(SPAN, length)
-    fill = -length % span
-    q = jnp.pad(q, ((0, 0), (0, fill), (0, 0), (0, 0)))
-    # Queries that fill the last span see nothing.
-    query_positions = jnp.pad(query_positions, ((0, 0), (0, fill)), constant_values=-1)
-    document_starts = jnp.pad(document_starts, ((0, 0), (0, fill)), mode="edge")
 
-    def one_span(i: Array, out: Array) -> Array:
-        part, positions, starts = (
-            lax.dynamic_slice_in_dim(x, i * span, span, axis=1) for x in (q, query_positions, document_starts)
-        )
+    def select(part: Array, positions: Array, starts: Array) -> Array:
         scores = block_scores(
             part, k_compressed, k_coarse, scale, selection, positions, starts, num_blocks, interpret
         )  # [B, K, span, C]
-        chosen = topk_blocks(scores, selection, positions, starts)
-        return lax.dynamic_update_slice_in_dim(out, chosen, i * span, axis=2)
+        return topk_blocks(scores, selection, positions, starts)
 
-    chosen = min(selection.num_selected, num_blocks)
-    out = jnp.zeros((batch, k_compressed.shape[2], length + fill, chosen), jnp.int32)
-    return lax.fori_loop(0, (length + fill) // span, one_span, out)[:, :, :length]
+    shape = k_compressed.shape[2], min(selection.num_selected, num_blocks)
+    return select_by_spans(select, SPAN, q, query_positions, document_starts, shape)
 
 
 def block_scores(

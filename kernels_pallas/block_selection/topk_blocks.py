@@ -1,5 +1,7 @@
 """From the scores of blocks to the numbers of those chosen: the end of every implementation but the reference."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -46,6 +48,40 @@ def topk_blocks(
     ascending = jnp.sort(jnp.concatenate([*known, ranked], axis=-1), axis=-1)
     ascending = ascending[..., : min(selection.num_selected, num_blocks)]
     return jnp.where(ascending < num_blocks, ascending, -1).astype(jnp.int32)
+
+
+def select_by_spans(
+    select: Callable[[Array, Array, Array], Int[Array, "B K t I"]],
+    span: int,
+    q: Float[Array, "B T N H"],
+    query_positions: Int[Array, "B T"],
+    document_starts: Int[Array, "B T"],
+    shape: tuple[int, int],
+) -> Int[Array, "B K T I"]:
+    """Selects for a span of queries after the other, so that nothing of the size queries x blocks exists.
+
+    Args:
+        select: from the queries of a span, their positions and their documents' starts to the blocks.
+        span: t.
+        q: queries.
+        query_positions: theirs.
+        document_starts: theirs.
+        shape: K and I.
+    """
+    batch, length = query_positions.shape
+    span = min(span, length)
+    fill = -length % span
+    q = jnp.pad(q, ((0, 0), (0, fill), (0, 0), (0, 0)))
+    # Queries that fill the last span see nothing.
+    query_positions = jnp.pad(query_positions, ((0, 0), (0, fill)), constant_values=-1)
+    document_starts = jnp.pad(document_starts, ((0, 0), (0, fill)), mode="edge")
+
+    def one_span(i: Array, out: Array) -> Array:
+        part = (lax.dynamic_slice_in_dim(x, i * span, span, axis=1) for x in (q, query_positions, document_starts))
+        return lax.dynamic_update_slice_in_dim(out, select(*part), i * span, axis=2)
+
+    out = jnp.zeros((batch, shape[0], length + fill, shape[1]), jnp.int32)
+    return lax.fori_loop(0, (length + fill) // span, one_span, out)[:, :, :length]
 
 
 def _block_range(
