@@ -71,8 +71,11 @@ class Losses:
             measured = Measured.load(work, cell, row)
             self._losses.setdefault(cell, {})[row] = measured.losses
             self.origin = max(self.origin, measured.origin, key=lambda origin: origin.get("date", ""))
-        # One row alone, where a study was cut off, has no error and is no figure.
-        self._losses = {cell: rows for cell, rows in self._losses.items() if len(rows) > 1}
+        # Where a study was cut off, one row alone has no error and is no figure.
+        for cell, rows in list(self._losses.items()):
+            dense = self._losses.get(cell._replace(rule="dense", blocks=0), rows)
+            if len(rows) == 1 < len(dense):
+                del self._losses[cell]
 
     def rows(self, *cells: Cell) -> list[str]:
         """The rows that all of these cells have been measured on."""

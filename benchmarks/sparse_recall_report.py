@@ -2,8 +2,8 @@
 
     python -m benchmarks.sparse_recall_report --work DIR
 
-Accuracies are of the seeds whose dense twin solves recall, and it says how many do. It goes by the files
-`training.json` and `accuracy.json` in the folders of cells, wherever they were computed.
+Accuracies are of the seeds whose dense twin solves recall, of all if none does, and it says how many do. It goes by the
+files `training.json` and `accuracy.json` in the folders of cells, wherever they were computed.
 """
 
 import argparse
@@ -42,9 +42,13 @@ def solved_seeds(accuracies: Accuracies, length: int) -> tuple[int, ...]:
 
 
 def of_solved_seeds(accuracies: Accuracies) -> Accuracies:
-    """Leaves out the other seeds, and lengths at which there are none."""
-    seeds = {n: solved_seeds(accuracies, n) for n, task, name in accuracies if (task, name) == ("recall", FULL)}
-    return {key: [values[i] for i in seeds[key[0]]] for key, values in accuracies.items() if seeds.get(key[0])}
+    """Leaves the other seeds out, at lengths at which any is solved; lengths without a dense twin are left out."""
+    seeds = {}
+    for length, task, name in accuracies:
+        if (task, name) == ("recall", FULL):
+            values = accuracies[length, task, name]
+            seeds[length] = solved_seeds(accuracies, length) or tuple(range(len(values)))
+    return {key: [values[i] for i in seeds[key[0]]] for key, values in accuracies.items() if key[0] in seeds}
 
 
 def spread(values: Sequence[float]) -> float:
