@@ -18,6 +18,7 @@ from typing import Any
 from benchmarks import classify
 from benchmarks.results import Benchmark
 from benchmarks.verification_corpora import read_corpora
+from benchmarks.verification_trust import small_model
 from cpm_jax.checkpoints.manager import CheckpointConfig
 from cpm_jax.common.files import write_text
 from cpm_jax.curation.classifier import ClassifierConfig
@@ -25,7 +26,6 @@ from cpm_jax.curation.fasttext_classifier import FastTextConfig
 from cpm_jax.curation.rounds import KEPT, RAW
 from cpm_jax.data.mixture import from_folders
 from cpm_jax.data.prepare import PrepareConfig, prepare
-from cpm_jax.modeling.config import ModelConfig
 from cpm_jax.training.loop import TrainConfig
 from cpm_jax.training.schedules import wsd
 from experiments import pretrain, rounds
@@ -140,22 +140,7 @@ def start(recipe: Recipe, texts: Texts, folder: Path) -> RoundsConfig:
     steps = recipe.stable_steps
     pretrain.run(
         pretrain.PretrainConfig(
-            model=ModelConfig(
-                vocab_size=_VOCAB,
-                num_layers=2,
-                d_model=recipe.width,
-                num_heads=2,
-                num_kv_heads=1,
-                d_ff=3 * recipe.width,
-                max_position_embeddings=recipe.seq_len,
-                tie_word_embeddings=True,
-                scale_emb=12.0,
-                scale_depth=1.4,
-                dim_model_base=256,
-                initializer_range=0.1,
-                dtype="float32",
-                scan_layers=False,
-            ),
+            model=small_model(_VOCAB, 2, recipe.width, 2, recipe.seq_len),
             mixture=from_folders(str(folder / "default")),
             schedule=wsd(_LR, steps + recipe.decay_steps, steps // 10, recipe.decay_steps),
             train=TrainConfig(steps=steps, batch_size=_BATCH, seed=0),

@@ -81,7 +81,8 @@ class Recipe:
         return self.stable_steps + self.decay_steps
 
 
-def _model(vocab: int, layers: int, width: int, heads: int, positions: int) -> ModelConfig:
+def small_model(vocab: int, layers: int, width: int, heads: int, positions: int) -> ModelConfig:
+    """A decoder with MiniCPM's multipliers, for studies of data."""
     return ModelConfig(
         vocab_size=vocab,
         num_layers=layers,
@@ -102,11 +103,11 @@ def _model(vocab: int, layers: int, width: int, heads: int, positions: int) -> M
 
 RECIPES = {
     # Seconds: for tests, and to see that a machine has everything.
-    "smoke": Recipe(_model(512, 1, 32, 1, 128), 0.01, 64, 10, 20, 4, 2, 1, 60_000, 2, 10, 150),
+    "smoke": Recipe(small_model(512, 1, 32, 1, 128), 0.01, 64, 10, 20, 4, 2, 1, 60_000, 2, 10, 150),
     # At most half an hour of two idle cores.
-    "cpu": Recipe(_model(2048, 2, 64, 2, 128), 0.01, 128, 10, 400, 40, 3, 2, 1_000_000, 8, 120, 300),
+    "cpu": Recipe(small_model(2048, 2, 64, 2, 128), 0.01, 128, 10, 400, 40, 3, 2, 1_000_000, 8, 120, 300),
     # Some 35 times the model and 10 times the tokens, which is what these texts allow; for one GPU.
-    "gpu": Recipe(_model(8192, 8, 256, 4, 256), 0.01, 256, 40, 500, 50, 5, 3, 3_000_000, 8, 600, 600),
+    "gpu": Recipe(small_model(8192, 8, 256, 4, 256), 0.01, 256, 40, 500, 50, 5, 3, 3_000_000, 8, 600, 600),
 }
 
 

@@ -43,6 +43,8 @@ ANYWHERE = pl.BlockSpec(memory_space=pl.ANY)
 
 def unsupported_reason(q: Float[Array, "B T N H"], kernels: Float[Array, "B J K H"], num_blocks: int) -> str | None:
     """Says why the kernels cannot serve these arguments, or None if they can."""
+    if kernels.dtype != q.dtype:
+        return f"q has dtype {q.dtype} and k_compressed {kernels.dtype}: must be the same"
     if num_blocks > MAX_BLOCKS:
         return f"{num_blocks} blocks: must be at most {MAX_BLOCKS}"
     # The sizes of blocks do not matter here.

@@ -81,7 +81,7 @@ def block_sparse_attention(
         segment_ids: document of each key; a query sees only keys of the document at its position.
         return_lse: whether to return the log-sum-exp of each query's scaled scores too, in float32.
         implementation: "xla" computes little beyond what was chosen, in memory linear in T, on any device;
-            "pallas_tpu" is for TPU; "pallas_gpu" for the forward pass on a GPU, with gradients as in "xla";
+            "pallas_tpu" is for TPU, "pallas_gpu" for a GPU;
             "reference" materialises all scores. None takes the kernel of the platform that the program is for where it
             supports the arguments, else "xla", and logs its choice once.
 

@@ -81,7 +81,7 @@ def _attention_fwd(block_size: int, scale: float, interpret: bool, *args: Any) -
         compiler_params=_compiler_params("forward", q),
         interpret=interpret,
         name="block_sparse_attention_forward",
-    )(*tables, keys.to_keys(k), keys.to_keys(v), tiles.to_rows(q))
+    )(*tables, *(keys.to_keys(x.astype(q.dtype)) for x in (k, v)), tiles.to_rows(q))
     out, lse = tiles.from_rows(out), tiles.from_rows(lse).transpose(0, 2, 1)
     return (out, lse), (*args, out, lse)
 
@@ -95,7 +95,7 @@ def _attention_bwd(block_size: int, scale: float, interpret: bool, residuals: tu
     # A query that saw nothing has the weights exp(score - inf) = 0.
     lse = jnp.where(lse == -jnp.inf, jnp.inf, LOG2_E * lse).transpose(0, 2, 1)
     rows = [tiles.to_rows(x) for x in (q, dout.astype(q.dtype), lse, delta)]
-    by_blocks = [keys.to_keys(x) for x in (k, v)]
+    by_blocks = [keys.to_keys(x.astype(q.dtype)) for x in (k, v)]
     tables = _tables(tiles, keys, block_ids, positions, segment_ids)
 
     of_queries = tiles.block_spec(keys.head_dim)
@@ -119,7 +119,7 @@ def _attention_bwd(block_size: int, scale: float, interpret: bool, residuals: tu
         grid=(keys.num_blocks, tiles.batch * tiles.kv_heads),
         in_specs=[*[ANYWHERE] * (len(turned) + len(tables) + len(rows)), of_block, of_block],
         out_specs=(of_block, of_block),
-        out_shape=[jax.ShapeDtypeStruct(x.shape, x.dtype) for x in by_blocks],
+        out_shape=[jax.ShapeDtypeStruct(x.shape, of.dtype) for x, of in zip(by_blocks, (k, v), strict=True)],
         compiler_params=_compiler_params("dkv", q),
         interpret=interpret,
         name="block_sparse_attention_dkv",

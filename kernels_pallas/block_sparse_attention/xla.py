@@ -212,7 +212,7 @@ def _online_softmax(of_rows: tuple[Array, ...], scores: Array, v_rows: Array) ->
     return new_maximum, total * shrink + weights.sum(axis=-1), acc
 
 
-def backward(block_size: int, scale: float, residuals: tuple, gradients: tuple[Array, Array]) -> tuple:
+def _attention_bwd(block_size: int, scale: float, residuals: tuple, gradients: tuple[Array, Array]) -> tuple:
     """Returns the gradients to the arguments of `_attention`, which with its two outputs are the residuals."""
     q, k, v, *others, out, lse = residuals
     dout, dlse = gradients
@@ -288,7 +288,7 @@ def backward(block_size: int, scale: float, residuals: tuple, gradients: tuple[A
     return dq, dk, dv, None, None, None
 
 
-_attention.defvjp(_attention_fwd, backward)
+_attention.defvjp(_attention_fwd, _attention_bwd)
 
 
 def _groups_of(head: _Head, c: Array, sizes: _Sizes) -> Array:

@@ -5,24 +5,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from kernels_pallas.block_selection import api, pallas_gpu, reference
+from kernels_pallas.block_selection import api, pallas_gpu
 from kernels_pallas.block_selection.selection import BlockSelection
 from kernels_pallas.dispatch import UnsupportedError
+from tests.kernels_pallas.block_selection import test_pallas_tpu as tpu
 from tests.kernels_pallas.block_selection.test_pallas_tpu import SMALL, example
 
-
-def assert_equals_reference(args):
-    static = {"static_argnums": (3, 4, 7)}
-    for name in ("block_scores", "select_blocks"):
-        got = jax.jit(functools.partial(getattr(pallas_gpu, name), interpret=True), **static)(*args)
-        want = jax.jit(getattr(reference, name), **static)(*args)
-        if name == "block_scores":
-            np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
-        else:
-            np.testing.assert_array_equal(got, want)
+assert_equals_reference = functools.partial(tpu.assert_equals_reference, interpret=True, kernels=pallas_gpu)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +47,8 @@ def test_equal_scores_are_ranked_by_block_number():
 def test_what_the_kernels_cannot_serve_is_refused():
     call = functools.partial(api.select_blocks, selection=SMALL, implementation="pallas_gpu")
     q, fine, coarse, *_ = example(64, 1, 2, 8, SMALL)
+    with pytest.raises(UnsupportedError, match="q has dtype float32 and k_compressed bfloat16: must be the same"):
+        call(q, fine.astype("bfloat16"), coarse)
     with pytest.raises(UnsupportedError, match="'pallas_gpu': head_dim = 8: must be a power of two from 16"):
         call(q, fine, coarse)
     long = jax.ShapeDtypeStruct((1, 2**21, 2, 128), "bfloat16")

@@ -36,10 +36,10 @@ def example(length, kv_heads, group, width, selection, dtype="float32", batch=1,
     return q, *kernels, width**-0.5, selection, positions, starts, num_blocks
 
 
-def assert_equals_reference(args, interpret):
+def assert_equals_reference(args, interpret, kernels=pallas_tpu):
     static = {"static_argnums": (3, 4, 7)}
     for name in ("block_scores", "select_blocks"):
-        got = jax.jit(functools.partial(getattr(pallas_tpu, name), interpret=interpret), **static)(*args)
+        got = jax.jit(functools.partial(getattr(kernels, name), interpret=interpret), **static)(*args)
         want = jax.jit(getattr(reference, name), **static)(*args)
         if name == "block_scores":
             np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)

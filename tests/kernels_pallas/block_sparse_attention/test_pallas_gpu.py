@@ -64,6 +64,25 @@ def test_bfloat16():
     assert difference.max() < 2**-5
 
 
+def test_keys_of_another_type():
+    """As from a cache in bfloat16: they are taken as the queries' type, their gradients keep their own."""
+    q, k, v, dout = inputs(40, 4, 2, width=16)
+    k, v = k.astype("bfloat16"), v.astype("bfloat16")
+    ids = random_blocks(40, 16, 2)
+
+    def both(attend, k, v):
+        (out, _), vjp = jax.vjp(lambda q, k, v: attend(q, k, v, ids, None, 16, 0.25), q, k, v)
+        return out, *vjp((dout, jnp.zeros((1, 4, 40))))
+
+    ours = both(functools.partial(pallas_gpu.block_sparse_attention, interpret=True), k, v)
+    want = both(reference.block_sparse_attention, k.astype("float32"), v.astype("float32"))
+    assert [x.dtype for x in ours] == ["float32", "float32", "bfloat16", "bfloat16"]
+    for got, expected in zip(ours[:2], want[:2], strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+    for got, expected in zip(ours[2:], want[2:], strict=True):
+        np.testing.assert_array_equal(got, expected.astype("bfloat16"))
+
+
 def test_what_it_cannot_serve_is_named():
     q, k, v, _ = inputs(24)
     with pytest.raises(ValueError, match="'pallas_gpu': block_size = 8: must be a power of two from 16"):
