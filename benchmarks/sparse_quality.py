@@ -160,10 +160,9 @@ class Measurement:
             OutOfTimeError: the deadline has passed.
         """
         published, held_out = self.params["published"], np.stack([x.tokens[: TRAIN_LENGTH + 1] for x in rows.excerpts])
-        config = dataclasses.replace(self.config, remat="full")
         sparse = sparse_config("lse", TRAIN_BLOCKS)
         plans = {
-            name: Plan(config, sparse, steps, batch_size, self.implementation)
+            name: Plan(self.config, sparse, steps, batch_size, self.implementation)
             for name, sparse in (("trained_sparse", sparse), ("trained_dense", None))
         }
         programs = {name: prepare(plan, published, len(held_out), self.ahead) for name, plan in plans.items()}

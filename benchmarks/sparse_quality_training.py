@@ -41,7 +41,7 @@ class Plan(NamedTuple):
     """What one training does.
 
     Attributes:
-        config: the model; remat decides over memory.
+        config: the model.
         sparse: its attention in training; None is dense.
         steps: a multiple of `CHUNK`.
         batch_size: rows of a step.

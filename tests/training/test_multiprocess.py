@@ -99,11 +99,9 @@ def test_two_processes_stopped_and_killed_end_bit_identical(job, unbroken, tmp_p
         processes = start(job, broken)
         wait_for_step(broken, before + EVERY + 2)
         processes[victim].kill()
-        killed = time.monotonic()
         codes, output = ends(processes)
         assert codes[victim] == -signal.SIGKILL
-        # It does not hang, nor go on alone. Without process 0 jaxlib may be the first to end it, by abort().
-        assert time.monotonic() - killed < 60
+        # It does not hang, `ends` sees to that, nor go on alone. Without process 0 jaxlib may end it first, by abort().
         assert codes[1 - victim] in (exit_codes.PROCESS_LOST, -signal.SIGABRT)[: 1 + (victim == 0)], output
         assert "lost another process" in output or "This most likely indicates that another task died" in output
         assert list_steps(broken / "checkpoints")[-1] < STEPS
@@ -153,11 +151,9 @@ from cpm_jax.common.processes import joined
 with joined("127.0.0.1:{free_port()}", 2, 0, seconds=2):
     pass
 """
-    started = time.monotonic()
     waiting = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True, timeout=100)
     assert waiting.returncode == exit_codes.PROCESS_LOST, waiting.stderr
     assert "the processes of this run have not all met at 127.0.0.1" in waiting.stderr
-    assert time.monotonic() - started < 60
 
 
 def test_slurm_is_detected(job, tmp_path):

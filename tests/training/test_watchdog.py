@@ -20,7 +20,6 @@ with Watchdog(0.3, sys.argv[1]) as watchdog:
 
 
 def test_a_stuck_process_dumps_its_stacks_and_exits(tmp_path):
-    start = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-c", STUCK, str(tmp_path / "stacks.txt")],
         check=False,
@@ -29,7 +28,6 @@ def test_a_stuck_process_dumps_its_stacks_and_exits(tmp_path):
         timeout=60,
     )
     assert done.returncode == exit_codes.STUCK
-    assert time.monotonic() - start < 30
     for text in (done.stderr, (tmp_path / "stacks.txt").read_text()):
         assert "no progress in time (a step)" in text
         assert "wait_for_ever" in text
