@@ -7,7 +7,7 @@ from typing import Any
 
 from cpm_jax.common.config import ConfigError, config_dataclass
 from cpm_jax.curation.pipeline import CARD, MANIFEST, PipelineConfig, curate
-from cpm_jax.curation.shards import DATA_DIR
+from cpm_jax.curation.places import DATA_DIR
 from cpm_jax.data.prepare import REJECTS_FILE
 from cpm_jax.data.sources import Reject, read_file
 from cpm_jax.evaluation import package_data

@@ -1,11 +1,85 @@
-"""Files that are either as they were or wholly rewritten, and their hashes."""
+"""Files that are either as they were or wholly rewritten, and their hashes; on any filesystem that has a URL."""
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
 import tempfile
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
+
+from cpm_jax.common.config import InputError
+
+
+def as_path(place: str | os.PathLike[str]) -> Path:
+    """The file or folder that a path or a URL names: "runs/out", "s3://bucket/out", "hdfs://host/out".
+
+    Returns:
+        A `Path`; for a URL an object with the same methods, which `upath` makes for each filesystem of `fsspec`. It is
+        no instance of `Path`: that is how the two are told apart.
+
+    Raises:
+        InputError: `upath` is not installed, or there is no such filesystem.
+    """
+    if "://" not in str(place):
+        return Path(place)
+    try:
+        import upath
+    except ImportError as error:
+        raise InputError(f"upath is needed for {place}: pip install 'cpm_jax[data]' ({error})") from error
+    try:
+        path = upath.UPath(place)
+        path.fs  # noqa: B018  # looks for the library of this filesystem
+    except (ImportError, ValueError) as error:
+        raise InputError(f"{place}: {error}") from error
+    return cast(Path, path)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, temporary_dir: Path | None = None) -> Iterator[BinaryIO]:
+    """A file to write that gets its name, and so appears, when the block ends well.
+
+    Each call has a temporary file of its own, so several writers may be at the same file at once.
+
+    Args:
+        path: the name.
+        temporary_dir: where the file lies until then, on the same filesystem; that of the name if None.
+    """
+    temporary = (temporary_dir or path.parent) / f".{path.name}.{uuid.uuid4().hex}.tmp"
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            if isinstance(path, Path):
+                os.fsync(file.fileno())
+        _rename(temporary, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+        raise
+
+
+def _rename(temporary: Path, path: Path) -> None:
+    if isinstance(path, Path):
+        temporary.replace(path)
+        return
+    # Object stores copy, which overwrites, and is seen whole or not at all; HDFS renames, but to a free name only.
+    try:
+        temporary.rename(path)
+    except OSError:
+        path.unlink(missing_ok=True)
+        temporary.rename(path)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder with all that is in it, if it exists."""
+    if isinstance(folder, Path):
+        shutil.rmtree(folder, ignore_errors=True)
+    elif folder.exists():
+        folder.fs.rm(folder.path, recursive=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
@@ -44,5 +118,5 @@ def sha256(path: str | os.PathLike[str]) -> str:
     Raises:
         OSError: if the file cannot be read.
     """
-    with open(path, "rb") as file:
+    with as_path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from cpm_jax.common.config import ConfigError, config_dataclass
+from cpm_jax.common.files import as_path, whole_file
 from cpm_jax.curation.document import Document
 from cpm_jax.curation.words import hash_ngrams, hash_words, normal_words
 from cpm_jax.data.errors import DataError
@@ -43,7 +44,7 @@ def build_index(path: Path, evaluation_sets: Mapping[str, Iterable[str]], n: int
         hashes.append(own)
         owners.append(np.full(len(own), number, np.int32))
     keys, first = np.unique(np.concatenate(hashes), return_index=True)
-    with open(path, "wb") as file:
+    with whole_file(path) as file:
         np.savez(file, n=n, names=np.array(names, dtype=str), keys=keys, owners=np.concatenate(owners)[first])
     return counts
 
@@ -51,7 +52,7 @@ def build_index(path: Path, evaluation_sets: Mapping[str, Iterable[str]], n: int
 @functools.lru_cache(maxsize=4)
 def _index(path: str) -> tuple[int, list[str], np.ndarray, np.ndarray]:
     try:
-        with np.load(path) as index:
+        with as_path(path).open("rb") as file, np.load(file) as index:
             return int(index["n"]), index["names"].tolist(), index["keys"], index["owners"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"Decontaminate.index = {path!r} is no index that build_index wrote: {error}") from error
@@ -62,7 +63,7 @@ class Decontaminate:
     """Drops a document that shares an n-gram with an evaluation set, and names the set that it shares most with.
 
     Attributes:
-        index: a file that `build_index` wrote.
+        index: a file that `build_index` wrote, a path or a URL.
     """
 
     index: str

@@ -103,13 +103,20 @@ class KeyFile:
     """An array [keys, documents] in a file, of which one row at a time is held in memory."""
 
     def __init__(self, path: Path):
-        """Opens the file, which `numpy.save` wrote."""
+        """Opens the file, which `numpy.save` wrote in C order."""
         self._path = path
-        self.shape: tuple[int, ...] = np.load(path, mmap_mode="r").shape
+        with path.open("rb") as file:
+            np.lib.format.read_magic(file)
+            self.shape, fortran_order, self._dtype = np.lib.format.read_array_header_1_0(file)
+            self._begin = file.tell()
+        assert not fortran_order or 1 in self.shape, f"{path} was not written row by row"
 
     def __getitem__(self, row: int) -> np.ndarray:
         """A row."""
-        return np.array(np.load(self._path, mmap_mode="r")[row])
+        num_bytes = self.shape[1] * self._dtype.itemsize
+        with self._path.open("rb") as file:
+            file.seek(self._begin + row * num_bytes)
+            return np.frombuffer(file.read(num_bytes), self._dtype)
 
 
 class _Surviving:

@@ -1,42 +1,41 @@
-"""Sources to a curated data set: filter, find duplicates, write; by a pool of processes, resumable at any moment.
+"""Sources to a curated data set: filter, find duplicates, write; by many workers, resumable at any moment.
 
 1. Each input shard, by some worker: read, filter; the kept documents and their keys for deduplication lie on disk.
-2. This process alone: which documents and paragraphs are duplicates, from the keys.
+2. Which documents and paragraphs are duplicates, from the keys: this process alone, or Spark's shuffles.
 3. Each input shard again, by some worker: its output shard.
 Then the card and the manifest, which makes the data set complete. What a worker finished has a note, written last; a
 later call goes by the notes, so each input shard has one output shard, however often the job was killed.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import itertools
 import json
 import os
-import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
 from cpm_jax.common.config import ConfigError, config_dataclass
-from cpm_jax.common.files import write_json, write_text
-from cpm_jax.curation import dedup
+from cpm_jax.common.files import as_path, remove_folder, whole_file
 from cpm_jax.curation.card import dataset_card
 from cpm_jax.curation.decontamination import Decontaminate, build_index
 from cpm_jax.curation.dedup import DedupConfig
 from cpm_jax.curation.html import Extractor
+from cpm_jax.curation.places import DECIDED, FILTERED, WRITTEN, Places
 from cpm_jax.curation.readers import InputShard, Reading, plan_shards
-from cpm_jax.curation.shards import DATA_DIR, DROPPED_DIR, FILTERED, WRITTEN, Decision, FilterShard, Places, WriteShard
+from cpm_jax.curation.runners import Pool, Runner
+from cpm_jax.curation.shards import FilterShard, WriteShard
 from cpm_jax.curation.statistics import Statistics
 from cpm_jax.curation.writers import Columns, OutputFormat
 from cpm_jax.data.errors import DataError
 from cpm_jax.data.prepare import REJECTS_FILE, full_disk_as_data_error, only_process
-from cpm_jax.data.workers import ordered_map
 
 MANIFEST = "curation.json"
 CARD = "dataset_card.md"
@@ -48,7 +47,7 @@ class PipelineConfig:
 
     Attributes:
         sources: what to read: one source string or several (`cpm_jax.data.sources.read_documents` says what they may
-            be); WARC, WET and HTML files, too.
+            be); WARC, WET and HTML files, too; also URLs.
         filters: applied to each document in this order, up to the first that drops it: any callables
             `Document -> Document` that can be pickled.
         dedup: what counts as a duplicate; None keeps all.
@@ -60,6 +59,8 @@ class PipelineConfig:
         tfds_data_dir: where TFDS keeps its data sets; its own default if None.
         output_format: of the shards.
         num_workers: processes; None for one per core, 0 for none but this one.
+        spark_master: the master of a Spark cluster that does the work in place of processes here:
+            "spark://host:7077", "yarn", or "local[4]"; None for no Spark.
     """
 
     sources: str | tuple[str, ...] | list[str]
@@ -72,6 +73,7 @@ class PipelineConfig:
     tfds_data_dir: str | None = None
     output_format: OutputFormat = "parquet"
     num_workers: int | None = None
+    spark_master: str | None = None
 
     def __post_init__(self) -> None:
         """Checks what the types do not say."""
@@ -88,6 +90,13 @@ class PipelineConfig:
                     f"PipelineConfig.{name} = {value}: must be at least {least}", f"PipelineConfig.{name}"
                 )
 
+        if self.spark_master is not None and self.num_workers is not None:
+            message = (
+                f"PipelineConfig.num_workers = {self.num_workers}: with spark_master = {self.spark_master!r} the "
+                "cluster says how many workers there are; leave one of them None"
+            )
+            raise ConfigError(message, "PipelineConfig.num_workers")
+
     @property
     def source_list(self) -> tuple[str, ...]:
         """The sources, also when only one was given."""
@@ -101,7 +110,7 @@ class PipelineConfig:
     def arguments(self) -> dict[str, Any]:
         """The arguments that the result depends on, as JSON holds them."""
         arguments = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        del arguments["num_workers"]
+        del arguments["num_workers"], arguments["spark_master"]
         arguments["sources"] = self.source_list
         arguments["filters"] = [_described(apply) for apply in self.filters]
         arguments["dedup"] = None if self.dedup is None else dataclasses.asdict(self.dedup)
@@ -127,7 +136,7 @@ def curate(
 
     Args:
         config: what to curate.
-        output_dir: the folder to write, see docs/curate.md.
+        output_dir: the folder to write, a path or a URL, see docs/curate.md.
         evaluation_sets: texts that no document may hold, by the name of their set.
         progress: whether to show progress bars.
 
@@ -138,25 +147,32 @@ def curate(
         DataError: a source does not exist or holds nothing that can be used, or has changed since the interrupted
             call; the folder was made with other arguments; the disk is full.
     """
-    output_dir = Path(output_dir)
-    places = Places(output_dir)
+    places = Places(str(output_dir))
+    output_dir = places.output_dir
     evaluation_sets = evaluation_sets or {}
     arguments = config.arguments() | {"evaluation_sets": {name: _digest(t) for name, t in evaluation_sets.items()}}
     manifest_file = output_dir / MANIFEST
     if manifest_file.exists():
-        manifest = json.loads(manifest_file.read_text("utf-8"))
+        manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
         _check_same(manifest["arguments"], arguments, output_dir)
-        shutil.rmtree(places.work_dir, ignore_errors=True)  # a kill at the very end may have left it
+        remove_folder(places.work_dir)  # a kill at the very end may have left it
         return manifest
     for source in config.source_list:
-        if os.path.isdir(source) and output_dir.resolve().is_relative_to(Path(source).resolve()):
+        if _lies_inside(output_dir, source):
             raise DataError(f"the output folder {output_dir} lies inside the source {source!r}: choose one outside")
     with full_disk_as_data_error(output_dir):
-        for folder in (places.work_dir / FILTERED, places.work_dir / WRITTEN, output_dir / DATA_DIR):
-            folder.mkdir(parents=True, exist_ok=True)
-        (output_dir / DROPPED_DIR).mkdir(exist_ok=True)
-        with only_process(places.work_dir):
-            return _curate(config, arguments, places, evaluation_sets, progress)
+        places.make_folders()
+        # Other filesystems have no such lock. Two processes there write the same bytes, but one ends in an error when
+        # the other, done first, has removed the work folder.
+        only_one = only_process(places.work_dir) if isinstance(output_dir, Path) else contextlib.nullcontext()
+        with only_one, _runner(config) as runner:
+            return _curate(config, arguments, places, evaluation_sets, runner, progress)
+
+
+def _lies_inside(folder: Path, source: str) -> bool:
+    if "://" in source or not isinstance(folder, Path):
+        return f"{folder}/".startswith(f"{source.rstrip('/')}/")
+    return os.path.isdir(source) and folder.resolve().is_relative_to(Path(source).resolve())
 
 
 def _digest(texts: Sequence[str]) -> str:
@@ -168,6 +184,7 @@ def _curate(
     arguments: dict[str, Any],
     places: Places,
     evaluation_sets: Mapping[str, Sequence[str]],
+    runner: Runner,
     progress: bool,
 ) -> dict[str, Any]:
     shards, unread = plan_shards(config.source_list, config.extensions)
@@ -178,8 +195,8 @@ def _curate(
         compared = build_index(index, evaluation_sets, config.decontamination_ngram)
         # Before duplicates are looked for: a document that goes must not stand for those that are like it.
         filters = (*filters, Decontaminate(str(index)))
-    make_filter = functools.partial(FilterShard, config.reading, filters, config.dedup, places.output_dir)
-    _run(make_filter, shards, shards, FILTERED, places, config, progress)
+    make_filter = functools.partial(FilterShard, config.reading, filters, config.dedup, places)
+    _run(runner, make_filter, shards, FILTERED, places, progress)
 
     total, columns = Statistics(), Columns()
     usable, quarantined = [], []
@@ -192,18 +209,22 @@ def _curate(
         else:
             quarantined.append(note["damage"])
     total.rejects.update(reject.reason for reject in unread)
-    make_writer = functools.partial(WriteShard, columns, config.output_format, config.dedup, places.output_dir)
-    _run(make_writer, usable, _decide(config.dedup, usable, places), WRITTEN, places, config, progress)
+    all_decided = places.work_dir / f"{DECIDED}.json"
+    if config.dedup is not None and not all_decided.exists():
+        runner.find_duplicates(config.dedup, usable, places)
+        _write_json(all_decided, {})
+    make_writer = functools.partial(WriteShard, columns, config.output_format, config.dedup, places)
+    _run(runner, make_writer, usable, WRITTEN, places, progress)
 
     files: dict[str, Any] = {}
     for shard in usable:
         note = places.note(WRITTEN, shard.index) or {}
         total.merge(Statistics.from_json(note["statistics"]))
         files |= note["files"]
-    with open(places.output_dir / REJECTS_FILE, "w", encoding="utf-8") as file:
+    with whole_file(places.output_dir / REJECTS_FILE, places.temporary_dir) as file:
         read_in_vain = (reject for shard in usable for reject in places.rejects(shard.index))
         for reject in itertools.chain(map(dataclasses.asdict, unread), read_in_vain):
-            file.write(json.dumps(reject, ensure_ascii=False) + "\n")
+            file.write((json.dumps(reject, ensure_ascii=False) + "\n").encode())
     if not total.documents:
         raise DataError(
             f"no document of {', '.join(config.source_list)} is left; rejected: {dict(total.rejects) or 'none'}; "
@@ -224,48 +245,48 @@ def _curate(
         "evaluation_sets": compared,
         "arguments": arguments,
     }
-    write_text(places.output_dir / CARD, dataset_card(manifest, total))
-    write_json(places.output_dir / MANIFEST, manifest)
-    shutil.rmtree(places.work_dir)
+    with whole_file(places.output_dir / CARD, places.temporary_dir) as file:
+        file.write(dataset_card(manifest, total).encode())
+    _write_json(places.output_dir / MANIFEST, manifest)
+    remove_folder(places.work_dir)
     return manifest
 
 
-def _decide(config: DedupConfig | None, shards: Sequence[InputShard], places: Places) -> list[Decision]:
-    """Stage 2."""
-    none = np.empty(0, np.int64)
-    if config is None:
-        return [Decision(shard.index, none, none, none) for shard in shards]
-    keys = [places.keys(shard.index, config.bands) for shard in shards]
-    fates = dedup.find_duplicates(keys)
-    counts = [places.paragraph_counts(shard.index) for shard in shards]
-    goes = dedup.find_duplicate_paragraphs([places.paragraph_keys(shard.index) for shard in shards], counts, fates)
-    ends = np.cumsum([shard.shape[1] for shard in keys])
-    return [
-        Decision(shard.index, own, gone, count)
-        for shard, own, gone, count in zip(shards, np.split(fates, ends)[:-1], goes, counts, strict=True)
-    ]
+def _write_json(path: Path, value: Any) -> None:
+    with whole_file(path) as file:
+        file.write((json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+@contextlib.contextmanager
+def _runner(config: PipelineConfig) -> Iterator[Runner]:
+    if config.spark_master is None:
+        yield Pool(config.num_workers)
+        return
+    from cpm_jax.curation import spark  # needs the extra `spark`
+
+    with spark.session(config.spark_master) as session:
+        yield spark.Spark(session)
 
 
 def _run(
-    make_function: Callable[[], Callable[[Any], None]],
+    runner: Runner,
+    make_function: Callable[[], Callable[[InputShard], None]],
     shards: Sequence[InputShard],
-    arguments: Sequence[Any],
     stage: str,
     places: Places,
-    config: PipelineConfig,
     progress: bool,
 ) -> None:
     """Runs a stage over the shards that it has not finished, with documents per second and the time left."""
-    num_workers = (os.cpu_count() or 1) if config.num_workers is None else config.num_workers
     interval = 0.1 if sys.stderr.isatty() else 30.0  # seconds; a log file is not to be filled with bars
+    finished = places.finished(stage)
     total = sum(shard.num_bytes for shard in shards) or None
-    with tqdm(desc=stage, total=total, unit="B", unit_scale=True, disable=not progress, mininterval=interval) as bar:
+    before = sum(shard.num_bytes for shard in shards if shard.index in finished)
+    todo = [shard for shard in shards if shard.index not in finished]
+    with tqdm(
+        desc=stage, total=total, initial=before, unit="B", unit_scale=True, disable=not progress, mininterval=interval
+    ) as bar:
         begin, documents = time.monotonic(), 0
-        tasks = (
-            (shard, None if places.note(stage, shard.index) else argument)
-            for shard, argument in zip(shards, arguments, strict=True)
-        )
-        for shard, _ in ordered_map(make_function, tasks, num_workers):
+        for shard in runner.map(make_function, todo, stage, places):
             if progress:
                 documents += (places.note(stage, shard.index) or {"documents": 0})["documents"]
                 rate = documents / max(time.monotonic() - begin, 1e-9)
@@ -275,22 +296,23 @@ def _run(
 
 def _identity(shard: InputShard) -> dict[str, Any]:
     """What tells whether a shard is still the same: names, sizes and times of its files."""
-    stats = [os.stat(path) if os.path.exists(path) else None for path, _ in shard.files]
-    return {
-        "source": shard.source,
-        "files": [
-            [name, stat and stat.st_size, stat and stat.st_mtime_ns]
-            for (_, name), stat in zip(shard.files, stats, strict=True)
-        ],
-    }
+    files = [[name, *_version(as_path(place))] for place, name in shard.files]
+    return {"source": shard.source, "files": files}
+
+
+def _version(path: Path) -> tuple[int | None, Any]:
+    if not path.exists():
+        return None, None
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns if isinstance(path, Path) else path.fs.ukey(path.path)
 
 
 def _check_plan(places: Places, plan: dict[str, Any]) -> None:
     path = places.work_dir / "plan.json"
     if not path.exists():
-        write_json(path, plan)
+        _write_json(path, plan)
         return
-    before = json.loads(path.read_text("utf-8"))
+    before = json.loads(path.read_text(encoding="utf-8"))
     _check_same(before["arguments"], plan["arguments"], places.output_dir)
     if before["shards"] != json.loads(json.dumps(plan["shards"])):
         raise DataError(

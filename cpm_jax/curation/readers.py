@@ -8,11 +8,11 @@ cannot be known, so none of it is used, and it is named (`Damage`). A small file
 import dataclasses
 import functools
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
+from cpm_jax.common.files import as_path
 from cpm_jax.curation.document import Document
 from cpm_jax.curation.extra import import_extra
 from cpm_jax.curation.html import Extractor, extract_text
@@ -49,7 +49,7 @@ class InputShard:
     Attributes:
         index: its place among all shards.
         source: the source string it belongs to.
-        files: paths and their names within the source; none for TFDS.
+        files: paths or URLs, and their names within the source; none for TFDS.
         num_bytes: of the files; 0 where that is not known.
     """
 
@@ -82,8 +82,8 @@ class Reading:
     tfds_data_dir: str | None = None
 
 
-def _kind(path: str | Path) -> str:
-    path = Path(path)
+def _kind(path: str) -> str:
+    path = PurePath(path)
     return (path.with_suffix("") if path.suffix in (".gz", ".zst") else path).suffix.lower()
 
 
@@ -123,7 +123,7 @@ def plan_shards(
                 continue
             path, name = found
             num_bytes = path.stat().st_size if path.is_file() else 0
-            if _kind(path) in _MANY_DOCUMENTS:
+            if _kind(path.name) in _MANY_DOCUMENTS:
                 end_group()
                 shards.append(InputShard(len(shards), source, ((str(path), name),), num_bytes))
                 continue
@@ -147,17 +147,17 @@ def read_shard(shard: InputShard, reading: Reading) -> Iterator[Document | Rejec
     """
     if not shard.files:
         yield from _documents(read_tfds(shard.source, reading.tfds_data_dir), reading, damage=True)
-    for path, name in shard.files:
-        kind = _kind(path)
-        if kind not in _MANY_DOCUMENTS and os.path.isfile(path) and os.path.getsize(path) > MAX_TEXT_BYTES:
-            detail = f"{os.path.getsize(path)} bytes, more than {MAX_TEXT_BYTES}"
+    for place, name in shard.files:
+        kind, path = _kind(place), as_path(place)
+        if kind not in _MANY_DOCUMENTS and path.is_file() and path.stat().st_size > MAX_TEXT_BYTES:
+            detail = f"{path.stat().st_size} bytes, more than {MAX_TEXT_BYTES}"
             yield Reject("text too long", name, shard.source, detail)
         elif kind in _ARCHIVES:
-            yield from _archive(Path(path), name, shard.source, reading)
+            yield from _archive(path, name, shard.source, reading)
         elif kind in _PAGES:
-            yield from _page(Path(path), name, shard.source, reading)
+            yield from _page(path, name, shard.source, reading)
         else:
-            records = read_file(Path(path), name, shard.source)
+            records = read_file(path, name, shard.source)
             yield from _documents(records, reading, damage=kind in _MANY_DOCUMENTS)
 
 
@@ -265,7 +265,7 @@ def _archive(path: Path, name: str, source: str, reading: Reading) -> Iterator[D
             for _ in read_chunks(path):
                 pass
         types = warc.WarcRecordType.response | warc.WarcRecordType.conversion
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             for number, record in enumerate(warc.ArchiveIterator(file, record_types=types, auto_decode="all"), 1):
                 yield _archived(record, f"{name}:{number}", source, reading)
     except Truncated as error:

@@ -1,15 +1,15 @@
 """Shards of documents as parquet or jsonl.zst, one flat row each, that appear whole or not at all."""
 
+import contextlib
 import dataclasses
 import json
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, Literal, TypeAlias
 
 import zstandard
 
+from cpm_jax.common.files import whole_file
 from cpm_jax.curation.document import Document
 from cpm_jax.curation.extra import import_extra
 from cpm_jax.data.streams import read_chunks, split_lines
@@ -94,9 +94,11 @@ class _Lines:
     """Rows as lines of JSON into a zstd stream."""
 
     def __init__(self, file: BinaryIO):
+        self.number = 0
         self._stream = zstandard.ZstdCompressor(_ZSTD_LEVEL).stream_writer(file, closefd=False)
 
     def write(self, row: dict[str, Any]) -> None:
+        self.number += 1
         self._stream.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
 
     def close(self) -> None:
@@ -110,12 +112,13 @@ class _Table:
         self._arrow = import_extra("pyarrow")
         self._schema = schema
         self._rows: list[dict[str, Any]] = []
-        self._characters = 0
+        self._characters = self.number = 0
         self._writer = import_extra("pyarrow.parquet").ParquetWriter(
             file, schema, compression="zstd", write_page_checksum=True
         )
 
     def write(self, row: dict[str, Any]) -> None:
+        self.number += 1
         self._rows.append(row)
         self._characters += len(row["text"])
         if len(self._rows) >= _ROWS_PER_GROUP or self._characters >= _CHARACTERS_PER_GROUP:
@@ -131,40 +134,31 @@ class _Table:
         self._writer.close()
 
 
-class ShardWriter:
-    """Writes values to a file that gets its name when the block that writes it ends well."""
+class _Empty(Exception):
+    """There was nothing to write."""
 
-    def __init__(self, path: Path, columns: Columns | None = None):
-        """Begins a file.
 
-        Args:
-            path: ends with .parquet or .jsonl.zst.
-            columns: of parquet.
-        """
-        self._path = path
-        self._temporary = path.with_name(f"{path.name}.tmp")
-        self._file = open(self._temporary, "wb")  # noqa: SIM115
-        if path.suffix == ".parquet":
-            self._rows: _Table | _Lines = _Table(self._file, (columns or Columns()).arrow_schema())
-        else:
-            self._rows = _Lines(self._file)
+@contextlib.contextmanager
+def shard_writer(
+    path: Path, columns: Columns | None = None, temporary_dir: Path | None = None, *, allow_empty: bool = True
+) -> Iterator[_Table | _Lines]:
+    """What writes rows to a file that gets its name when the block ends well.
 
-    def __enter__(self) -> "ShardWriter":
-        return self
-
-    def write(self, row: dict[str, Any]) -> None:
-        """Appends a row."""
-        self._rows.write(row)
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        with self._file:
-            self._rows.close()
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        if kind is None:
-            os.replace(self._temporary, self._path)
-        else:
-            self._temporary.unlink(missing_ok=True)
+    Args:
+        path: ends with .parquet or .jsonl.zst.
+        columns: of parquet.
+        temporary_dir: where the file lies until then; in the folder of the path if None.
+        allow_empty: whether a file without rows is one.
+    """
+    with contextlib.suppress(_Empty), whole_file(path, temporary_dir) as file:
+        is_table = path.suffix == ".parquet"
+        rows = _Table(file, (columns or Columns()).arrow_schema()) if is_table else _Lines(file)
+        try:
+            yield rows
+        finally:
+            rows.close()
+        if not rows.number and not allow_empty:
+            raise _Empty
 
 
 def write_documents(path: Path, documents: Iterable[Document]) -> None:
@@ -176,7 +170,7 @@ def write_documents(path: Path, documents: Iterable[Document]) -> None:
     """
     documents = list(documents)
     columns = Columns.of(documents)
-    with ShardWriter(path, columns) as writer:
+    with shard_writer(path, columns) as writer:
         for document in documents:
             writer.write(columns.row(document))
 

@@ -6,10 +6,12 @@ import glob
 import json
 import os
 import sysconfig
-from collections.abc import Callable, Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from cpm_jax.common.files import as_path
 from cpm_jax.data.errors import DataError
 from cpm_jax.data.streams import MAX_LINE_BYTES, Truncated, read_chunks, split_lines
 
@@ -17,7 +19,7 @@ Format = Literal["text", "chat"]
 
 ACCEPTED = (
     "a folder, a text file, .jsonl, .parquet or .array_record (.gz and .zst too, but for the last two), "
-    "a glob pattern, tfds:NAME[/CONFIG][:SPLIT], or stdlib"
+    "a glob pattern, a URL of one of these, tfds:NAME[/CONFIG][:SPLIT], or stdlib"
 )
 _CHAT_FIELDS = ("messages", "conversations", "tools")
 _COMPRESSED = {".gz", ".zst", ".parquet", ".array_record"}
@@ -174,7 +176,8 @@ class _Reader:
         parquet = _import_extra("pyarrow.parquet")
         number = 0
         try:
-            with parquet.ParquetFile(path, page_checksum_verification=True) as file:
+            place = path if isinstance(path, Path) else path.open("rb")
+            with parquet.ParquetFile(place, page_checksum_verification=True) as file:
                 columns = file.schema_arrow.names
                 if self.columns is not None:
                     columns = [column for column in self.columns if column in columns]
@@ -190,6 +193,11 @@ class _Reader:
             yield self.reject("truncated", f"{name}:{number + 1}", f"parquet: {error}")
 
     def array_record(self, path: Path, name: str) -> Iterator[Record | Reject]:
+        if not isinstance(path, Path):
+            with tempfile.TemporaryDirectory() as folder:  # its reader knows local files only
+                path.fs.get_file(path.path, f"{folder}/{path.name}")
+                yield from self.array_record(Path(folder, path.name), name)
+            return
         from array_record.python import array_record_module
 
         reader = array_record_module.ArrayRecordReader(str(path))
@@ -210,7 +218,7 @@ class _Reader:
         """Any file, by its suffix; an error of the operating system becomes a reject."""
         kind = path.with_suffix("") if path.suffix in (".gz", ".zst") else path
         try:
-            with open(path, "rb"):
+            with path.open("rb"):
                 pass  # what the system says of a file that cannot be opened is better than a guess at damage
             if kind.suffix == ".jsonl":
                 yield from self.jsonl(path, name)
@@ -292,10 +300,13 @@ class _Files:
         if source == "stdlib":
             # It is by definition its .py files outside of tests: the rest of its folder is no reject.
             files = dataclasses.replace(self, extensions=(".py",))
-            walked = files.walk(Path(sysconfig.get_path("stdlib")), _STDLIB_LEFT_OUT)
+            stdlib = Path(sysconfig.get_path("stdlib"))
+            walked = files.walk(stdlib, os.walk(stdlib, onerror=_raise), _STDLIB_LEFT_OUT)
             yield from (found for found in walked if not isinstance(found, Reject))
+        elif "://" in source:
+            yield from self.remote(as_path(source))
         elif os.path.isdir(source):
-            yield from self.walk(Path(source), frozenset())
+            yield from self.walk(Path(source), os.walk(source, onerror=_raise))
         elif os.path.isfile(source):
             yield Path(source), Path(source).name
         elif matches := sorted(glob.glob(source, recursive=True)):
@@ -306,17 +317,46 @@ class _Files:
         else:
             raise DataError(f"source {source!r} does not exist; accepted: {ACCEPTED}")
 
-    def walk(self, root: Path, left_out: frozenset[str]) -> Iterator[tuple[Path, str] | Reject]:
-        """All files below `root` with their names, ordered, but for folders of a name in `left_out`."""
-        for folder, subfolders, files in os.walk(root, onerror=_raise):
+    def remote(self, place: Any) -> Iterator[tuple[Path, str] | Reject]:
+        """What a URL names: a folder, a file or a pattern of names."""
+        try:
+            if place.is_dir():
+                walked = place.fs.walk(place.path, on_error="raise")
+                folders = ((place / folder.removeprefix(place.path).strip("/"), *names) for folder, *names in walked)
+                yield from self.walk(place, folders)
+            elif place.is_file():
+                yield place, place.name
+            elif matches := sorted(match for match in place.fs.glob(place.path) if place.fs.isfile(match)):
+                base = os.path.commonpath([os.path.dirname(match) for match in matches])
+                for match in matches:
+                    yield as_path(place.fs.unstrip_protocol(match)), os.path.relpath(match, base)
+            else:
+                raise DataError(f"source {self.source!r} does not exist; accepted: {ACCEPTED}")
+        except OSError as error:
+            raise DataError(f"source {self.source!r}: {error}") from error
+
+    def walk(
+        self,
+        root: Path,
+        folders: Iterable[tuple[str | Path, list[str], list[str]]],
+        left_out: frozenset[str] = frozenset(),
+    ) -> Iterator[tuple[Path, str] | Reject]:
+        """All files below `root` with their names, ordered, but for folders of a name in `left_out`.
+
+        Args:
+            root: the folder.
+            folders: as `os.walk` gives them for it.
+            left_out: names of folders.
+        """
+        for folder, subfolders, files in folders:
             subfolders.sort()
-            inside = Path(folder)
+            inside = root / folder
             for subfolder in list(subfolders):
                 name = _printable((inside / subfolder).relative_to(root).as_posix())
                 reason = ""
                 if subfolder.startswith("."):
                     reason = "hidden"
-                elif (inside / subfolder).is_symlink():
+                elif isinstance(root, Path) and (inside / subfolder).is_symlink():
                     reason = "link to a folder"
                 if reason:
                     yield Reject(reason, name, self.source)

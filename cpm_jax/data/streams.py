@@ -21,7 +21,7 @@ def _decompressed(path: Path, new_decoder: Callable[[], Any]) -> Iterator[bytes]
     The streams' own file objects are not used: zstandard's does not notice a truncated frame.
     """
     decoder = None
-    with open(path, "rb") as file:
+    with path.open("rb") as file:
         while data := file.read(_READ_SIZE):
             while data:
                 if decoder is None:
@@ -49,7 +49,7 @@ def read_chunks(path: Path) -> Iterator[bytes]:
     elif path.suffix == ".zst":
         yield from _decompressed(path, lambda: zstandard.ZstdDecompressor().decompressobj())
     else:
-        with open(path, "rb") as file:
+        with path.open("rb") as file:
             while data := file.read(_READ_SIZE):
                 yield data
 

@@ -6,7 +6,7 @@ import pytest
 
 from cpm_jax.curation.document import Document
 from cpm_jax.curation.readers import Reading, plan_shards, read_shard
-from cpm_jax.curation.writers import Columns, ShardWriter, dump, load_dump, write_documents
+from cpm_jax.curation.writers import Columns, shard_writer, dump, load_dump, write_documents
 
 DOCUMENTS = [
     Document(
@@ -61,7 +61,7 @@ def test_long_documents_make_small_groups_of_rows(tmp_path, monkeypatch):
 
 def test_a_shard_that_fails_leaves_nothing_behind(tmp_path):
     def fail():
-        with ShardWriter(tmp_path / "a.jsonl.zst") as writer:
+        with shard_writer(tmp_path / "a.jsonl.zst") as writer:
             writer.write({"text": "half"})
             raise RuntimeError("stop")
 
@@ -72,7 +72,7 @@ def test_a_shard_that_fails_leaves_nothing_behind(tmp_path):
 
 def test_dumps_hold_all_of_a_document(tmp_path):
     documents = [*DOCUMENTS, DOCUMENTS[1].drop("too short")]
-    with ShardWriter(tmp_path / "a.jsonl.zst") as writer:
+    with shard_writer(tmp_path / "a.jsonl.zst") as writer:
         for document in documents:
             writer.write(dump(document))
     assert list(load_dump(tmp_path / "a.jsonl.zst")) == documents
