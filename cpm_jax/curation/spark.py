@@ -180,19 +180,22 @@ class Spark(Runner):
         near = groups.select("place", F.lit(NEAR).cast("int").alias("fate"))
         # Of several reasons the smallest number counts.
         gone = copies.union(near).groupBy("place").agg(F.min("fate").alias("fate"))
-        self._write(gone, shards, functools.partial(_write_fates, bands, places))
+        self._write(gone, shards, lambda rows: _write_fates(bands, places, rows))
         groups.unpersist()
         later.unpersist()
 
     def _decide_paragraphs(self, shards: Sequence[InputShard], places: Places) -> None:
         keys = self._of_shards(shards, functools.partial(_paragraph_keys, places), "key long, place long")
         gone = _all_but_first(keys, "key").select("place", F.lit(1).alias("fate"))
-        self._write(gone, shards, functools.partial(_write_paragraphs, places))
+        self._write(gone, shards, lambda rows: _write_paragraphs(places, rows))
 
     def _write(
         self, gone: DataFrame, shards: Sequence[InputShard], write: Callable[[pyarrow.Table], pyarrow.Table]
     ) -> None:
-        """Brings what goes to where the file of its shard is written; also of shards of which nothing goes."""
+        """Brings what goes to where the file of its shard is written; also of shards of which nothing goes.
+
+        `write` is no `functools.partial`: Spark looks for type hints, and does not find those of one.
+        """
         shard = F.shiftright("place", _OF_SHARD).cast("int").alias("shard")
         within = F.col("place").bitwiseAND(F.lit(_WITHIN)).alias("number")
         all_shards = self._spark.createDataFrame(
