@@ -82,8 +82,8 @@ class Reading:
     tfds_data_dir: str | None = None
 
 
-def _kind(path: str) -> str:
-    path = PurePath(path)
+def _kind(name: str) -> str:
+    path = PurePath(name)
     return (path.with_suffix("") if path.suffix in (".gz", ".zst") else path).suffix.lower()
 
 

@@ -101,8 +101,8 @@ class FilterShard:
             save(PARAGRAPHS, np.concatenate(filtered.paragraph_keys)[None])
             save(PARAGRAPH_COUNTS, np.array(list(map(len, filtered.paragraph_keys)), np.int64))
         note = {"damage": damage, "documents": filtered.documents, "statistics": filtered.statistics.to_json()}
-        note |= {"scores": filtered.columns.scores, "fields": filtered.columns.fields}
-        self._places.leave_note(FILTERED, shard.index, note)
+        columns = {"scores": filtered.columns.scores, "fields": filtered.columns.fields}
+        self._places.leave_note(FILTERED, shard.index, note | columns)
 
     def _rows(self, shard: int, suffix: str) -> AbstractContextManager[Any]:
         return shard_writer(self._places.file(FILTERED, shard, suffix), temporary_dir=self._places.temporary_dir)

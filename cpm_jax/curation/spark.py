@@ -87,7 +87,8 @@ def session(master: str) -> Iterator[SparkSession]:
     builder = builder.config("spark.ui.showConsoleProgress", "false")  # there is a bar already
     # Executors that see the files of this process, as on a shared mount, run the same code; others what is installed.
     code = str(Path(__file__).resolve().parents[2])
-    builder = builder.config("spark.executorEnv.PYTHONPATH", os.pathsep.join([code, os.environ.get("PYTHONPATH", "")]))
+    code = os.pathsep.join(filter(None, [code, os.environ.get("PYTHONPATH")]))
+    builder = builder.config("spark.executorEnv.PYTHONPATH", code)
     with _errors_of_spark():
         started = builder.getOrCreate()
     started.sparkContext.setLogLevel("ERROR")
