@@ -52,7 +52,7 @@ $(VENV)/aot/.done: $(CONSTRAINTS)
 aot: $(VENV)/.run $(VENV)/aot/.done ## the compilers for TPUs (libtpu) and GPUs (triton) beside the environment: for `plan` and tests
 
 test: $(VENV)/.dev $(VENV)/aot/.done ## all tests, on CPU
-	$(PYTEST) -n 2 --max-worker-restart 0 --dist loadfile -m 'not multidevice and not aot'
+	$(PYTEST) -n 2 --max-worker-restart 0 --dist loadfile --durations 25 -m 'not multidevice and not aot'
 	XLA_FLAGS=--xla_force_host_platform_device_count=8 $(PYTEST) -m multidevice
 	PYTHONPATH=$(VENV)/aot $(PYTEST) -m aot
 
