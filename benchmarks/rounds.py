@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks import rounds_texts
 from benchmarks.results import Benchmark
 from benchmarks.rounds_texts import Texts
-from benchmarks.verification_trust import small_model
+from benchmarks.verification_trust_study import small_model
 from cpm_jax.checkpoints.manager import CheckpointConfig
 from cpm_jax.common.files import write_text
 from cpm_jax.curation.classifier import ClassifierConfig
@@ -150,7 +150,7 @@ def measure(bench: Benchmark, language: str, recipe: Recipe, corpora: Path, fold
     if not sources.exists():
         write_texts(LANGUAGES[language](corpora, recipe.passages), sources)
     config = start(recipe, sources, folder)
-    rounds.run(dataclasses.replace(config, seeds="random"), folder / "random")
+    rounds.run_rounds(dataclasses.replace(config, seeds="random"), folder / "random")
     by_chance = folder / "random" / "round2" / KEPT
     result = rounds.run(dataclasses.replace(config, compare={"random": str(by_chance)}), folder / "rounds")
     scores = result["verification"]["scores"]
