@@ -42,6 +42,9 @@ from cpm_jax.curation.pools import Pool
 from cpm_jax.curation.text_normalization import TextNormalizer
 from cpm_jax.data.tokenizer import Tokenizer
 
+# Rows that are kept when a model is quantised. Most of the time goes into their codebooks, and grows with them.
+_CUTOFF = 20_000
+
 
 class Texts(NamedTuple):
     """Two pools, the one to keep first."""
@@ -93,7 +96,7 @@ def measure(bench: Benchmark, task: str, texts: Texts, bucket: int, folder: Path
         Pool(name, [Document(text, id=str(i)) for i, text in enumerate(dict.fromkeys(pool)) if text], Counter())
         for name, pool in zip(("positive", "negative"), texts, strict=True)
     )
-    config = ClassifierConfig(scorer=FastTextConfig(bucket=bucket))
+    config = ClassifierConfig(scorer=FastTextConfig(bucket=bucket, cutoff=_CUTOFF))
     begin = time.perf_counter()
     result = train_classifier(config, positive, negative, folder)
     seconds = time.perf_counter() - begin
