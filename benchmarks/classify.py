@@ -70,7 +70,8 @@ TASKS: Mapping[str, Callable[[Path], Texts]] = {
     "English, essays / spam": essays_and_spam,
     "English, letters / spam": letters_and_spam,
     "Chinese, news / reviews": lambda folder: Texts(
-        chinese_texts.news(folder), chinese_texts.reviews(folder, "pos") + chinese_texts.reviews(folder, "neg")
+        chinese_texts.news(folder),
+        chinese_texts.documents(chinese_texts.reviews(folder, "pos") + chinese_texts.reviews(folder, "neg")),
     ),
     "Chinese, favourable / unfavourable reviews": lambda folder: Texts(
         chinese_texts.reviews(folder, "pos"), chinese_texts.reviews(folder, "neg")

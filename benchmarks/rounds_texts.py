@@ -74,7 +74,7 @@ def chinese(folder: Path, passages: int) -> Texts:
         "news": chinese_texts.news(folder),
         "manual": manual,
         "quotations": chinese_texts.quotations(folder),
-        "reviews": chinese_texts.reviews(folder, "pos"),
+        "reviews": chinese_texts.documents(chinese_texts.reviews(folder, "pos")),
         "reference": chinese_texts.reference(folder),
     }
     held_out = {}

@@ -16,7 +16,7 @@ def test_no_chinese_text_has_two_roles(monkeypatch):
     monkeypatch.setattr(chinese_texts, "news", lambda _: texts(0))
     monkeypatch.setattr(chinese_texts, "manual", lambda _: (texts(1), ["下一页", "上一页"]))
     monkeypatch.setattr(chinese_texts, "quotations", lambda _: texts(2))
-    monkeypatch.setattr(chinese_texts, "reviews", lambda *_: texts(3))
+    monkeypatch.setattr(chinese_texts, "reviews", lambda *_: [text + "字词" * 160 for text in texts(3)])
     monkeypatch.setattr(chinese_texts, "reference", lambda _: texts(4))
     monkeypatch.setattr(chinese_texts, "common_words", lambda _: ["数据", "模型", "天气", "价格"])
     monkeypatch.setattr(rounds_texts, "package", lambda folder, _: folder)
