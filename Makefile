@@ -4,6 +4,8 @@ PYTHON_LATEST ?= python3.13
 VENV ?= .venv
 WORKDIR ?= runs/quickstart
 NAME ?=
+CURATE ?=
+VERIFY ?=
 EXTRAS ?= data,export
 
 PY_TAG := $(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])' 2>/dev/null)
@@ -36,8 +38,13 @@ $(VENV)/.no_deps: constraints/no_deps.txt $(VENV)/.run
 	$(VENV)/bin/pip install --quiet --no-deps --requirement constraints/no_deps.txt
 	@touch $@
 
-quickstart: $(VENV)/.run ## real text to a trained, measured model: make quickstart [DATA=folder|file.jsonl|…] [WORKDIR=…]
-	$(RUN) -m experiments.run quickstart --gin_file=runs/quickstart.gin --workdir=$(WORKDIR) $(if $(DATA),--gin.DATA=$(DATA))
+$(VENV)/.curate: $(VENV)/.run $(VENV)/.no_deps
+	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[curate,eval]'
+	@touch $@
+
+quickstart: $(VENV)/.run $(if $(CURATE)$(VERIFY),$(VENV)/.curate) ## real text to a trained, measured model: make quickstart [DATA=folder|file.jsonl|…] [WORKDIR=…] [CURATE=1 [VERIFY=1]]
+	$(RUN) -m experiments.run quickstart --gin_file=runs/quickstart.gin --workdir=$(WORKDIR) \
+		$(if $(DATA),--gin.DATA=$(DATA)) $(if $(CURATE)$(VERIFY),--gin.CURATE=True) $(if $(VERIFY),--gin.VERIFY=True)
 
 smollm2: $(VENV)/.run $(VENV)/.no_deps ## real weights: SmolLM2-135M-Instruct into runs/smollm2, to chat with, evaluate and fine-tune
 	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[gguf]'
