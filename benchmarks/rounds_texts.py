@@ -46,8 +46,9 @@ def pieces(text: str) -> Iterator[str]:
 
 
 def read_roles(folder: Path) -> dict[str, tuple[list[str], list[str]]]:
-    """Prose and code of each role, each text once."""
-    found: dict[str, tuple[dict[str, None], dict[str, None]]] = {role: ({}, {}) for role in ROLES}
+    """Prose and code of each role, each text once in all."""
+    found: dict[str, tuple[list[str], list[str]]] = {role: ([], []) for role in ROLES}
+    seen: set[str] = set()
     files = [path for path in sorted(folder.rglob("*.py")) if not _LEFT_OUT & set(path.relative_to(folder).parts)]
     for number, path in enumerate(files):
         try:
@@ -55,8 +56,10 @@ def read_roles(folder: Path) -> dict[str, tuple[list[str], list[str]]]:
         except (SyntaxError, UnicodeDecodeError):  # examples of what is none
             continue
         for texts, more in zip(found[ROLES[number % len(ROLES)]], divided, strict=True):
-            texts.update(dict.fromkeys(more))
-    return {role: (list(prose), list(code)) for role, (prose, code) in found.items()}
+            new = [text for text in dict.fromkeys(more) if text not in seen]
+            texts += new
+            seen.update(new)
+    return found
 
 
 def write(folder: Path) -> dict[str, int]:

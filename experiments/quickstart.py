@@ -112,7 +112,7 @@ class QuickstartConfig:
     def __post_init__(self) -> None:
         if self.curate and self.curation is None:
             raise ConfigError(
-                "QuickstartConfig.curation = None: curate = True needs a CurateConfig",
+                "QuickstartConfig.curation = None: with curate = True a CurateConfig is needed",
                 field="QuickstartConfig.curation",
             )
         if self.verify and not self.curate:

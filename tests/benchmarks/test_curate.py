@@ -72,6 +72,7 @@ def found() -> curate.Cells:
         "documents": about,
         "chain": pair,
         "dedup": pair,
+        "train": {"examples": {"positive": 30, "negative": 60}},
         "score": pair | {"datatrove": ours, "datatrove, preprocessed": slower},
         "scoring, 0 workers": run | {"seconds": 20.0, "cores": 1},
         "scoring, 2 workers": run | {"seconds": 12.0, "cores": 2},
