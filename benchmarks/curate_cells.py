@@ -131,12 +131,15 @@ def chain(folder: Path) -> dict[str, Any]:
 
 
 def train(folder: Path) -> dict[str, Any]:
-    """A classifier of the first source's documents against the others', with the paper's settings but for buckets."""
+    """A classifier of the first source's documents against the others', of the paper's shape but for the buckets.
+
+    It learns faster than the paper's, from thousands of times less text: else all scores would be 0.5.
+    """
     pools = [
         Pool(name, [d for d in documents_of(folder) if (d.metadata["pool"] == 0) == first], collections.Counter())
         for name, first in (("positive", True), ("negative", False))
     ]
-    config = ClassifierConfig(scorer=FastTextConfig(bucket=200_000))
+    config = ClassifierConfig(scorer=FastTextConfig(bucket=200_000, lr=0.5, epoch=5))
     return {"examples": train_classifier(config, *pools, folder / "classifier")["examples"]}
 
 

@@ -6,6 +6,7 @@ text and in neither candidate; a document that is in both candidates is at the s
 
 import dataclasses
 import heapq
+import importlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -42,8 +43,10 @@ def run_curation(config: "QuickstartConfig", workdir: Path) -> dict[str, Any]:
     Raises:
         DataError: the extra is not installed, or nothing is left, or nothing could be held out.
     """
-    for module in ("ftfy", "regex", "xxhash"):  # before hours of reading
+    for module in ("ftfy", "regex", "xxhash"):  # what is missing is said before anything is read or trained
         import_extra(module)
+    if config.verify:
+        importlib.import_module("cpm_jax.evaluation.tasks")  # says itself which extra it needs
     assert config.curation is not None
     texts = evaluation_texts(config.curation.evaluation_sets)
     manifest = curate(config.curation.pipeline, workdir / CURATED_DIR, evaluation_sets=texts)
