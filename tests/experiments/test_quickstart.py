@@ -180,11 +180,11 @@ def test_from_text_to_report_interrupted_and_resumed(config, tmp_path, monkeypat
 @pytest.mark.slow
 def test_curated_text_is_trained_on_and_compared_with_the_raw_one(config, curation, text, tmp_path, capsys):
     for number in range(40):
-        words = " ".join(f"word{(number * i + i * i) % 7}" for i in range(60))
+        words = " ".join(f"word{(number + i) % 7}" for i in range(60))
         (text / f"more{number}.txt").write_text(f"Text {number} of more: {words}\n")
     workdir = tmp_path / "run"
     config = dataclasses.replace(
-        config, curate=True, verify=True, curation=curation, verify_steps=3, verify_seeds=2, num_samples=1
+        config, curate=True, verify=True, curation=curation, verify_steps=3, verify_seeds=1, num_samples=1
     )
     run(config, workdir)
     said = capsys.readouterr().out
@@ -193,9 +193,9 @@ def test_curated_text_is_trained_on_and_compared_with_the_raw_one(config, curati
     found = json.loads((workdir / "stages.json").read_text())["stages"]
     assert list(found) == list(stage_names(config))
     curated = found["curate"]["result"]
-    assert curated["documents"] == 50
-    assert sum(curated["drops"].values()) == 10  # the Chinese ones
-    assert curated["train"] + curated["held_out"] == 50
+    assert curated["documents"] == 48
+    assert sum(curated["drops"].values()) == 12  # the Chinese ones, and two of a single word
+    assert curated["train"] + curated["held_out"] == 48
     assert curated["candidates"]["raw"] > curated["candidates"]["curated"] > 0
     trained_on = Manifest.load(workdir / "data")
     assert sum(split.documents for split in trained_on.splits.values()) == curated["train"]
@@ -203,6 +203,6 @@ def test_curated_text_is_trained_on_and_compared_with_the_raw_one(config, curati
     assert set(verified["scores"]) == {"curated", "raw", "default"}
     assert verified["items"] == {"held_out": curated["held_out"]}
     page = (workdir / "report.html").read_text("utf-8")
-    for words in ("Is the curated text better than the raw one?", "50 of 60 documents are kept", "gopher:"):
+    for words in ("Is the curated text better than the raw one?", "48 of 60 documents are kept", "gopher:"):
         assert words in page
     assert verified["verdict"].split(" (")[0] in page
