@@ -153,14 +153,14 @@ def report(found: Cells) -> Benchmark:
         "datatrove's fastText filter alone",
     )
     add_speed(benchmark, "near duplicates", found["dedup"], "datatrove", "datatrove's MinHash, four stages")
-    for metric, cell, name in (
+    for metric, stage, name in (
         ("all filters, kept", "chain", "datatrove"),
         ("classifier, kept", "score", "datatrove, preprocessed"),
         ("near duplicates, kept", "dedup", "datatrove"),
     ):
-        kept = {key: found[cell][key]["kept"] for key in ("ours", name)}
+        kept = {key: found[stage][key]["kept"] for key in ("ours", name)}
         benchmark.add(
-            f"{metric} of {found[cell]['about']['documents']}",
+            f"{metric} of {found[stage]['about']['documents']}",
             "documents",
             kept["ours"],
             larger_is_better=True,
@@ -170,8 +170,8 @@ def report(found: Cells) -> Benchmark:
     runs = {name: cell for name, cell in found.items() if name.startswith("pipeline")}
     alone = next(cell for cell in runs.values() if cell["cores"] == 1)
     pooled = [cell for cell in runs.values() if cell["cores"] == 2]
-    scoring = [found[f"scoring, {workers} workers"] for workers in (0, 2)]
-    for metric, one, two in (("curate", alone, pooled[0]), ("classify, scoring", *scoring)):
+    scored, scored_by_two = (found[f"scoring, {workers} workers"] for workers in (0, 2))
+    for metric, one, two in (("curate", alone, pooled[0]), ("classify, scoring", scored, scored_by_two)):
         benchmark.add(
             f"{metric}, 2 workers on 2 cores, {two['bytes'] / 1e9:.2g} GB",
             "MB/s",

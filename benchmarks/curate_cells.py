@@ -135,12 +135,12 @@ def train(folder: Path) -> dict[str, Any]:
 
     It learns faster than the paper's, from thousands of times less text: else all scores would be 0.5.
     """
-    pools = [
+    positive, negative = (
         Pool(name, [d for d in documents_of(folder) if (d.metadata["pool"] == 0) == first], collections.Counter())
         for name, first in (("positive", True), ("negative", False))
-    ]
+    )
     config = ClassifierConfig(scorer=FastTextConfig(bucket=200_000, lr=0.5, epoch=5))
-    return {"examples": train_classifier(config, *pools, folder / "classifier")["examples"]}
+    return {"examples": train_classifier(config, positive, negative, folder / "classifier")["examples"]}
 
 
 class _Published:
