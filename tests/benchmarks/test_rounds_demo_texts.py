@@ -1,6 +1,6 @@
 import json
 
-from benchmarks import rounds_texts
+from benchmarks import rounds_demo_texts
 
 SOURCE = '''"""A module that says what it is for, at such length that it is a document.
 
@@ -26,7 +26,7 @@ def source(number: int) -> str:
 
 
 def test_documentation_and_code_are_told_apart():
-    prose, code = rounds_texts.divide(source(1))
+    prose, code = rounds_demo_texts.divide(source(1))
     assert [text.splitlines()[0] for text in prose] == [
         "A module that says what it is for, at such length that it is a document.",
         "A method.",
@@ -46,8 +46,8 @@ def test_no_text_has_two_roles(tmp_path, monkeypatch):
     (library / "copy.py").write_text(source(3))
     (library / "broken.py").write_text("def (:")
     (library / "test" / "left_out.py").write_text(source(99))
-    monkeypatch.setattr(rounds_texts.sysconfig, "get_path", lambda _: str(library))
-    counts = rounds_texts.write(tmp_path / "texts")
+    monkeypatch.setattr(rounds_demo_texts.sysconfig, "get_path", lambda _: str(library))
+    counts = rounds_demo_texts.write(tmp_path / "texts")
     texts = {
         name: [json.loads(line)["text"] for line in (tmp_path / "texts" / f"{name}.jsonl").open()] for name in counts
     }
