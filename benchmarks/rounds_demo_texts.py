@@ -1,7 +1,7 @@
 """The documents of `make rounds-demo`: what your Python's standard library says, in a heap of what it does.
 
-`python -m benchmarks.rounds_demo_texts FOLDER` writes them as .jsonl files. Documentation strings are prose, the rest of the
-sources is code; files are divided among the roles, so that no text has two. Nothing is downloaded.
+`python -m benchmarks.rounds_demo_texts FOLDER` writes them as .jsonl files. Documentation strings are prose, the rest
+of the sources is code; files are divided among the roles, so that no text has two. Nothing is downloaded.
 """
 
 import argparse
