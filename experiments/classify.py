@@ -26,6 +26,7 @@ from cpm_jax.curation.classifier import (
 )
 from cpm_jax.curation.document import Document
 from cpm_jax.curation.pools import read_pools, read_usable
+from cpm_jax.data.errors import DataError
 from cpm_jax.data.workers import ordered_map
 from experiments.classify_report import write_scoring_report, write_training_report
 
@@ -141,6 +142,10 @@ def score(config: ClassifyConfig, workdir: Path) -> dict[str, Any]:
         done += len(lines)
         print(f"{done:,} documents scored, {(done - before) / (time.monotonic() - begin):,.0f} a second", flush=True)
     summary = _summarise(folder, threshold, rejects)
+    if not summary["documents"]:
+        raise DataError(
+            f"no document of {', '.join(_tuple(config.input))} can be used; set aside: {dict(rejects) or 'none'}"
+        )
     write_json(workdir / SUMMARY_FILE, summary)
     report = write_scoring_report(workdir, summary)
     print(

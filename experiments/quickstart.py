@@ -1,6 +1,7 @@
 """The verb `quickstart`: real text to a trained, measured, exported model and a report, in one call.
 
-Seven stages, each of which is skipped where an earlier call finished it: docs/quickstart.md.
+Seven stages, nine with curation and its verification, each of which is skipped where an earlier call finished it:
+docs/quickstart.md.
 """
 
 import dataclasses
@@ -9,7 +10,7 @@ import importlib.util
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,17 +38,26 @@ from cpm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from cpm_jax.training.schedules import ScheduleConfig
 from cpm_jax.training.train_state import abstract_state
 from experiments import pretrain
+from experiments.curate import CurateConfig
 from experiments.prepare import summary
+from experiments.quickstart_curation import (
+    curated_text,
+    keep_stable_checkpoint,
+    run_curation,
+    run_verification,
+)
 from experiments.quickstart_report import write_quickstart_report
 
 STAGES = ("prepare", "pretrain", "evaluate", "sample", "export", "check", "report")
 _TITLES = {
+    "curate": "curate: filter, drop duplicates",
     "prepare": "prepare: clean, split, train a tokenizer, pack",
     "pretrain": "pre-train",
     "evaluate": "evaluate: bits per byte beside zstd and an n-gram model",
     "sample": "sample",
     "export": "write a Hugging Face folder",
     "check": "check it against transformers",
+    "verify": "verify: is the curated text better than the raw one?",
     "report": "report",
 }
 STAGES_FILE = "stages.json"
@@ -73,6 +83,11 @@ class QuickstartConfig:
         sample_tokens: tokens of each continuation.
         ngram_order: longest n-gram of the model to compare with.
         ngram_tokens: most training tokens that it counts, to bound its memory (about 300 bytes each).
+        curate: whether the text is curated before it is prepared.
+        verify: whether the curated text is then compared with the raw one.
+        curation: how it is curated; its sources are those of `prepare`.
+        verify_steps: steps of an annealing on either.
+        verify_seeds: annealings of each.
     """
 
     prepare: PrepareConfig
@@ -88,8 +103,23 @@ class QuickstartConfig:
     sample_tokens: PositiveInt = 128
     ngram_order: PositiveInt = 5
     ngram_tokens: PositiveInt = 8_000_000
+    curate: bool = False
+    verify: bool = False
+    curation: CurateConfig | None = None
+    verify_steps: PositiveInt = 100
+    verify_seeds: PositiveInt = 2
 
     def __post_init__(self) -> None:
+        if self.curate and self.curation is None:
+            raise ConfigError(
+                "QuickstartConfig.curation = None: with curate = True a CurateConfig is needed",
+                field="QuickstartConfig.curation",
+            )
+        if self.verify and not self.curate:
+            raise ConfigError(
+                "QuickstartConfig.verify = True: compares the curated text with the raw one, and needs curate = True",
+                field="QuickstartConfig.verify",
+            )
         if self.prepare.format != "text":
             raise ConfigError(
                 f"PrepareConfig.format = {self.prepare.format!r}: a quickstart trains on text; for conversations run "
@@ -119,13 +149,15 @@ class QuickstartConfig:
 class Stages:
     """Which stages a workdir has behind it, how long each took and what it found; kept in `stages.json`."""
 
-    def __init__(self, workdir: Path, key: str):
+    def __init__(self, workdir: Path, key: str, names: Sequence[str] = STAGES):
         """Reads what earlier calls did.
 
         Args:
             workdir: folder of the run.
             key: hash of the config: what was done under another one is done again.
+            names: of the stages, in order.
         """
+        self._names = tuple(names)
         self._path = workdir / STAGES_FILE
         self._key = key
         self._done: dict[str, Any] = {}
@@ -136,7 +168,7 @@ class Stages:
     @property
     def complete(self) -> bool:
         """Whether every stage is done."""
-        return all("result" in self._done.get(name, {}) for name in STAGES)
+        return all("result" in self._done.get(name, {}) for name in self._names)
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -147,10 +179,10 @@ class Stages:
         """Does a stage, or gives what an earlier call found.
 
         Args:
-            name: one of `STAGES`.
+            name: one of the stages.
             function: does it, and returns what later stages and the report need to know, as JSON.
         """
-        header = f"[{STAGES.index(name) + 1}/{len(STAGES)}] {_TITLES[name]}"
+        header = f"[{self._names.index(name) + 1}/{len(self._names)}] {_TITLES[name]}"
         entry = self._done.get(name, {})
         if "result" in entry:
             print(f"{header}: done before, in {entry['seconds']:.1f} s", flush=True)
@@ -178,20 +210,24 @@ def run(config: QuickstartConfig, workdir: Path) -> None:
     """
     key = hashlib.sha256(json.dumps(config_to_dict(config), sort_keys=True).encode()).hexdigest()
     report_path = workdir / REPORT_FILE
-    stages = Stages(workdir, key)
+    stages = Stages(workdir, key, stage_names(config))
     if stages.complete and report_path.exists():
         print(f"this quickstart is done; its report is {report_path}\nfor another one give --workdir another folder")
         return
     data = workdir / DATA_DIR
+    curated = stages.do("curate", lambda: run_curation(config, workdir)) if config.curate else None
 
     def do_prepare() -> dict[str, Any]:
-        manifest = prepare(config.prepare, data)
+        manifest = prepare(curated_text(config, workdir), data)
         print(summary(manifest, data))
         return {}
 
     stages.do("prepare", do_prepare)
     manifest = Manifest.load(data)
     job = pretrain_config(config, manifest, data)
+    checkpoint, stable_step = keep_stable_checkpoint(job)
+    if config.verify:
+        job = dataclasses.replace(job, checkpoint=checkpoint)
 
     def do_pretrain() -> dict[str, Any]:
         print(describe(job, manifest))
@@ -206,6 +242,9 @@ def run(config: QuickstartConfig, workdir: Path) -> None:
     samples = stages.do("sample", lambda: {"samples": draw_samples(config, params, held_out, tokenizer)})
     exported = stages.do("export", lambda: export(config, params, meta, manifest, scores, tokenizer, workdir))
     checked = stages.do("check", lambda: check(config, params, held_out, tokenizer, workdir))
+    verified = None
+    if config.verify:
+        verified = stages.do("verify", lambda: run_verification(config, stable_step, data, workdir))
 
     def do_report() -> dict[str, Any]:
         write_quickstart_report(
@@ -218,6 +257,8 @@ def run(config: QuickstartConfig, workdir: Path) -> None:
             samples=samples["samples"],
             exported=exported,
             checked=checked,
+            curated=curated,
+            verified=verified,
             seconds=stages.seconds,
         )
         return {}
@@ -230,6 +271,12 @@ def run(config: QuickstartConfig, workdir: Path) -> None:
         f"report: {report_path}\nHugging Face folder: {workdir / HF_DIR}\n"
         f"try it: python -m experiments.run generate --workdir={workdir}"
     )
+
+
+def stage_names(config: QuickstartConfig) -> tuple[str, ...]:
+    """The stages that a config asks for, in order."""
+    *most, last = STAGES
+    return (*(["curate"] if config.curate else []), *most, *(["verify"] if config.verify else []), last)
 
 
 def pretrain_config(config: QuickstartConfig, manifest: Manifest, data: Path) -> pretrain.PretrainConfig:

@@ -33,6 +33,8 @@ def write_quickstart_report(
     exported: Mapping[str, Any],
     checked: Mapping[str, Any],
     seconds: Mapping[str, float],
+    curated: Mapping[str, Any] | None = None,
+    verified: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes `report.html` from what the stages found.
 
@@ -47,13 +49,17 @@ def write_quickstart_report(
         exported: from the stage "export".
         checked: from the stage "check".
         seconds: time of each stage.
+        curated: from the stage "curate", if there was one.
+        verified: from the stage "verify", if there was one.
 
     Returns:
         The path.
     """
     rows = read_metrics(path.parent / METRICS_FILE)
     size = count_params(job.model)
-    source = ", ".join("the Python standard library" if name == "stdlib" else name for name in manifest.sources)
+    source = ", ".join(
+        "the Python standard library" if name == "stdlib" else name for name in config.prepare.source_list
+    )
     tokens = job.train.steps * job.train.batch_size * manifest.seq_len
     epochs = tokens / max(1, manifest.splits["train"].tokens)
     page = Page(
@@ -67,6 +73,8 @@ def write_quickstart_report(
             _quality(config, scores),
             Section("Samples", [_sample_text(config), *(Sample(**sample) for sample in samples)]),
             training_section(rows, memory),
+            *([] if verified is None else [_verification(config, verified)]),
+            *([] if curated is None else [_curation(curated)]),
             _data(manifest, scores),
             _model(job, exported, checked),
             _run(path, config, job, seconds),
@@ -187,6 +195,43 @@ def _data(manifest: Manifest, scores: Mapping[str, Any]) -> Section:
             f"{scores['model']['num_bytes']:,}; zstd compressed the decoded text."
         )
     return Section("Data", [table, *map(Text, facts)])
+
+
+def _curation(curated: Mapping[str, Any]) -> Section:
+    kept, drops, rejects = curated["documents"], curated["drops"], curated["rejects"]
+    counts = {"kept": kept, **dict(sorted(drops.items(), key=lambda item: -item[1]))}
+    read = sum(counts.values())
+    facts = [
+        f"{kept:,} of {read:,} documents are kept, {human_bytes(curated['text_bytes'])}. Source files of programs pass "
+        "the filters of prose unchanged; duplicates among them go. curated/dataset_card.md has examples."
+    ]
+    if rejects:
+        facts.append(f"Could not be read: {', '.join(f'{count:,} {reason}' for reason, count in rejects.items())}.")
+    if curated["quarantined"]:
+        facts.append(f"Damaged, and not used: {', '.join(curated['quarantined'])}.")
+    rows = [[name, f"{count:,}", f"{100 * count / read:.1f}%"] for name, count in counts.items()]
+    table = Table(["documents", "number", "share"], rows, number_columns=(1, 2), strong_rows=(0,))
+    return Section("Curation", [*map(Text, facts), table])
+
+
+def _verification(config: "QuickstartConfig", verified: Mapping[str, Any]) -> Section:
+    digits, unit = verified["unit"]["digits"], verified["unit"]["name"]
+    rows = [
+        [name, f"{found['mean']:.{digits}f}", f"{verified['passes'].get(name, 0):.2f}"]
+        for name, found in verified["scores"].items()
+    ]
+    table = Table(
+        ["model annealed with", f"held-out {unit}", "passes"],
+        rows,
+        number_columns=(1, 2),
+        caption=(
+            "Each from the checkpoint before the decay, on 30% of the candidate and 70% of the training text; default "
+            f"is the training text alone; {config.verify_seeds} seeds of {config.verify_steps} steps. Passages of "
+            "curated documents that no training saw. A budget this short shows large differences only; "
+            "verification/report.html has every pair."
+        ),
+    )
+    return Section("Is the curated text better than the raw one?", [Text(verified["verdict"]), table])
 
 
 def _model(job: "PretrainConfig", exported: Mapping[str, Any], checked: Mapping[str, Any]) -> Section:

@@ -115,16 +115,8 @@ def run(config: RoundsConfig, workdir: Path) -> dict[str, Any]:
         InputError: a pool is too small or cannot be read.
         exit_codes.Stop: it was told to stop; the same command goes on.
     """
-    workdir = workdir.resolve()  # pools of later rounds lie in it, and are known by their paths
-    verify.check(config.verification)
-    _claim(workdir, config)
-    pools, manifests = config.pools, list[dict[str, Any]]()
-    for number in range(1, config.num_rounds + 1):
-        if manifests:
-            pools = next_pools(
-                pools, Seeds(**_names(manifests[-1])), number - 1, manifests[-1]["counts"], _folder(workdir, number - 1)
-            )
-        manifests.append(run_round(config, workdir, number, pools))
+    workdir = workdir.resolve()
+    manifests = run_rounds(config, workdir)
     filtered = {f"{KEPT}_{m['round']}": str(_folder(workdir, m["round"]) / KEPT) for m in manifests}
     compared = _verify(config, {RAW: config.raw, **filtered, **config.compare}, workdir)
     last = f"{KEPT}_{config.num_rounds}"
@@ -137,6 +129,25 @@ def run(config: RoundsConfig, workdir: Path) -> dict[str, Any]:
     write_json(workdir / RESULTS_FILE, results)
     print(f"{compared['verdict']}\nreport: {write_rounds_report(workdir, results)}")
     return results
+
+
+def run_rounds(config: RoundsConfig, workdir: Path) -> list[dict[str, Any]]:
+    """Makes the rounds that `workdir` lacks, without verifying what they keep, and returns their manifests.
+
+    Raises:
+        ConfigError, InputError, exit_codes.Stop: as `run`.
+    """
+    workdir = workdir.resolve()  # pools of later rounds lie in it, and are known by their paths
+    verify.check(config.verification)
+    _claim(workdir, config)
+    pools, manifests = config.pools, list[dict[str, Any]]()
+    for number in range(1, config.num_rounds + 1):
+        if manifests:
+            pools = next_pools(
+                pools, Seeds(**_names(manifests[-1])), number - 1, manifests[-1]["counts"], _folder(workdir, number - 1)
+            )
+        manifests.append(run_round(config, workdir, number, pools))
+    return manifests
 
 
 def run_round(config: RoundsConfig, workdir: Path, number: int, pools: Pools) -> dict[str, Any]:

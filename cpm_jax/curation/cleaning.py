@@ -12,6 +12,7 @@ from cpm_jax.curation.extra import import_extra
 from cpm_jax.curation.filters import TextFilter, with_text
 
 _NOT_PLAIN = re.compile(r"[^\n\t -~]")  # all that ftfy could mend
+_NOT_PLAIN_LINES = re.compile(r"^.*[^\n\t -~].*\n?", re.MULTILINE)
 
 
 @functools.cache
@@ -38,8 +39,13 @@ class FixEncoding(TextFilter):
         """Returns the document, mended."""
         if not _NOT_PLAIN.search(document.text):
             return document
-        ftfy, config = _fixer()
-        return with_text(document, change_prose(document.text, lambda text: ftfy.fix_text(text, config)))
+        return with_text(document, change_prose(document.text, _mend))
+
+
+def _mend(text: str) -> str:
+    """As ftfy mends it, which goes line by line, and slowly: it is spared those that have nothing to mend."""
+    ftfy, config = _fixer()
+    return _NOT_PLAIN_LINES.sub(lambda line: ftfy.fix_text(line[0], config), text)
 
 
 _EMAIL = re.compile(

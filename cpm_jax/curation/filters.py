@@ -2,9 +2,20 @@
 
 import abc
 import dataclasses
+from pathlib import PurePath
+from typing import Any
 
 from cpm_jax.common.config import ConfigError, config_dataclass
-from cpm_jax.curation.document import Document
+from cpm_jax.curation.document import Document, apply_filters
+
+# Endings of files that are programs, or their settings.
+# fmt: off
+SOURCE_FILES = (
+    ".c", ".cc", ".cfg", ".cmake", ".cpp", ".cs", ".css", ".cu", ".cuh", ".gin", ".go", ".h", ".hpp", ".hs", ".ini",
+    ".java", ".jl", ".js", ".jsx", ".kt", ".lua", ".m", ".mk", ".ml", ".php", ".pl", ".proto", ".py", ".pyi", ".pyx",
+    ".r", ".rb", ".rs", ".scala", ".sh", ".sql", ".swift", ".toml", ".ts", ".tsx", ".vue", ".yaml", ".yml",
+)
+# fmt: on
 
 
 @config_dataclass
@@ -41,6 +52,25 @@ class TextFilter(abc.ABC):
             if value is not None and not 0 <= value <= 1:
                 field = f"{type(self).__name__}.{name}"
                 raise ConfigError(f"{field} = {value}: must be None or in [0, 1]", field)
+
+
+@config_dataclass
+class ExceptSourceFiles:
+    """Applies filters to all documents but the source files of programs, which no rule for prose fits.
+
+    Attributes:
+        filters: what to apply, in order.
+        endings: of the files that pass unchanged, by the names that are their ids; records of tables have none.
+    """
+
+    filters: tuple[Any, ...] | list[Any]
+    endings: tuple[str, ...] | list[str] = SOURCE_FILES
+
+    def __call__(self, document: Document) -> Document:
+        """The document, perhaps changed or dropped."""
+        if PurePath(document.id).suffix.lower() in self.endings:
+            return document
+        return apply_filters(document, self.filters)
 
 
 def with_text(document: Document, text: str) -> Document:

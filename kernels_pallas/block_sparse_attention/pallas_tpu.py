@@ -97,7 +97,7 @@ def block_sparse_attention(
     tokens = token_tables(query_positions, query_segments, key_segments, block_size)
     spec = ArgSpec(
         batch_size,
-        q.shape[1],
+        k.shape[1],
         num_heads=num_heads,
         num_kv_heads=k.shape[2],
         head_dim=width,
@@ -126,7 +126,7 @@ def _attention_fwd(
     unions = _unions(block_ids, k.shape[1], spec.block_size)
     q_rows = _to_rows(q, k.shape[2])
     kv = _key_blocks(k, v, spec.block_size)
-    out, lse = _forward(spec, scale, interpret, in_order, q_rows, kv, unions, tokens)
+    out, lse = _forward(spec, scale, interpret, q_rows, kv, unions, tokens)
     out, lse = _from_rows(out, q.shape), _from_stats(lse, q.shape[2])
     return (out, lse), (q, k, v, unions, tokens, out, lse)
 
@@ -193,7 +193,6 @@ def _forward(
     spec: ArgSpec,
     scale: float,
     interpret: Any,
-    in_order: bool,
     q: Array,
     kv: Array,
     unions: TileUnions,
@@ -217,7 +216,7 @@ def _forward(
             pltpu.VMEM((num_rows, width), jnp.float32),
         ],
         compiler_params=compiler_params(3),
-        cost_estimate=forward_cost(spec) if in_order else None,  # counted for whole rows only
+        cost_estimate=forward_cost(spec, share=num_tiles * TILE / spec.seq_len),
         interpret=interpret,
         name="block_sparse_attention_forward",
     )(q, *operands)
@@ -314,7 +313,7 @@ def _backward(
             *[pltpu.SemaphoreType.DMA((DQ_BUFFERS,))] * 2,
         ],
         compiler_params=compiler_params(4),
-        cost_estimate=backward_cost(spec) if in_order else None,
+        cost_estimate=backward_cost(spec, share=num_tiles * TILE / spec.seq_len),
         interpret=interpret,
         name="block_sparse_attention_backward",
     )(

@@ -52,6 +52,20 @@ def memory(compiled):
     return analysis.temp_size_in_bytes + analysis.argument_size_in_bytes + analysis.output_size_in_bytes
 
 
+def gradients(spec):
+    """Attention's output and gradients."""
+
+    def run(q, k, v, ids, segments, positions=None):
+        def attend(q, k, v):
+            options = {"block_size": spec.block_size, "segment_ids": segments, "query_positions": positions}
+            return api.block_sparse_attention(q, k, v, ids, **options)
+
+        out, vjp = jax.vjp(attend, q, k, v)
+        return out, *vjp(out)
+
+    return run
+
+
 @pytest.mark.parametrize(
     ("topology", "name"),
     [
@@ -70,19 +84,26 @@ def memory(compiled):
 )
 def test_block_sparse_attention_compiles(topology, name):
     spec = ARG_SPECS[name]
-
-    def gradients(q, k, v, ids, segments):
-        def attend(q, k, v):
-            return api.block_sparse_attention(q, k, v, ids, block_size=spec.block_size, segment_ids=segments)
-
-        out, vjp = jax.vjp(attend, q, k, v)
-        return out, *vjp(out)
-
-    compiled = compile_for_one_chip(topology, gradients, spec.abstract_args())
+    compiled = compile_for_one_chip(topology, gradients(spec), spec.abstract_args())
     text = compiled.as_text()
     assert all(f"block_sparse_attention_{kernel}" in text for kernel in ("forward", "backward"))
     # Nothing of queries x keys, not even a bit each: 8 GiB of them at 128K. What there is grows with the length.
     assert memory(compiled) < max(spec.seq_len, 4096) * 2**15 * np.dtype(spec.dtype).itemsize
+
+
+@pytest.mark.parametrize(("topology", "name"), [("v5p:2x2x1", "minicpm4_8b_128k"), ("v6e:2x2", "minicpm4_8b_32k")])
+def test_block_sparse_attention_compiles_for_an_eighth_of_the_queries(topology, name):
+    """As each device of a context axis has them."""
+    spec = ARG_SPECS[name]
+    q, k, v, ids, segments = spec.abstract_args()
+    part = spec.seq_len // 8
+    q, ids = jax.ShapeDtypeStruct((1, part, *q.shape[2:]), q.dtype), jax.ShapeDtypeStruct((1, 2, part, 96), ids.dtype)
+    positions = jax.ShapeDtypeStruct(q.shape[:2], ids.dtype)
+    compiled = compile_for_one_chip(topology, gradients(spec), (q, k, v, ids, segments, positions))
+    text = compiled.as_text()
+    assert all(f"block_sparse_attention_{kernel}" in text for kernel in ("forward", "backward"))
+    keys = spec.num_kv_heads * spec.seq_len * 2 * spec.head_dim * 2  # bytes
+    assert memory(compiled) < part * 2**16 + 8 * keys
 
 
 @pytest.mark.parametrize(("topology", "name"), [("v4:2x2x1", "minicpm4_8b_128k"), ("v6e:2x2", "minicpm4_0.5b_32k")])

@@ -8,11 +8,31 @@ import time
 import numpy as np
 import pytest
 
-from benchmarks import verification_trust
+from benchmarks import verification_trust_study
 from benchmarks.results import Benchmark
 from benchmarks.verification_corpora import CHUNK, QUALITY, Corpora, chunks, shuffled, templated, with_boilerplate
-from benchmarks.verification_trust import RECIPES, Batches, Rows, Study, add_rows, analyse, prepare
+from benchmarks.verification_trust import GIN_FILE, Sized, claim, read_recipe
+from benchmarks.verification_trust_report import add_rows, analyse
+from benchmarks.verification_trust_study import Batches, Recipe, Rows, Study, prepare, small_model
+from cpm_jax.common.config import ConfigError
+from cpm_jax.common.gin_files import list_gin_files
 from cpm_jax.data.records import PackedRecord
+from cpm_jax.modeling.model_size import count_params
+
+SMOKE = Recipe(
+    model=small_model(512, 1, 32, 1, 128),
+    peak_lr=0.01,
+    seq_len=64,
+    batch_size=10,
+    stable_steps=6,
+    decay_steps=2,
+    verify_seeds=2,
+    scratch_seeds=1,
+    characters=60_000,
+    parts=2,
+    passages=10,
+    passage=150,
+)
 
 
 def test_shuffling_keeps_the_words_and_nothing_else(pool_texts):
@@ -61,6 +81,34 @@ def test_each_epoch_has_every_row_once_and_batches_are_addressed_by_step():
     assert batch["source_ids"].tolist() == [0, 0, 0, 1, 1]
 
 
+def test_every_size_is_a_gin_file_and_the_larger_ones_are_larger():
+    folder = GIN_FILE.rpartition("/")[0]
+    files = [path for path in list_gin_files(folder) if path.name.startswith("verification_trust")]
+    found = {path.stem: read_recipe(f"{folder}/{path.name}", []).recipe for path in files}
+    size = {name: (count_params(r.model).total, r.stable_steps * r.batch_size * r.seq_len) for name, r in found.items()}
+    base, hours, gpu = (f"verification_trust{end}" for end in ("", "_3h", "_gpu"))
+    assert set(size) == {base, hours, gpu}
+    assert size[base] == (229_696, 512_000)
+    assert 0.5e6 < size[hours][0] < 5e6
+    assert 5e6 < size[hours][1] < 20e6
+    assert 10 < size[gpu][0] / size[base][0] < 100
+    assert read_recipe(GIN_FILE, ["--gin.DECAY_STEPS=7"]).recipe == dataclasses.replace(found[base], decay_steps=7)
+
+
+def test_a_batch_that_cannot_be_divided_is_refused():
+    with pytest.raises(ConfigError, match=r"Recipe.batch_size = 12: must be divisible by 10"):
+        dataclasses.replace(SMOKE, batch_size=12)
+
+
+def test_a_workdir_knows_its_study_and_refuses_another(tmp_path):
+    with pytest.raises(ConfigError, match="give a --gin_file"):
+        claim(tmp_path, None)
+    asked = Sized("mine", SMOKE)
+    assert claim(tmp_path, asked) == claim(tmp_path, None) == claim(tmp_path, asked) == asked
+    with pytest.raises(ConfigError, match="decay_steps: 2 there, now 3"):
+        claim(tmp_path, Sized("mine", dataclasses.replace(SMOKE, decay_steps=3)))
+
+
 @pytest.mark.slow
 def test_a_study_that_was_cut_off_goes_on_and_says_what_it_found(pool_texts, tmp_path, monkeypatch):
     prose, code = pool_texts["prose"], pool_texts["code"]
@@ -70,16 +118,15 @@ def test_a_study_that_was_cut_off_goes_on_and_says_what_it_found(pool_texts, tmp
         parts=[prose[::2], prose[1::2]],
         held_out={"prose": [text[:150] for text in prose[:30]], "code": [text[:150] for text in code[:30]]},
     )
-    monkeypatch.setattr(verification_trust, "read_corpora", lambda *_, **__: texts)
-    recipe = dataclasses.replace(RECIPES["smoke"], stable_steps=6, decay_steps=2)
-    prepare(recipe, tmp_path, tmp_path / "corpora.npz")
-    assert not Study(recipe, tmp_path).run(deadline=time.monotonic() - 1)  # the base, and no cell
-    study = Study(recipe, tmp_path)
+    monkeypatch.setattr(verification_trust_study, "read_corpora", lambda *_, **__: texts)
+    prepare(SMOKE, tmp_path, tmp_path / "corpora.npz")
+    assert not Study(SMOKE, tmp_path).run(deadline=time.monotonic() - 1)  # the base, and no cell
+    study = Study(SMOKE, tmp_path)
     assert study.run(deadline=float("inf"))
     first = study.path(*study.cells()[0])
     written = first.read_text()
     first.unlink()
-    assert Study(recipe, tmp_path).run(deadline=float("inf"))
+    assert Study(SMOKE, tmp_path).run(deadline=float("inf"))
     assert json.loads(first.read_text())["bits"] == json.loads(written)["bits"]
     result = analyse(study)
     assert result["figures"]["shuffled"]["verify"] == result["figures"]["french"]["verify"]  # here the same text

@@ -1,7 +1,10 @@
 """Texts are mended, and code and formulas are left alone."""
 
+import random
+
 import pytest
 
+from cpm_jax.curation import cleaning
 from cpm_jax.curation.cleaning import FixEncoding, MaskPersonalData, RemoveBoilerplate
 from cpm_jax.curation.document import Document
 
@@ -28,6 +31,30 @@ def text_after(clean, text: str) -> str:
 def test_encodings_are_mended_and_typography_stays(bad, good):
     assert text_after(FixEncoding(), bad) == good
     assert text_after(FixEncoding(), f"{bad}\n\n{CODE}") == f"{good}\n\n{CODE}"
+
+
+MIXED = [
+    "plain line\n",
+    "\n",
+    "\r\n",
+    "donâ€™t\n",
+    "tab\tand Ã©\r\n",
+    "bell\x07",
+    "a\x0bb\n",
+    "a\u2028b\x85c\n",
+    "\x1b[1mbold\x1b[0m\n",
+    "e\u0301\n",
+    "l'Ã©tÃ© `donâ€™t` ",
+    "&lt;\n",
+]
+
+
+def test_lines_that_are_spared_are_those_that_ftfy_leaves():
+    ftfy, config = cleaning._fixer()
+    draw = random.Random(0)
+    for _ in range(500):
+        text = "".join(draw.choices(MIXED, k=draw.randrange(1, 8)))
+        assert cleaning._mend(text) == ftfy.fix_text(text, config)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import pytest
 from cpm_jax.common.config import ConfigError
 from cpm_jax.curation.c4 import C4Quality
 from cpm_jax.curation.document import Document, as_predicate
+from cpm_jax.curation.filters import ExceptSourceFiles
 from cpm_jax.curation.fineweb import FineWebQuality
 from cpm_jax.curation.gopher import GopherQuality, GopherRepetition
 from cpm_jax.curation.words import split_words
@@ -203,3 +204,23 @@ def test_filters_serve_other_frameworks():
 def test_bad_thresholds_are_named(make):
     with pytest.raises(ConfigError, match=r"must be None or in \[0, 1\]"):
         make()
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [
+        ("a/b.py", True),
+        ("B.C", True),
+        ("notes.md", False),
+        ("a.py/notes", False),
+        ("table.parquet:12", False),
+        ("", False),
+    ],
+)
+def test_source_files_pass_filters_of_prose(name, kept):
+    judge = pickle.loads(pickle.dumps(ExceptSourceFiles((GopherQuality(),))))
+    document = Document("x = 1", name, language="en")
+    judged = judge(document)
+    assert (judged == document) is kept
+    assert judged.dropped == ("" if kept else "gopher: too few words")
+    assert not judge(Document(prose(60), name, language="en")).dropped

@@ -104,3 +104,11 @@ def test_what_a_mode_needs_is_said(settings, said):
 def test_a_folder_without_a_classifier_is_said(tmp_path, pool_files):
     with pytest.raises(InputError, match="holds no classifier"):
         run(ClassifyConfig(mode="score", trained=str(tmp_path), input=pool_files["code"]), tmp_path / "out")
+
+
+def test_sources_without_a_usable_document_are_said(scoring, tmp_path):
+    source = tmp_path / "wrong.jsonl"
+    source.write_text('{"content": "no such field"}\n{"text": ""}\n')
+    with pytest.raises(InputError, match=r"no document of .*wrong.jsonl can be used; set aside: .*missing field"):
+        run(dataclasses.replace(scoring, input=str(source)), tmp_path / "run")
+    assert not (tmp_path / "run" / "summary.json").exists()

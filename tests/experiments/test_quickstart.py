@@ -6,12 +6,16 @@ import pytest
 from cpm_jax.checkpoints.manager import CheckpointConfig
 from cpm_jax.common.config import ConfigError, InputError
 from cpm_jax.common.metrics import read_metrics
+from cpm_jax.curation.dedup import DedupConfig
+from cpm_jax.curation.gopher import GopherQuality
+from cpm_jax.curation.pipeline import PipelineConfig
 from cpm_jax.data.manifest import Manifest, Shard, Split
 from cpm_jax.data.prepare import PrepareConfig
 from cpm_jax.training.loop import TrainConfig
 from cpm_jax.training.schedules import wsd
 from experiments import quickstart
-from experiments.quickstart import QuickstartConfig, Stages, pretrain_config, run
+from experiments.curate import CurateConfig
+from experiments.quickstart import QuickstartConfig, Stages, pretrain_config, run, stage_names
 
 
 @pytest.fixture
@@ -25,6 +29,13 @@ def text(tmp_path):
         (folder / f"zh{number}.txt").write_text(f"第{number}篇。" + "学而时习之,不亦说乎?" * (number + 3) + "\n")
     (folder / "broken.bin").write_bytes(b"\x00\x01\x02" * 50)
     return folder
+
+
+@pytest.fixture
+def curation(text) -> CurateConfig:
+    """Drops the Chinese texts, and what is a duplicate."""
+    filters = (GopherQuality(stop_words=("word0", "word1", "word2")),)
+    return CurateConfig(PipelineConfig(str(text), filters, DedupConfig(bands=0), num_workers=0))
 
 
 @pytest.fixture
@@ -82,6 +93,21 @@ def test_a_stage_that_fails_is_not_done_and_its_time_counts(tmp_path):
     again = Stages(tmp_path, "a")
     assert again.do("pretrain", lambda: {"x": 1}) == {"x": 1}
     assert again.seconds["pretrain"] >= before > 0
+
+
+def test_curation_needs_its_settings_and_verification_needs_curation(config):
+    with pytest.raises(ConfigError, match="curation = None: with curate = True a CurateConfig"):
+        dataclasses.replace(config, curate=True)
+    with pytest.raises(ConfigError, match=r"verify = True: .* needs curate = True"):
+        dataclasses.replace(config, verify=True)
+
+
+def test_the_stages_are_those_that_are_asked_for(config, curation):
+    assert stage_names(config) == quickstart.STAGES
+    curated = dataclasses.replace(config, curate=True, curation=curation)
+    assert stage_names(curated) == ("curate", *quickstart.STAGES)
+    verified = dataclasses.replace(curated, verify=True)
+    assert stage_names(verified) == ("curate", *quickstart.STAGES[:-1], "verify", "report")
 
 
 @pytest.mark.parametrize(
@@ -149,3 +175,34 @@ def test_from_text_to_report_interrupted_and_resumed(config, tmp_path, monkeypat
     run(config, workdir)
     assert f"this quickstart is done; its report is {workdir / 'report.html'}" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*")} == before
+
+
+@pytest.mark.slow
+def test_curated_text_is_trained_on_and_compared_with_the_raw_one(config, curation, text, tmp_path, capsys):
+    for number in range(40):
+        words = " ".join(f"word{(number + i) % 7}" for i in range(60))
+        (text / f"more{number}.txt").write_text(f"Text {number} of more: {words}\n")
+    workdir = tmp_path / "run"
+    config = dataclasses.replace(
+        config, curate=True, verify=True, curation=curation, verify_steps=3, verify_seeds=1, num_samples=1
+    )
+    run(config, workdir)
+    said = capsys.readouterr().out
+    assert "[1/9] curate" in said
+    assert "[8/9] verify" in said
+    found = json.loads((workdir / "stages.json").read_text())["stages"]
+    assert list(found) == list(stage_names(config))
+    curated = found["curate"]["result"]
+    assert curated["documents"] == 48
+    assert sum(curated["drops"].values()) == 12  # the Chinese ones, and two of a single word
+    assert curated["train"] + curated["held_out"] == 48
+    assert curated["candidates"]["raw"] > curated["candidates"]["curated"] > 0
+    trained_on = Manifest.load(workdir / "data")
+    assert sum(split.documents for split in trained_on.splits.values()) == curated["train"]
+    verified = found["verify"]["result"]
+    assert set(verified["scores"]) == {"curated", "raw", "default"}
+    assert verified["items"] == {"held_out": curated["held_out"]}
+    page = (workdir / "report.html").read_text("utf-8")
+    for words in ("Is the curated text better than the raw one?", "48 of 60 documents are kept", "gopher:"):
+        assert words in page
+    assert verified["verdict"].split(" (")[0] in page

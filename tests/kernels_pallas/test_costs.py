@@ -118,6 +118,29 @@ def test_the_kernels_are_declared_with_these_costs():
         assert costs[f"block_sparse_attention_{name}"] == (cost.flops, cost.bytes_accessed)
 
 
+def test_a_part_of_the_queries_costs_its_share():
+    """As on a context axis, where every device has some queries and all keys."""
+    spec = ARG_SPECS["minicpm4_8b_32k"]
+    whole, part = sparse.forward_cost(spec), sparse.forward_cost(spec, share=1 / 8)
+    assert 8 * part.flops == pytest.approx(whole.flops)
+    assert 8 * part.bytes_accessed == pytest.approx(whole.bytes_accessed)
+    whole, part = sparse.backward_cost(spec), sparse.backward_cost(spec, share=1 / 8)
+    assert 8 * part.flops == pytest.approx(whole.flops)
+    keys = 4 * spec.num_kv_heads * spec.seq_len * 2 * 128  # read and written whole by each
+    assert part.bytes_accessed > whole.bytes_accessed / 8 + 7 / 8 * keys
+
+    q, k, v, ids, segments = spec.abstract_args()
+    q, ids = (jax.ShapeDtypeStruct(s, x.dtype) for s, x in (((1, 4096, 32, 128), q), ((1, 2, 4096, 96), ids)))
+    positions = jax.ShapeDtypeStruct((1, 4096), jnp.int32)
+
+    def loss(q, k, v, ids, segments, positions):
+        out, _ = sparse_tpu.block_sparse_attention(q, k, v, ids, segments, 64, 1.0, positions)
+        return out.astype(jnp.float32).sum()
+
+    costs = declared(jax.grad(loss), q, k, v, ids, segments, positions)
+    assert costs["block_sparse_attention_backward"] == (part.flops, part.bytes_accessed)
+
+
 def test_selection_is_declared_with_its_cost_for_each_span():
     spec = SELECTION_SPECS["minicpm4_8b_4k"]
     q, fine, coarse, _ = spec.abstract_args()

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 
 from cpm_jax.common.config import ConfigError
 from cpm_jax.common.sharding import MeshConfig, make_mesh
+from cpm_jax.modeling.config import SparseConfig
 from cpm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from cpm_jax.training.schedules import Phase, ScheduleConfig
 from cpm_jax.training.train_state import abstract_state, init_state
@@ -80,11 +81,8 @@ def test_the_state_keeps_its_layout(config, optimizer, batch):
     )
 
 
-def test_context_exchanges_tokens_for_heads(config, optimizer):
-    """Attention needs whole rows: no device gathers them, nor computes what another does."""
-    mesh = make_mesh(MeshConfig(fsdp=2, context=4))
-    config = dataclasses.replace(config, num_kv_heads=4)  # with fewer, keys and values are gathered
-    rows, length = 4, 64
+def collectives(config, optimizer, mesh, rows, length):
+    """What the program of a training step exchanges, a line each."""
     shardings = batch_sharding(mesh)
     batch = {
         key: jax.ShapeDtypeStruct(
@@ -94,11 +92,30 @@ def test_context_exchanges_tokens_for_heads(config, optimizer):
     }
     step = make_train_step(config, optimizer, mesh=mesh)
     program = step.lower(abstract_state(config, optimizer, mesh), batch).compile().as_text()
-    found = [line for line in program.splitlines() if re.search(r"all-(to-all|gather|reduce)\(", line)]
+    return [line for line in program.splitlines() if re.search(r"(all-(to-all|gather|reduce)|reduce-scatter)\(", line)]
+
+
+def test_context_exchanges_tokens_for_heads(config, optimizer):
+    """Attention needs whole rows: no device gathers them, nor computes what another does."""
+    config = dataclasses.replace(config, num_kv_heads=4)  # with fewer, keys and values are gathered
+    rows, length = 4, 64
+    found = collectives(config, optimizer, make_mesh(MeshConfig(fsdp=2, context=4)), rows, length)
     exchanged = [line for line in found if "all-to-all(" in line and "self_attn" in line]
     assert len(exchanged) >= 8  # q, k, v and the output, and their gradients
     whole_rows = re.compile(rf"= \(?f32\[{rows // 2},{length},(\d+,)?\d+\]")
     assert [line for line in found if whole_rows.search(line) and "replica_groups={{0},{1}" not in line] == []
+
+
+def test_queries_of_sparse_attention_stay_where_they_are(config, optimizer):
+    """Only keys and values are gathered, and their gradients brought back; selection gathers keys besides."""
+    sizes = {"kernel_size": 4, "kernel_stride": 2, "block_size": 8, "window_size": 8, "topk": 2, "dense_len": -1}
+    config = dataclasses.replace(config, sparse_config=SparseConfig(**sizes))
+    assert config.num_kv_heads < config.num_heads
+    found = collectives(config, optimizer, make_mesh(MeshConfig(fsdp=2, context=4)), 4, 64)
+    assert [line for line in found if "all-to-all(" in line] == []
+    whole = [line for line in found if "self_attn" in line and re.search(r"= \(?f32\[2,64,", line)]
+    assert {re.search(r"f32\[2,64,(\d+),", line)[1] for line in whole} == {str(config.num_kv_heads)}
+    assert len([line for line in whole if "all-gather(" in line]) >= 2
 
 
 def test_parameters_and_moments_are_divided(config, optimizer):
