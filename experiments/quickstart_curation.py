@@ -17,10 +17,10 @@ from cpm_jax.common.files import write_text
 from cpm_jax.curation.document import Document
 from cpm_jax.curation.extra import import_extra
 from cpm_jax.curation.pipeline import curate
+from cpm_jax.curation.places import DATA_DIR
 from cpm_jax.curation.pools import position
 from cpm_jax.curation.readers import Damage, Reading, plan_shards, read_shard
-from cpm_jax.curation.shards import DATA_DIR
-from cpm_jax.curation.writers import ShardWriter
+from cpm_jax.curation.writers import shard_writer
 from cpm_jax.data.errors import DataError
 from cpm_jax.data.prepare import PrepareConfig
 from experiments.curate import evaluation_texts, summary
@@ -143,7 +143,7 @@ def _row(document: Document) -> dict[str, Any]:
 def write(path: Path, rows: Iterable[dict[str, Any]]) -> int:
     """Writes rows as jsonl and returns how many there are."""
     count = 0
-    with ShardWriter(path) as writer:
+    with shard_writer(path) as writer:
         for row in rows:
             writer.write(row)
             count += 1
