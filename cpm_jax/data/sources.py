@@ -350,7 +350,7 @@ class _Files:
         """
         for folder, subfolders, files in folders:
             subfolders.sort()
-            inside = root / folder
+            inside = Path(folder) if isinstance(folder, str) else folder
             for subfolder in list(subfolders):
                 name = _printable((inside / subfolder).relative_to(root).as_posix())
                 reason = ""

@@ -207,6 +207,15 @@ def test_ids_do_not_depend_on_where_a_source_lies(tmp_path):
     assert ids[0] == ids[1]
 
 
+def test_a_folder_by_a_relative_name(tmp_path, monkeypatch):
+    (tmp_path / "text" / "more").mkdir(parents=True)
+    for name in ("a.txt", "more/b.txt"):
+        (tmp_path / "text" / name).write_text(name)
+    monkeypatch.chdir(tmp_path)
+    found = list(read_documents("text"))
+    assert [(document.id, document.text) for document in found] == [("a.txt", "a.txt"), ("more/b.txt", "more/b.txt")]
+
+
 def test_glob(tmp_path):
     make_tree(tmp_path)
     assert texts(tmp_path / "**/*.py") == ["x = 1\n"]
