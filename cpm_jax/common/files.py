@@ -38,6 +38,11 @@ def as_path(place: str | os.PathLike[str]) -> Path:
     return cast(Path, path)
 
 
+def absolute(place: str | os.PathLike[str]) -> str:
+    """The same place for processes that work in other folders; a URL is that already."""
+    return str(place) if "://" in str(place) else os.path.abspath(place)
+
+
 @contextlib.contextmanager
 def whole_file(path: Path, temporary_dir: Path | None = None) -> Iterator[BinaryIO]:
     """A file to write that gets its name, and so appears, when the block ends well.

@@ -23,7 +23,7 @@ from typing import Any
 from tqdm import tqdm
 
 from cpm_jax.common.config import ConfigError, config_dataclass
-from cpm_jax.common.files import as_path, remove_folder, whole_file
+from cpm_jax.common.files import absolute, as_path, remove_folder, whole_file
 from cpm_jax.curation.card import dataset_card
 from cpm_jax.curation.decontamination import Decontaminate, build_index
 from cpm_jax.curation.dedup import DedupConfig
@@ -147,7 +147,7 @@ def curate(
         DataError: a source does not exist or holds nothing that can be used, or has changed since the interrupted
             call; the folder was made with other arguments; the disk is full.
     """
-    places = Places(str(output_dir))
+    places = Places(absolute(output_dir))
     output_dir = places.output_dir
     evaluation_sets = evaluation_sets or {}
     arguments = config.arguments() | {"evaluation_sets": {name: _digest(t) for name, t in evaluation_sets.items()}}

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from cpm_jax.common.files import as_path
+from cpm_jax.common.files import absolute, as_path
 from cpm_jax.curation.document import Document
 from cpm_jax.curation.extra import import_extra
 from cpm_jax.curation.html import Extractor, extract_text
@@ -49,7 +49,7 @@ class InputShard:
     Attributes:
         index: its place among all shards.
         source: the source string it belongs to.
-        files: paths or URLs, and their names within the source; none for TFDS.
+        files: absolute paths or URLs, and their names within the source; none for TFDS.
         num_bytes: of the files; 0 where that is not known.
     """
 
@@ -125,11 +125,11 @@ def plan_shards(
             num_bytes = path.stat().st_size if path.is_file() else 0
             if _kind(path.name) in _MANY_DOCUMENTS:
                 end_group()
-                shards.append(InputShard(len(shards), source, ((str(path), name),), num_bytes))
+                shards.append(InputShard(len(shards), source, ((absolute(path), name),), num_bytes))
                 continue
             if group_bytes + num_bytes > GROUP_BYTES:
                 end_group()
-            group.append((str(path), name))
+            group.append((absolute(path), name))
             group_bytes += num_bytes
         end_group()
     return shards, rejects

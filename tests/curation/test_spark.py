@@ -134,14 +134,17 @@ def damaged_corpus(root: Path) -> Path:
     return root
 
 
-def test_a_cluster_writes_the_bytes_of_the_pool_through_urls_too(cluster, tmp_path):
-    source = damaged_corpus(tmp_path / "in")
+def test_a_cluster_writes_the_bytes_of_the_pool_through_urls_too(cluster, tmp_path, monkeypatch):
+    """Sources by a relative name: workers have other working folders than the driver."""
+    damaged_corpus(tmp_path / "in")
     filters = (GopherQuality(),)
-    expected = curate(PipelineConfig(str(source), filters, num_workers=0), tmp_path / "pool", progress=False)
+    monkeypatch.setenv("PYTHONPATH", os.getcwd())
+    monkeypatch.chdir(tmp_path)
+    expected = curate(PipelineConfig("in", filters, num_workers=0), "pool", progress=False)
     assert expected["drops"].keys() >= {"exact duplicate", "near duplicate"}
     assert [item["id"] for item in expected["quarantined"]] == ["4.parquet:1"]
-    command = [sys.executable, "-m", "experiments.run", "curate", f"--workdir={tmp_path / 'run'}"]
-    command += [f"--gin.DATA={source}", f"--gin.SPARK_MASTER={cluster.url}", "--gin.EVALUATION_SETS=()"]
+    command = [sys.executable, "-m", "experiments.run", "curate", "--workdir=run"]
+    command += ["--gin.DATA=in", f"--gin.SPARK_MASTER={cluster.url}", "--gin.EVALUATION_SETS=()"]
     command += ["--gin.FILTERS=(@gopher.GopherQuality(),)", f"--gin.OUTPUT_DIR=file://{tmp_path / 'spark'}"]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
