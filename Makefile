@@ -49,7 +49,7 @@ quickstart: $(VENV)/.run $(if $(CURATE)$(VERIFY),$(VENV)/.curate) ## real text t
 
 DEMO = runs/rounds_demo
 
-rounds-demo: $(VENV)/.run $(VENV)/.curate ## two rounds of verified seeds, classifier and filter on Python's own texts: minutes, no download
+rounds-demo: $(VENV)/.run $(VENV)/.curate ## two rounds of verified seeds, classifier and filter on Python's own texts, without a download
 	test -e $(DEMO)/texts/held_out.jsonl || $(RUN) -m benchmarks.rounds_demo_texts $(DEMO)/texts
 	$(RUN) -m experiments.run prepare --workdir=$(DEMO)/default --gin.DATA=$(DEMO)/texts/default.jsonl \
 		--gin.VOCAB_SIZE=2048 --gin.SEQ_LEN=128
