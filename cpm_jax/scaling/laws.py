@@ -195,6 +195,7 @@ def fit_loss(
     delta: float = DELTA,
     squares: bool = False,
     seed: int = 0,
+    start_from: LossLaw | None = None,
 ) -> LossLaw:
     """Fits a law of the loss.
 
@@ -206,15 +207,19 @@ def fit_loss(
         delta: of Huber's loss on log loss.
         squares: least squares of the loss itself instead, to compare with fits that were published so.
         seed: of the bootstrap.
+        start_from: a law of the same form of nearly the same points, to start from instead of a grid.
 
     Raises:
         FitError: too few runs, or all of one size, or of one number of tokens, where the form needs two.
     """
     check(points, form)
     centre = np.array([np.log(values).mean() for values in (points.num_params, points.tokens, points.flops)])
+    if start_from is not None:
+        centre = start_from.centre
     terms = replace(_terms(form, points, centre), squares=squares)
     bounds = _bounds(form, terms.log_y)
-    best = fit(terms, _starts(form, terms.log_y), bounds=bounds, delta=delta)
+    starts = _starts(form, terms.log_y) if start_from is None else [start_from.best.theta]
+    best = fit(terms, starts, bounds=bounds, delta=delta)
 
     def refit(drawn: LogSum, start: Float[np.ndarray, " params"]) -> Float[np.ndarray, " params"]:
         return fit(drawn, [start], bounds=bounds, delta=delta, max_iterations=300).theta
