@@ -6,6 +6,7 @@ Two tables come with a licence and lie in tests/scaling/data. Two have none and 
 """
 
 import argparse
+import contextlib
 import csv
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.results import Benchmark
-from cpm_jax.scaling.hyperparameters import fit_power_law
+from cpm_jax.scaling.fitting import FitError
+from cpm_jax.scaling.hyperparameters import fit_power_law, optimum_on_surface
 from cpm_jax.scaling.laws import compute_optimal, fit_loss, frontier_exponent, make_points
 from cpm_jax.scaling.scores import fit_scores, paired_difference
 
@@ -62,12 +64,13 @@ def steplaw(benchmark: Benchmark, path: Path) -> None:
     for row in read(path):
         if "mlr1.00e-05" in row["exp_name"]:  # one last learning rate for all, as their fit has it
             groups[float(row["N"]), float(row["D"])].append(row)
-    best = {
-        size: min(rows, key=lambda row: float(row["smooth loss"])) for size, rows in groups.items() if len(rows) >= 20
-    }
-    n, d = np.array(list(best)).T
-    rates = [float(row["lr"]) for row in best.values()]
-    batches = [float(row["bs"]) * 2048 for row in best.values()]
+    optima = []
+    for (n, d), rows in groups.items():
+        columns = [[float(row[name]) for row in rows] for name in ("lr", "bs", "smooth loss")]
+        with contextlib.suppress(FitError):  # a size with a few runs, or without a minimum within its grid
+            optima.append((n, d, *optimum_on_surface(*columns)[:2]))
+    n, d, rates, sequences = np.array(optima).T
+    batches = sequences * 2048
     rate, batch = fit_power_law(rates, {"N": n, "D": d}), fit_power_law(batches, {"D": d})
     for name, wanted in (("N", 0.713), ("D", 0.307)):
         low, high = (abs(end) for end in rate.exponent_intervals()[name][1:])
@@ -75,6 +78,7 @@ def steplaw(benchmark: Benchmark, path: Path) -> None:
         add(benchmark, label, abs(rate.exponents[name]), "StepLaw", wanted)
     low, high = batch.exponent_intervals()["D"][1:]
     add(benchmark, f"StepLaw: batch over D, exponent ({low:.2f} to {high:.2f})", batch.exponents["D"], "StepLaw", 0.571)
+    benchmark.add("StepLaw: sizes with a minimum within their grid", "", len(optima), larger_is_better=True)
     ours, theirs = rate.predict(N=1e9, D=1e11), 1.79 * 1e9**-0.713 * 1e11**0.307
     add(benchmark, "StepLaw: learning rate of 1B at 100B tokens", ours, "StepLaw", theirs)
     add(benchmark, "StepLaw: batch at 100B tokens", batch.predict(D=1e11), "StepLaw", 0.58 * 1e11**0.571)

@@ -64,6 +64,45 @@ def optimum_on_grid(values: Sequence[float], losses: Sequence[float]) -> tuple[f
     return float(np.exp(x[best] + shift)), float(low), False, float(max(y[near]) - y[best])
 
 
+def optimum_on_surface(
+    learning_rates: Sequence[float], batches: Sequence[float], losses: Sequence[float], *, within: float = 0.01
+) -> tuple[float, float, float]:
+    """The minimum of losses over learning rate and batch together, between the points of a grid.
+
+    A quadratic in both logarithms is fitted to the runs near the best one: a single best point of a flat surface moves
+    by grid steps with the noise of one run.
+
+    Args:
+        learning_rates: of the runs.
+        batches: of the same runs.
+        losses: of the same runs.
+        within: how far above the least loss a run still counts, in parts of it.
+
+    Returns:
+        Learning rate, batch and loss of the minimum.
+
+    Raises:
+        FitError: fewer than eight runs are near, or they do not enclose a minimum.
+    """
+    y = np.asarray(losses, float)
+    best = int(np.argmin(y))
+    near = y <= y[best] * (1 + within)
+    if near.sum() < 8:
+        raise FitError(f"{near.sum()} runs are within {within:.1%} of the least loss; a surface needs eight")
+    a, b = (np.log(np.asarray(values, float)) for values in (learning_rates, batches))
+    a, b = (a - a[best])[near], (b - b[best])[near]
+    columns = np.stack([np.ones_like(a), a, b, a * a, a * b, b * b], axis=1)
+    found = np.linalg.lstsq(columns, y[near], rcond=None)[0]
+    curvature = np.array([[2 * found[3], found[4]], [found[4], 2 * found[5]]])
+    if np.linalg.eigvalsh(curvature).min() <= 0:
+        raise FitError("the runs near the least loss do not enclose a minimum: widen the grid")
+    at = np.linalg.solve(curvature, -found[1:3])
+    if not (a.min() <= at[0] <= a.max() and b.min() <= at[1] <= b.max()):
+        raise FitError("the minimum lies outside of the runs near the least loss: widen the grid")
+    loss = float(found[0] + found[1:3] @ at + at @ curvature @ at / 2)
+    return float(learning_rates[best] * np.exp(at[0])), float(batches[best] * np.exp(at[1])), loss
+
+
 def find_optima(runs: Sequence[Run], setting: Setting = "learning_rate") -> list[Optimum]:
     """The best setting of each group of runs of one size; repeated settings (seeds) count with their mean loss.
 

@@ -13,6 +13,7 @@ from cpm_jax.scaling.hyperparameters import (
     fit_power_law,
     gradient_noise_scale,
     optimum_on_grid,
+    optimum_on_surface,
     steps_to_loss,
 )
 from cpm_jax.scaling.runs import Run
@@ -52,6 +53,22 @@ def test_an_optimum_at_the_edge_says_so():
     assert (value, loss, at_edge) == (1.0, 1.0, True)
     with pytest.raises(FitError, match="not three or more"):
         optimum_on_grid([1, 2], [1.0, 2.0])
+
+
+def test_the_optimum_of_a_surface_is_found_between_its_points():
+    rates, batches = (grid.ravel() for grid in np.meshgrid(2.0 ** np.arange(-12, -4), 2.0 ** np.arange(10, 18)))
+    x, y = np.log(rates / 0.0031), np.log(batches / 9000)
+    losses = 2.5 + 0.01 * x**2 + 0.006 * y**2 - 0.008 * x * y
+    rate, batch, loss = optimum_on_surface(rates, batches, losses)
+    assert (rate, batch, loss) == pytest.approx((0.0031, 9000, 2.5), rel=1e-6)
+    noisy = losses + 0.002 * np.random.default_rng(0).standard_normal(len(losses))
+    rate, batch, _ = optimum_on_surface(rates, batches, noisy)
+    assert abs(np.log2(rate / 0.0031)) < 0.5
+    assert abs(np.log2(batch / 9000)) < 0.7
+    with pytest.raises(FitError, match="a surface needs eight"):
+        optimum_on_surface(rates[:5], batches[:5], losses[:5])
+    with pytest.raises(FitError, match="widen the grid"):
+        optimum_on_surface(rates, batches, 2.5 + 0.001 * (x + y))
 
 
 def test_unequal_tokens_and_small_grids_are_named():
