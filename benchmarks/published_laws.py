@@ -108,14 +108,15 @@ def gadre(benchmark: Benchmark) -> None:
     )
     published = {("open_lm_1b", "32.0"): (0.7103, 3.6365), ("open_lm_7b", "1.0"): (0.7320, 0.0464)}
     for row in rows:
-        if (wanted := published.get((row["model"], row["multiplier"]))) is None:
+        figures = published.get((row["model"], row["multiplier"]))
+        if figures is None:
             continue
         loss = law.predict(float(row["num_params"]), float(row["tokens"]))
         error = 1 - scores.predict(loss)
         found = (100 * abs(loss / float(row["c4_val_loss"]) - 1), 100 * abs(error / float(row["error_17_tasks"]) - 1))
-        for what, ours, theirs in zip(("loss", "mean error of 17 tasks"), found, wanted, strict=True):
+        for what, measured, theirs in zip(("loss", "mean error of 17 tasks"), found, figures, strict=True):
             name = f"Gadre et al., {row['model']} at {float(row['tokens']):.2g} tokens: error of the predicted {what}"
-            add(benchmark, name, ours, "theirs", theirs, unit="%")
+            add(benchmark, name, measured, "theirs", theirs, unit="%")
 
 
 def porian(benchmark: Benchmark) -> None:
