@@ -32,6 +32,7 @@ from cpm_jax.curation.verification import (
     POINTS,
     Pair,
     Scores,
+    Unit,
     anneal_mixture,
     compare_pairs,
     more_tokens,
@@ -151,16 +152,33 @@ def run(config: VerifyConfig, workdir: Path) -> dict[str, Any]:
 
 
 def check(config: VerifyConfig) -> Start:
-    """Finds where the annealings start, and says before anything is trained that a task does not exist.
+    """Finds where the annealings start, and says before anything is trained which tasks cannot be measured on.
 
     Raises:
-        ConfigError: the checkpoint is not in its stable phase.
+        ConfigError: the checkpoint is not in its stable phase, or the tasks are of both kinds.
         InputError: there is no such checkpoint or task.
     """
     from cpm_jax.evaluation.tasks import TaskOptions, make_tasks
 
-    make_tasks(_tuple(config.tasks), TaskOptions(0, config.limit))
+    tasks = make_tasks(_tuple(config.tasks), TaskOptions(0, config.limit))
+    _unit({task.name: task.main_metric for task in tasks})
     return find_start(config.checkpoint)
+
+
+def _unit(metrics: Mapping[str, str]) -> Unit:
+    """The unit of tasks, by the metric of each.
+
+    Raises:
+        ConfigError: tasks of both kinds, whose figures have no common mean.
+    """
+    in_bits = {metric == "bits_per_byte" for metric in metrics.values()}
+    if len(in_bits) > 1:
+        raise ConfigError(
+            f"VerifyConfig.tasks = {list(metrics)}: bits per byte and right answers have no common mean; verify with "
+            "one kind at a time",
+            field="VerifyConfig.tasks",
+        )
+    return BITS_PER_BYTE if in_bits == {True} else POINTS
 
 
 def find_start(checkpoint: str) -> Start:
@@ -271,21 +289,10 @@ def annealing(config: VerifyConfig, start: Start, candidate: str, seed: int) -> 
 
 
 def read_scores(workdir: Path, candidates: Sequence[str], num_seeds: int) -> Scores:
-    """The items of all cells, as arrays.
-
-    Raises:
-        ConfigError: tasks of both kinds, whose figures have no common mean.
-    """
+    """The items of all cells, as arrays."""
     from cpm_jax.evaluation.results import items_path, read_items
 
     about = _evaluation(workdir, candidates[0], 1)["tasks"]
-    kinds = {name: task["main_metric"] == "bits_per_byte" for name, task in about.items()}
-    if len(set(kinds.values())) > 1:
-        raise ConfigError(
-            f"VerifyConfig.tasks = {list(kinds)}: bits per byte and right answers have no common mean; verify with one "
-            "kind at a time",
-            field="VerifyConfig.tasks",
-        )
     weights: dict[str, np.ndarray] = {}
     values: dict[str, dict[str, np.ndarray]] = {name: {} for name in candidates}
     for task, summary in about.items():
@@ -297,7 +304,7 @@ def read_scores(workdir: Path, candidates: Sequence[str], num_seeds: int) -> Sco
                 rows.append([measured.value for measured in chosen])
                 weights[task] = np.array([measured.weight for measured in chosen], np.float64)
             values[candidate][task] = np.array(rows, np.float64)
-    return Scores(BITS_PER_BYTE if all(kinds.values()) else POINTS, weights, values)
+    return Scores(_unit({name: task["main_metric"] for name, task in about.items()}), weights, values)
 
 
 def summarise(

@@ -184,6 +184,17 @@ def test_what_does_not_fit_is_said(setting, verified, changes, error, said):
         run(dataclasses.replace(setting, **changes), verified[0])
 
 
+def test_tasks_of_both_kinds_are_refused_before_anything_is_claimed_or_trained(setting, tmp_path, monkeypatch):
+    monkeypatch.setattr(pretrain, "run", lambda *_: pytest.fail("trained"))
+    choices = tmp_path / "choices.jsonl"
+    choices.write_text(json.dumps({"question": "Two and two?", "choices": ["four", "five"], "answer": 0}))
+    mixed = dataclasses.replace(setting, tasks=(setting.tasks, str(choices)))
+    with pytest.raises(ConfigError, match=r"VerifyConfig\.tasks = \['held_out', 'choices'\]: .* no common mean"):
+        run(mixed, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert verify.check(dataclasses.replace(setting, tasks=str(choices))).meta["step"] == STABLE
+
+
 def test_a_checkpoint_that_has_decayed_is_refused(verified):
     with pytest.raises(ConfigError, match=r"at step 80 its learning rate is 0\.001, not the 0\.01"):
         verify.find_start(str(cell_folder(verified[0], "prose", 1) / "train"))
