@@ -155,12 +155,19 @@ def check(config: VerifyConfig) -> Start:
     """Finds where the annealings start, and says before anything is trained which tasks cannot be measured on.
 
     Raises:
-        ConfigError: the checkpoint is not in its stable phase, or the tasks are of both kinds.
+        ConfigError: the checkpoint is not in its stable phase, or the tasks are of both kinds, or of neither.
         InputError: there is no such checkpoint or task.
     """
     from cpm_jax.evaluation.tasks import TaskOptions, make_tasks
 
     tasks = make_tasks(_tuple(config.tasks), TaskOptions(0, config.limit))
+    for task in tasks:
+        if task.main_metric != "bits_per_byte" and not task.higher_is_better(task.main_metric):
+            raise ConfigError(
+                f"VerifyConfig.tasks has {task.name!r}, whose figure is {task.main_metric!r}: accepted are bits per byte "
+                "of texts, or shares of right answers",
+                field="VerifyConfig.tasks",
+            )
     _unit({task.name: task.main_metric for task in tasks})
     return find_start(config.checkpoint)
 

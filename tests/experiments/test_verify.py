@@ -195,6 +195,13 @@ def test_tasks_of_both_kinds_are_refused_before_anything_is_claimed_or_trained(s
     assert verify.check(dataclasses.replace(setting, tasks=str(choices))).meta["step"] == STABLE
 
 
+def test_a_task_whose_figure_is_of_neither_kind_is_refused(setting, tmp_path):
+    solved = tmp_path / "sums.jsonl"
+    solved.write_text(json.dumps({"question": "What is 2 + 3?", "reasoning": "Two and three.", "answer": "5"}))
+    with pytest.raises(ConfigError, match=r"VerifyConfig\.tasks has '.*sums.*', whose figure is 'loss'"):
+        run(dataclasses.replace(setting, tasks=f"scaling_bench:{solved}"), tmp_path / "run")
+
+
 def test_a_checkpoint_that_has_decayed_is_refused(verified):
     with pytest.raises(ConfigError, match=r"at step 80 its learning rate is 0\.001, not the 0\.01"):
         verify.find_start(str(cell_folder(verified[0], "prose", 1) / "train"))
