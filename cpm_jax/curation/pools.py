@@ -53,6 +53,33 @@ def read_usable(sources: Sequence[str], text_field: str, rejects: collections.Co
             rejects[damage.reject.reason] += 1
 
 
+def check_pool(name: str, source: str, text_field: str = "text") -> None:
+    """Checks that a candidate has `MIN_DOCUMENTS` usable documents; reads no more of it than shows that.
+
+    Args:
+        name: what to call it.
+        source: of its documents.
+        text_field: field of the text in records.
+
+    Raises:
+        PoolError: it has fewer.
+        DataError: the source does not exist.
+    """
+    rejects: collections.Counter[str] = collections.Counter()
+    texts = set[bytes]()
+    for document in read_usable([source], text_field, rejects):
+        size = len(texts)
+        texts.add(digest(document.text))
+        if len(texts) == size:
+            rejects["duplicate"] += 1
+        if len(texts) == MIN_DOCUMENTS:
+            return
+    raise PoolError(
+        f"the pool {name} ({source}) has {len(texts)} usable documents, needed are at least {MIN_DOCUMENTS}; set "
+        f"aside: {dict(rejects) or 'none'}"
+    )
+
+
 def read_pools(
     positive: Sequence[str], negative: Sequence[str], text_field: str = "text", max_documents: int | None = None
 ) -> tuple[Pool, Pool]:
