@@ -212,9 +212,9 @@ def test_what_of_a_candidate_is_set_aside_is_counted_and_said(setting, tmp_path)
 @pytest.mark.parametrize(
     ("data", "said"),
     [
-        (b'{"txt": "a"}\n{"txt": "b"}\n', r"no document of .* rejected: \{'missing field': 2\}"),
-        (b'{"text": "na\xefve"}\n', r"no document of .* rejected: \{'invalid UTF-8': 1\}"),
-        (b"", r"no document of .* rejected: none"),
+        (b'{"txt": "a"}\n{"txt": "b"}\n', r"no document found in .* \(rejected: \{'missing field': 2\}\)"),
+        (b'{"text": "na\xefve"}\n', r"no document found in .* \(rejected: \{'invalid UTF-8': 1\}\)"),
+        (b"", r"no document found in .* \(rejected: nothing\)"),
         (None, r"source .*bad\.jsonl' does not exist"),
     ],
 )
