@@ -228,7 +228,10 @@ def run_round(config: RoundsConfig, workdir: Path, number: int, pools: Pools) ->
             "sha256": sha256(trained / CLASSIFIER_FILE),
             **{name: learned[name] for name in ("average_precision", "threshold", "examples", "held_out", "pools")},
         },
-        "counts": {name: scored[name] for name in ("documents", KEPT, DROPPED, "bytes", "kept_bytes", "set_aside")},
+        "counts": {
+            name: scored[name]
+            for name in ("documents", KEPT, DROPPED, "bytes", "kept_bytes", "set_aside", "quarantined")
+        },
         "change": compare_scored(before, folder / "score" / SCORED_DIR, classify.SCORE) if number > 1 else None,
         "examples": sample_scored(folder / "score" / SCORED_DIR, classify.SCORE),
         "files": {
