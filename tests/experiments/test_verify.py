@@ -92,7 +92,8 @@ def test_prose_is_better_than_the_same_words_shuffled(verified):
     pair = next(p for p in results["pairs"] if {p["first"], p["second"]} == {"prose", "shuffled"})
     assert pair["first"] == "prose"
     assert pair["seeds"] == 2
-    assert results["verdict"].startswith("prose ")
+    assert pair["significant"]
+    assert results["verdict"].startswith("prose is better than shuffled: +")
 
 
 def test_leaves_a_page_and_the_figures(verified):
