@@ -61,19 +61,18 @@ def expected(corpus, tmp_path_factory):
 
 
 def kill_at(process, output, mark, seconds=0.0):
-    """Kills a job and all its workers some time after so many shards are finished; an error where it ended before."""
+    """Kills a job and all its workers some time after so many shards are finished; fails if it ended before."""
+    end = time.monotonic() + 300
     try:
-        end = time.monotonic() + 120
-        while notes(output) < mark:
-            assert process.poll() is None, process.stderr.read().decode()
-            assert time.monotonic() < end, f"only {notes(output)} of {mark} shards"
+        while (reached := notes(output)) < mark and process.poll() is None and time.monotonic() < end:
             time.sleep(0.002)
         time.sleep(seconds)
-        assert process.poll() is None, process.stderr.read().decode()
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        error = process.communicate()[1]
+    assert reached >= mark, error.decode()
+    assert process.returncode == -signal.SIGKILL, error.decode()
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
@@ -82,11 +81,8 @@ def test_each_shard_has_its_output_once_however_often_all_is_killed(corpus, expe
     draw = random.Random(kills)
     # So that the kills fall on all of the work, each comes when a little more than before is finished.
     marks = sorted(draw.sample(range(1, 2 * SHARDS), kills))
-    counted = 0
     for mark in marks:
         process = start(corpus, output, draw.choice([0, 2]), hold_at=mark)
         kill_at(process, output, mark - draw.choice([0, 1]), draw.random() * 0.05)
-        counted += process.returncode == -signal.SIGKILL
-    assert counted == kills
     finish(start(corpus, output, 2))
     assert digest(output) == expected
