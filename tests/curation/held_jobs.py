@@ -38,4 +38,4 @@ def hold(runner: type[Runner], mark: int) -> None:
             yield shard
         wait()
 
-    runner.map = held  # type: ignore[method-assign]
+    runner.map = held
