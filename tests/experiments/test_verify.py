@@ -86,14 +86,17 @@ def verified(setting, tmp_path_factory):
     return workdir, run(setting, workdir)
 
 
-def test_prose_is_better_than_the_same_words_shuffled(verified):
+def test_prose_is_told_from_code_and_ranks_above_the_same_words_shuffled(verified):
     _, results = verified
-    assert results["ranking"].index("prose") < results["ranking"].index("shuffled")
-    pair = next(p for p in results["pairs"] if {p["first"], p["second"]} == {"prose", "shuffled"})
-    assert pair["first"] == "prose"
+    assert results["ranking"] == ["prose", "shuffled", "default"]
+    pairs = {(pair["first"], pair["second"]): pair for pair in results["pairs"]}
+    assert pairs["prose", "default"]["significant"]
+    assert "better than the default mix alone: prose" in results["verdict"]
+    # A model this small hardly knows order: the verdict has to say what the test of the pair says, and no more.
+    pair = pairs["prose", "shuffled"]
     assert pair["seeds"] == 2
-    assert pair["significant"]
-    assert results["verdict"].startswith("prose is better than shuffled: +")
+    said = {True: "prose is better than shuffled: +", False: "prose and shuffled are not distinguishable"}
+    assert results["verdict"].startswith(said[pair["significant"]])
 
 
 def test_leaves_a_page_and_the_figures(verified):
