@@ -25,7 +25,7 @@ from cpm_jax.curation.classifier import (
     train_classifier,
 )
 from cpm_jax.curation.document import Document
-from cpm_jax.curation.pools import read_pools, read_usable
+from cpm_jax.curation.pools import SetAside, read_pools, read_usable
 from cpm_jax.data.errors import DataError
 from cpm_jax.data.workers import ordered_map
 from experiments.classify_report import write_scoring_report, write_training_report
@@ -123,8 +123,8 @@ def score(config: ClassifyConfig, workdir: Path) -> dict[str, Any]:
             "part_documents": config.part_documents,
         },
     )
-    rejects: collections.Counter[str] = collections.Counter()
-    documents = read_usable(_tuple(config.input), config.text_field, rejects)
+    set_aside = SetAside()
+    documents = read_usable(_tuple(config.input), config.text_field, set_aside)
     parts = _parts(folder)
     for part in parts:  # read again, as the sources have no index, but not scored
         for _ in itertools.islice(documents, _count_lines(part)):
@@ -141,17 +141,15 @@ def score(config: ClassifyConfig, workdir: Path) -> dict[str, Any]:
         write_text(folder / f"part-{number:05d}.jsonl", "".join(lines))
         done += len(lines)
         print(f"{done:,} documents scored, {(done - before) / (time.monotonic() - begin):,.0f} a second", flush=True)
-    summary = _summarise(folder, threshold, rejects)
+    summary = _summarise(folder, threshold) | set_aside.to_json()
     if not summary["documents"]:
-        raise DataError(
-            f"no document of {', '.join(_tuple(config.input))} can be used; set aside: {dict(rejects) or 'none'}"
-        )
+        raise DataError(f"no document of {', '.join(_tuple(config.input))} can be used; set aside: {set_aside}")
     write_json(workdir / SUMMARY_FILE, summary)
     report = write_scoring_report(workdir, summary)
     print(
         f"{summary['kept']:,} of {summary['documents']:,} documents are kept at {threshold:.3f} or more "
-        f"({summary['kept_bytes']:,} of {summary['bytes']:,} bytes), {sum(rejects.values()):,} could not be read\n"
-        f"report: {report}"
+        f"({summary['kept_bytes']:,} of {summary['bytes']:,} bytes), {sum(set_aside.rejects.values()):,} could not be "
+        f"read, {len(set_aside.quarantined):,} files are damaged and not used\nreport: {report}"
     )
     return summary
 
@@ -198,7 +196,7 @@ def _claim(workdir: Path, settings: dict[str, Any]) -> None:
         raise ConfigError(f"{workdir} holds documents that were scored in another way: {said}; take another --workdir")
 
 
-def _summarise(folder: Path, threshold: float, rejects: collections.Counter[str]) -> dict[str, Any]:
+def _summarise(folder: Path, threshold: float) -> dict[str, Any]:
     """Counts, histogram and examples of all parts, read one after the other."""
     histogram = np.zeros(20, np.int64)
     counts: collections.Counter[str] = collections.Counter()
@@ -217,7 +215,6 @@ def _summarise(folder: Path, threshold: float, rejects: collections.Counter[str]
     return {
         "threshold": threshold,
         **{name: counts[name] for name in names},
-        "set_aside": dict(rejects),
         "histogram": histogram.tolist(),
         "samples": samples,
     }

@@ -9,6 +9,7 @@ from cpm_jax.curation.classifier import ClassifierConfig
 from cpm_jax.curation.fasttext_classifier import FastTextConfig
 from experiments import classify
 from experiments.classify import ClassifyConfig, run
+from tests.curation.test_classifier import cut_off
 from tests.curation.test_fasttext_classifier import SMALL
 
 
@@ -87,6 +88,19 @@ def test_other_settings_in_the_same_workdir_are_refused(scoring, tmp_path):
     run(scoring, tmp_path)
     with pytest.raises(ConfigError, match="part_documents: 100 at the last start, now 50"):
         run(dataclasses.replace(scoring, part_documents=50), tmp_path)
+
+
+def test_a_file_that_breaks_off_is_named_in_the_summary_and_on_the_page(scoring, tmp_path, pool_files, pool_texts):
+    cut = cut_off(tmp_path, pool_texts["prose"])
+    run(dataclasses.replace(scoring, input=(cut, pool_files["code"])), tmp_path / "run")
+    assert [row["text"] for row in rows(tmp_path / "run")] == pool_texts["code"]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    (damaged,) = summary["quarantined"]
+    assert (damaged["source"], damaged["reason"]) == (cut, "truncated")
+    assert summary["set_aside"] == {}
+    assert damaged["id"] in (tmp_path / "run" / "report.html").read_text()
+    with pytest.raises(InputError, match=r"can be used; set aside: none; damaged: cut\.jsonl\.gz:\d+ \(truncated\)"):
+        run(dataclasses.replace(scoring, input=cut), tmp_path / "nothing")
 
 
 @pytest.mark.parametrize(
