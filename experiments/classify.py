@@ -26,6 +26,7 @@ from cpm_jax.curation.classifier import (
 )
 from cpm_jax.curation.document import Document
 from cpm_jax.curation.pools import read_pools, read_usable
+from cpm_jax.curation.quality import SCORE
 from cpm_jax.data.errors import DataError
 from cpm_jax.data.workers import ordered_map
 from experiments.classify_report import write_scoring_report, write_training_report
@@ -33,7 +34,6 @@ from experiments.classify_report import write_scoring_report, write_training_rep
 CLASSIFIER_DIR = "classifier"
 SCORED_DIR = "scored"
 SUMMARY_FILE = "summary.json"
-SCORE = "classifier"  # the name of the score, and what a dropped document says
 _BATCH = 256  # documents that are scored together
 
 

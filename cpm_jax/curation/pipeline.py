@@ -25,6 +25,7 @@ from tqdm import tqdm
 from cpm_jax.common.config import ConfigError, config_dataclass
 from cpm_jax.common.files import absolute, as_path, remove_folder, whole_file
 from cpm_jax.curation.card import dataset_card
+from cpm_jax.curation.filters import described
 from cpm_jax.curation.decontamination import Decontaminate, build_index
 from cpm_jax.curation.dedup import DedupConfig
 from cpm_jax.curation.html import Extractor
@@ -112,15 +113,9 @@ class PipelineConfig:
         arguments = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del arguments["num_workers"], arguments["spark_master"]
         arguments["sources"] = self.source_list
-        arguments["filters"] = [_described(apply) for apply in self.filters]
+        arguments["filters"] = [described(apply) for apply in self.filters]
         arguments["dedup"] = None if self.dedup is None else dataclasses.asdict(self.dedup)
         return json.loads(json.dumps(arguments))
-
-
-def _described(apply: Any) -> dict[str, Any]:
-    if dataclasses.is_dataclass(apply) and not isinstance(apply, type):
-        return {"filter": type(apply).__qualname__} | dataclasses.asdict(apply)
-    return {"filter": getattr(apply, "__qualname__", type(apply).__qualname__)}
 
 
 def curate(
