@@ -7,6 +7,8 @@ import json
 import random
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from cpm_jax.common.config import ConfigError
@@ -245,3 +247,20 @@ def test_nothing_left_is_an_error_that_says_why(corpus, tmp_path):
         run(tmp_path / "nowhere", tmp_path / "out2")
     with pytest.raises(DataError, match="lies inside the source"):
         run(corpus, corpus / "out")
+
+
+def test_a_record_with_endless_metadata_is_a_counted_reject(tmp_path, monkeypatch):
+    monkeypatch.setattr("cpm_jax.curation.shards.MAX_ROW_BYTES", 2000)
+    rows = [{"text": prose(n), "id": str(n), "page": "x" * (3000 if n == 1 else 30)} for n in range(3)]
+    rows[2]["page"] = "lone \ud800 surrogate"
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"text": prose(n), "id": str(n), "page": "x" * (3000 if n == 11 else 30)} for n in range(10, 13)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "b.parquet")
+    sources = [str(tmp_path / name) for name in ("a.jsonl", "b.parquet")]
+    manifest = curate(PipelineConfig(sources, num_workers=0), tmp_path / "out", progress=False)
+    assert (manifest["documents"], manifest["rejects"]) == (4, {"record too long": 2})
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert [item["id"] for item in rejects] == ["1", "11"]
+    assert rejects[0]["detail"].endswith("bytes with its metadata, as JSON, more than 2000")
+    kept = pyarrow.parquet.read_table(tmp_path / "out" / "data" / "shard-00000.parquet").to_pylist()
+    assert [row["page"] for row in kept] == ["x" * 30, "lone ? surrogate"]
