@@ -3,12 +3,15 @@
 import collections
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from cpm_jax.common.config import InputError
 from cpm_jax.curation.document import Document
-from cpm_jax.curation.readers import Damage, Reading, plan_shards, read_shard
+from cpm_jax.curation.readers import Damage, InputShard, Reading, plan_shards, progress_sizes, read_shard
 from cpm_jax.data.sources import Reject
+
+# Of files whose texts are longer than they are.
+_COMPRESSED = (".gz", ".zst", ".parquet", ".array_record")
 
 MIN_DOCUMENTS = 20  # of a pool: with fewer there is nothing to hold out, and nothing to learn
 
@@ -32,15 +35,56 @@ class Pool:
     rejects: collections.Counter[str]
 
 
-def read_usable(sources: Sequence[str], text_field: str, rejects: collections.Counter[str]) -> Iterator[Document]:
-    """The documents of sources that have text which can be encoded; the others are counted in `rejects`.
+@dataclasses.dataclass
+class Position:
+    """How far the reading of sources is.
+
+    Within a file it goes by the texts, which are about as long as the file; a compressed file counts when it is read.
+
+    Attributes:
+        unit: what is counted, "B" or "shard", as `progress_sizes` gives it.
+        total: so much in all.
+        done: so much is read.
+    """
+
+    unit: str = "B"
+    total: int = 0
+    done: int = 0
+
+
+def read_usable(
+    sources: Sequence[str], text_field: str, rejects: collections.Counter[str], position: Position | None = None
+) -> Iterator[Document]:
+    """The documents of sources that have text which can be encoded.
+
+    Args:
+        sources: source strings.
+        text_field: field of the text in records.
+        rejects: counts the others by reason.
+        position: is told how far the reading is; its total before the first document is read.
 
     Raises:
         DataError: a source does not exist.
     """
     shards, skipped = plan_shards(sources)
     rejects.update(reject.reason for reject in skipped)
+    position = position or Position()
+    position.unit, sizes = progress_sizes(shards)
+    position.total = sum(sizes.values())
+    return _read_usable(shards, text_field, rejects, position, sizes)
+
+
+def _read_usable(
+    shards: Sequence[InputShard],
+    text_field: str,
+    rejects: collections.Counter[str],
+    position: Position,
+    sizes: Mapping[int, int],
+) -> Iterator[Document]:
+    before = 0
     for shard in shards:
+        within, end = before, before + sizes[shard.index]
+        grows = position.unit == "B" and not any(place.endswith(_COMPRESSED) for place, _ in shard.files)
         try:
             for found in read_shard(shard, Reading(text_field)):
                 if isinstance(found, Reject):
@@ -48,9 +92,13 @@ def read_usable(sources: Sequence[str], text_field: str, rejects: collections.Co
                 elif not found.text.strip():
                     rejects["empty text"] += 1
                 else:
+                    if grows:
+                        within += len(found.text.encode())
+                        position.done = min(within, end)
                     yield found
         except Damage as damage:  # what came before the break is used
             rejects[damage.reject.reason] += 1
+        position.done = before = end
 
 
 def read_pools(
