@@ -18,6 +18,7 @@ from cpm_jax.common.config import ConfigError, config_dataclass, config_differen
 from cpm_jax.common.files import sha256, write_json
 from cpm_jax.curation.classifier import CLASSIFIER_FILE, ClassifierConfig
 from cpm_jax.curation.pools import MIN_DOCUMENTS, PoolError, check_pool
+from cpm_jax.curation.quality import SCORE
 from cpm_jax.curation.rounds import (
     DROPPED,
     KEPT,
@@ -232,8 +233,8 @@ def run_round(config: RoundsConfig, workdir: Path, number: int, pools: Pools) ->
             name: scored[name]
             for name in ("documents", KEPT, DROPPED, "bytes", "kept_bytes", "set_aside", "quarantined")
         },
-        "change": compare_scored(before, folder / "score" / SCORED_DIR, classify.SCORE) if number > 1 else None,
-        "examples": sample_scored(folder / "score" / SCORED_DIR, classify.SCORE),
+        "change": compare_scored(before, folder / "score" / SCORED_DIR, SCORE) if number > 1 else None,
+        "examples": sample_scored(folder / "score" / SCORED_DIR, SCORE),
         "files": {
             str(path.relative_to(folder)): sha256(path)
             for name in (KEPT, DROPPED)

@@ -3,13 +3,16 @@
 import collections
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cpm_jax.common.config import InputError
 from cpm_jax.curation.document import Document
-from cpm_jax.curation.readers import Damage, Reading, plan_shards, read_whole_shard
+from cpm_jax.curation.readers import Damage, InputShard, Reading, plan_shards, progress_sizes, read_whole_shard
 from cpm_jax.data.sources import Reject
+
+# Of files whose texts are longer than they are.
+_COMPRESSED = (".gz", ".zst", ".parquet", ".array_record")
 
 MIN_DOCUMENTS = 20  # of a pool: with fewer there is nothing to hold out, and nothing to learn
 
@@ -58,17 +61,58 @@ class Pool:
     set_aside: SetAside = dataclasses.field(default_factory=SetAside)
 
 
-def read_usable(sources: Sequence[str], text_field: str, set_aside: SetAside) -> Iterator[Document]:
-    """The documents of sources that have text which can be encoded; the others are noted in `set_aside`.
+@dataclasses.dataclass
+class SourceProgress:
+    """How far the reading of sources is.
+
+    Within a file it goes by the texts, which are about as long as the file; a compressed file counts when it is read.
+
+    Attributes:
+        unit: what is counted, "B" or "shard", as `progress_sizes` gives it.
+        total: so much in all.
+        done: so much is read.
+    """
+
+    unit: str = "B"
+    total: int = 0
+    done: int = 0
+
+
+def read_usable(
+    sources: Sequence[str], text_field: str, set_aside: SetAside, position: SourceProgress | None = None
+) -> Iterator[Document]:
+    """The documents of sources that have text which can be encoded.
 
     As in `curate`, nothing is used of a file of many documents that breaks off.
+
+    Args:
+        sources: source strings.
+        text_field: field of the text in records.
+        set_aside: is told of the others.
+        position: is told how far the reading is; its total before the first document is read.
 
     Raises:
         DataError: a source does not exist.
     """
     shards, skipped = plan_shards(sources)
     set_aside.rejects.update(reject.reason for reject in skipped)
+    position = position or SourceProgress()
+    position.unit, sizes = progress_sizes(shards)
+    position.total = sum(sizes.values())
+    return _read_usable(shards, text_field, set_aside, position, sizes)
+
+
+def _read_usable(
+    shards: Sequence[InputShard],
+    text_field: str,
+    set_aside: SetAside,
+    position: SourceProgress,
+    sizes: Mapping[int, int],
+) -> Iterator[Document]:
+    before = 0
     for shard in shards:
+        within, end = before, before + sizes[shard.index]
+        grows = position.unit == "B" and not any(place.endswith(_COMPRESSED) for place, _ in shard.files)
         try:
             for found in read_whole_shard(shard, Reading(text_field)):
                 if isinstance(found, Reject):
@@ -76,9 +120,13 @@ def read_usable(sources: Sequence[str], text_field: str, set_aside: SetAside) ->
                 elif not found.text.strip():
                     set_aside.rejects["empty text"] += 1
                 else:
+                    if grows:
+                        within += len(found.text.encode())
+                        position.done = min(within, end)
                     yield found
         except Damage as damage:
             set_aside.quarantined.append(damage.reject)
+        position.done = before = end
 
 
 def check_pool(name: str, source: str, text_field: str = "text") -> None:

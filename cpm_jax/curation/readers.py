@@ -138,6 +138,17 @@ def plan_shards(
     return shards, rejects
 
 
+def progress_sizes(shards: Sequence[InputShard]) -> tuple[str, dict[int, int]]:
+    """In what to count how far the reading is, and how much of it each shard is, by its index.
+
+    Returns:
+        "B", bytes of the files; or "shard" where a source has files that only TFDS knows, or all are empty.
+    """
+    if all(shard.files for shard in shards) and any(shard.num_bytes for shard in shards):
+        return "B", {shard.index: shard.num_bytes for shard in shards}
+    return "shard", {shard.index: 1 for shard in shards}
+
+
 def read_shard(shard: InputShard, reading: Reading) -> Iterator[Document | Reject]:
     """Reads a shard in order, in bounded memory.
 

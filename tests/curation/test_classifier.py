@@ -9,7 +9,7 @@ from cpm_jax.common.config import ConfigError, InputError
 from cpm_jax.curation import readers
 from cpm_jax.curation.classifier import ClassifierConfig, load_classifier, split_pools, train_classifier
 from cpm_jax.curation.fasttext_classifier import FastTextConfig
-from cpm_jax.curation.pools import Pool, PoolError, position, read_pools
+from cpm_jax.curation.pools import Pool, PoolError, SetAside, SourceProgress, position, read_pools, read_usable
 from tests.curation.test_fasttext_classifier import SMALL
 
 SCORER = FastTextConfig(**SMALL)
@@ -148,3 +148,16 @@ def test_max_documents_chooses_by_content(pool_files):
 def test_a_folder_without_a_classifier_is_named(tmp_path):
     with pytest.raises(InputError, match="holds no classifier whose training has ended"):
         load_classifier(tmp_path)
+
+
+def test_the_position_of_reading_goes_by_texts_in_plain_files_and_by_whole_files_else(tmp_path):
+    lines = "".join(json.dumps({"text": "x" * 988}) + "\n" for _ in range(4)).encode()  # 1,001 bytes each
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines))
+    size = (tmp_path / "b.jsonl.gz").stat().st_size
+    progress = SourceProgress()
+    documents = read_usable([str(tmp_path)], "text", SetAside(), progress)
+    assert (progress.unit, progress.total, progress.done) == ("B", 4004 + size, 0)
+    seen = [progress.done for _ in documents]
+    assert seen == [988, 2 * 988, 3 * 988, 4 * 988, 4004, 4004, 4004, 4004]
+    assert progress.done == progress.total

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -152,7 +153,8 @@ def test_a_cluster_writes_the_bytes_of_the_pool_through_urls_too(cluster, tmp_pa
     command += ["--gin.FILTERS=(@gopher.GopherQuality(),)", f"--gin.OUTPUT_DIR=file://{tmp_path / 'spark'}"]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "documents/s" in done.stderr
+    for stage in ("filtered", "written"):
+        assert re.search(rf"^{stage}: \S+B/\S+B, ETA \d+:\d\d, documents/s ", done.stderr, re.MULTILINE)
     assert digest(tmp_path / "spark") == digest(tmp_path / "pool")
 
 

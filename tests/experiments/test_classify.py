@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import json
 import re
 
@@ -126,3 +127,17 @@ def test_sources_without_a_usable_document_are_said(scoring, tmp_path):
     with pytest.raises(InputError, match=r"no document of .*wrong.jsonl can be used; set aside: .*missing field"):
         run(dataclasses.replace(scoring, input=str(source)), tmp_path / "run")
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_scoring_shows_documents_per_second_and_the_time_left(scoring, tmp_path, monkeypatch):
+    err = io.StringIO()
+    monkeypatch.setattr("sys.stderr", err)
+    monkeypatch.setattr("cpm_jax.common.progress.LINE_INTERVAL", 0.0)
+    monkeypatch.setattr(classify, "_BATCH", 50)
+    run(scoring, tmp_path)
+    lines = err.getvalue().splitlines()
+    assert len(lines) > len(rows(tmp_path)) // 50
+    found = [re.fullmatch(r"classify: (\S+)/(\S+), ETA \d+:\d\d, documents/s \S+", line) for line in lines]
+    assert all(found)
+    assert all(match[2] == found[-1][1] for match in found)  # at last all bytes are done
+    assert len({match[1] for match in found}) > 5  # also within a file
