@@ -295,13 +295,14 @@ def _training_curves(bench: Benchmark, work: Path, plan: Plan, directory: Path) 
             means = [float(np.mean(rows)) for rows in losses]
             lines[f"trained {trained}, {how}"] = Series([float(step) for step in steps], means, markers=True)
     run_sparse = f"run sparse with {plan.train_blocks} blocks"
-    for title, name, how in (
-        (f"trained sparse, {run_sparse}", "sparse", 2),
-        (f"trained dense, {run_sparse}", "dense", 2),
-        ("trained sparse, run dense", "sparse", 1),
+    for title, trained, sparse in (
+        (f"trained sparse, {run_sparse}", "sparse", True),
+        (f"trained dense, {run_sparse}", "dense", True),
+        ("trained sparse, run dense", "sparse", False),
     ):
         for at in (0, -1):
-            step, run, dense = curves[name][at][0], curves[name][at][how], curves["dense"][at][1]
+            (step, runs_dense, runs_sparse), dense = curves[trained][at], curves["dense"][at][1]
+            run = runs_sparse if sparse else runs_dense
             more = Estimate.of((np.asarray(run) - np.asarray(dense)).tolist())
             bench.add(
                 f"held-out rows of {plan.train_length}, second half, after {step} steps: {title}: "

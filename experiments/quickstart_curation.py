@@ -19,7 +19,7 @@ from cpm_jax.curation.extra import import_extra
 from cpm_jax.curation.pipeline import curate
 from cpm_jax.curation.places import DATA_DIR
 from cpm_jax.curation.pools import position
-from cpm_jax.curation.readers import Damage, Reading, plan_shards, read_shard
+from cpm_jax.curation.readers import Damage, Reading, plan_shards, read_whole_shard
 from cpm_jax.curation.writers import shard_writer
 from cpm_jax.data.errors import DataError
 from cpm_jax.data.prepare import PrepareConfig
@@ -67,10 +67,10 @@ def curated_text(config: "QuickstartConfig", workdir: Path) -> PrepareConfig:
 
 
 def read_usable(sources: Sequence[str], extensions: Sequence[str] | None, reading: Reading) -> Iterator[Document]:
-    """The documents of sources; of a damaged file what precedes the damage."""
+    """The documents of sources; of a damaged file none, as in `curate`."""
     for shard in plan_shards(sources, extensions)[0]:
         try:
-            yield from (found for found in read_shard(shard, reading) if isinstance(found, Document))
+            yield from (found for found in read_whole_shard(shard, reading) if isinstance(found, Document))
         except Damage:
             continue
 
