@@ -9,7 +9,7 @@ import heapq
 import importlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from cpm_jax.checkpoints.manager import CHECKPOINTS_DIR, CheckpointConfig
@@ -76,8 +76,8 @@ def read_usable(sources: Sequence[str], extensions: Sequence[str] | None, readin
 
 
 def place(document: Document) -> float:
-    """Where a document lies in [0, 1), whatever became of its text."""
-    return position(f"{document.source}\0{document.id}", seed=0)
+    """Where a document lies in [0, 1), whatever became of its text, and wherever its source lies."""
+    return position(f"{PurePath(document.source).name}\0{document.id}", seed=0)
 
 
 def divide(config: "QuickstartConfig", workdir: Path) -> dict[str, Any]:
