@@ -112,7 +112,7 @@ def _read_usable(
     before = 0
     for shard in shards:
         within, end = before, before + sizes[shard.index]
-        grows = position.unit == "B" and not any(place.endswith(_COMPRESSED) for place, _ in shard.files)
+        grows = position.unit == "B" and not any(place.lower().endswith(_COMPRESSED) for place, _ in shard.files)
         try:
             for found in read_whole_shard(shard, Reading(text_field)):
                 if isinstance(found, Reject):

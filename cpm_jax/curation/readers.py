@@ -11,7 +11,7 @@ import json
 import pickle
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from cpm_jax.common.files import absolute, as_path
@@ -19,15 +19,26 @@ from cpm_jax.curation.document import Document
 from cpm_jax.curation.extra import import_extra
 from cpm_jax.curation.html import Extractor, extract_text
 from cpm_jax.data.errors import DataError
-from cpm_jax.data.sources import TFDS, RawText, Record, Reject, find_files, read_file, read_tfds, text_document
-from cpm_jax.data.streams import Truncated, read_chunks
+from cpm_jax.data.sources import (
+    JSON_LINES,
+    TFDS,
+    RawText,
+    Record,
+    Reject,
+    file_kind,
+    find_files,
+    read_file,
+    read_tfds,
+    text_document,
+)
+from cpm_jax.data.streams import COMPRESSIONS, Truncated, read_chunks
 
 GROUP_BYTES = 1 << 24  # of small files per shard
 MAX_TEXT_BYTES = 1 << 24  # of one document; a longer one is no document, and workers hold it in memory several times
 _SPOOLED_BYTES = 1 << 26  # of a shard that waits in memory until it is known to be whole
 _ARCHIVES = (".warc", ".wet")
 _PAGES = (".html", ".htm", ".xhtml")
-_MANY_DOCUMENTS = (*_ARCHIVES, ".jsonl", ".parquet", ".array_record")
+_MANY_DOCUMENTS = (*_ARCHIVES, *JSON_LINES, ".parquet", ".array_record")
 _DAMAGE = frozenset({"truncated", "damaged record", "cannot be read"})  # of what `data.sources` rejects
 # What Common Crawl calls a page. Other records (images, style sheets) are counted and left.
 _PAGE_TYPES = frozenset({"text/html", "application/xhtml+xml"})
@@ -85,11 +96,6 @@ class Reading:
     tfds_data_dir: str | None = None
 
 
-def _kind(name: str) -> str:
-    path = PurePath(name)
-    return (path.with_suffix("") if path.suffix in (".gz", ".zst") else path).suffix.lower()
-
-
 def plan_shards(
     sources: Sequence[str], extensions: Sequence[str] | None = None
 ) -> tuple[list[InputShard], list[Reject]]:
@@ -126,7 +132,7 @@ def plan_shards(
                 continue
             path, name = found
             num_bytes = path.stat().st_size if path.is_file() else 0
-            if _kind(path.name) in _MANY_DOCUMENTS:
+            if file_kind(path.name) in _MANY_DOCUMENTS:
                 end_group()
                 shards.append(InputShard(len(shards), source, ((absolute(path), name),), num_bytes))
                 continue
@@ -162,7 +168,7 @@ def read_shard(shard: InputShard, reading: Reading) -> Iterator[Document | Rejec
     if not shard.files:
         yield from _documents(read_tfds(shard.source, reading.tfds_data_dir), reading, damage=True)
     for place, name in shard.files:
-        kind, path = _kind(place), as_path(place)
+        kind, path = file_kind(place), as_path(place)
         if kind not in _MANY_DOCUMENTS and path.is_file() and path.stat().st_size > MAX_TEXT_BYTES:
             detail = f"{path.stat().st_size} bytes, more than {MAX_TEXT_BYTES}"
             yield Reject("text too long", name, shard.source, detail)
@@ -294,7 +300,7 @@ def _archive(path: Path, name: str, source: str, reading: Reading) -> Iterator[D
     warc = import_extra("fastwarc.warc")
     try:
         # FastWARC takes the end of a damaged stream for the end of the archive.
-        if path.suffix in (".gz", ".zst"):
+        if path.suffix.lower() in COMPRESSIONS:
             for _ in read_chunks(path):
                 pass
         types = warc.WarcRecordType.response | warc.WarcRecordType.conversion

@@ -8,21 +8,23 @@ import os
 import sysconfig
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 from cpm_jax.common.files import as_path
 from cpm_jax.data.errors import DataError
-from cpm_jax.data.streams import MAX_LINE_BYTES, Truncated, read_chunks, split_lines
+from cpm_jax.data.streams import COMPRESSIONS, MAX_LINE_BYTES, Truncated, read_chunks, split_lines
 
 Format = Literal["text", "chat"]
 
 ACCEPTED = (
-    "a folder, a text file, .jsonl, .parquet or .array_record (.gz and .zst too, but for the last two), "
+    "a folder, a text file, .jsonl, .ndjson, .json of one object per line, .parquet or .array_record (.gz and .zst too, "
+    "but for the last two), "
     "a glob pattern, a URL of one of these, tfds:NAME[/CONFIG][:SPLIT], or stdlib"
 )
 _CHAT_FIELDS = ("messages", "conversations", "tools")
 _COMPRESSED = {".gz", ".zst", ".parquet", ".array_record"}
+JSON_LINES = (".jsonl", ".ndjson", ".json")
 TFDS = "tfds:"  # begins the source strings of TFDS
 _STDLIB_LEFT_OUT = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 
@@ -163,12 +165,20 @@ class _Reader:
         except Truncated as error:
             yield self.reject("truncated", name, str(error))
 
-    def jsonl(self, path: Path, name: str) -> Iterator[Record | Reject]:
+    def jsonl(self, path: Path, name: str, *, sure: bool = True) -> Iterator[Record | Reject]:
+        """The lines; if it is not `sure` that they are JSON lines, the first one that is not blank decides."""
         number = 0
         try:
             for number, line in enumerate(split_lines(read_chunks(path)), start=1):
-                if isinstance(line, int) or line.strip():
-                    yield self.one(line, f"{name}:{number}", _parse_json)
+                if not isinstance(line, int) and not line.strip():
+                    continue
+                found = self.one(line, f"{name}:{number}", _parse_json)
+                if not sure and not (isinstance(found, Record) and isinstance(found.value, dict)):
+                    detail = f"line {number} is no JSON object; accepted are .json files of one JSON object per line"
+                    yield self.reject("not JSON lines", name, detail)
+                    return
+                sure = True
+                yield found
         except Truncated as error:
             yield self.reject("truncated", f"{name}:{number + 1}", str(error))
 
@@ -216,15 +226,15 @@ class _Reader:
 
     def file(self, path: Path, name: str) -> Iterator[Record | Reject]:
         """Any file, by its suffix; an error of the operating system becomes a reject."""
-        kind = path.with_suffix("") if path.suffix in (".gz", ".zst") else path
+        kind, ending = file_kind(path.name), path.suffix.lower()
         try:
             with path.open("rb"):
                 pass  # what the system says of a file that cannot be opened is better than a guess at damage
-            if kind.suffix == ".jsonl":
-                yield from self.jsonl(path, name)
-            elif path.suffix == ".parquet":
+            if kind in JSON_LINES:
+                yield from self.jsonl(path, name, sure=kind != ".json")
+            elif ending == ".parquet":
                 yield from self.parquet(path, name)
-            elif path.suffix == ".array_record":
+            elif ending == ".array_record":
                 yield from self.array_record(path, name)
             else:
                 yield from self.text_file(path, name)
@@ -447,6 +457,12 @@ def find_files(source: str, extensions: Sequence[str] | None = None) -> Iterator
     return _Files(source, None if extensions is None else tuple(extensions)).find()
 
 
+def file_kind(name: str) -> str:
+    """The ending of a file's name that says how it is read: ".jsonl" of "A.JSONL.gz"; "" if it has none."""
+    path = PurePath(name.lower())
+    return (path.with_suffix("") if path.suffix in COMPRESSIONS else path).suffix
+
+
 def read_file(path: Path, name: str, source: str, columns: tuple[str, ...] | None = None) -> Iterator[Record | Reject]:
     """The records of one file, by its suffix.
 
@@ -481,7 +497,7 @@ def estimate_bytes(source: str, extensions: Sequence[str] | None = None) -> int 
         if isinstance(found, Reject):
             continue
         file = found[0]
-        if file.suffix in _COMPRESSED or not file.is_file():
+        if file.suffix.lower() in _COMPRESSED or not file.is_file():
             return None
         total += file.stat().st_size
     return total or None

@@ -8,6 +8,7 @@ from typing import Any
 import zstandard
 
 MAX_LINE_BYTES = 1 << 27  # of jsonl; a longer one is a broken file rather than a document
+COMPRESSIONS = (".gz", ".zst")  # endings, in lower or upper case
 _READ_SIZE = 1 << 16
 
 
@@ -39,14 +40,15 @@ def _decompressed(path: Path, new_decoder: Callable[[], Any]) -> Iterator[bytes]
 
 
 def read_chunks(path: Path) -> Iterator[bytes]:
-    """The content of a file in pieces, decompressed where its suffix is .gz or .zst.
+    """The content of a file in pieces, decompressed where its suffix is one of `COMPRESSIONS`.
 
     Raises:
         Truncated: the compressed stream ends, or is damaged, before its end.
     """
-    if path.suffix == ".gz":
+    compression = path.suffix.lower()
+    if compression == ".gz":
         yield from _decompressed(path, lambda: zlib.decompressobj(wbits=31))
-    elif path.suffix == ".zst":
+    elif compression == ".zst":
         yield from _decompressed(path, lambda: zstandard.ZstdDecompressor().decompressobj())
     else:
         with path.open("rb") as file:

@@ -55,6 +55,37 @@ def test_jsonl(tmp_path, name, pack):
     assert texts(tmp_path / name) == TEXTS * 2
 
 
+@pytest.mark.parametrize(
+    ("name", "pack"),
+    [
+        ("c4-train.00000-of-01024.json", lambda data: data),
+        ("c4-train.00000-of-01024.json.gz", gzip.compress),
+        ("dolma.json.zst", zstandard.ZstdCompressor().compress),
+        ("a.ndjson", lambda data: data),
+        ("A.JSONL.GZ", gzip.compress),
+        ("A.Json.Gz", gzip.compress),
+    ],
+)
+def test_json_lines_under_other_names(tmp_path, name, pack):
+    (tmp_path / name).write_bytes(pack(b"\n" + as_jsonl(TEXTS) + b"{broken\n"))
+    assert texts(tmp_path / name) == TEXTS
+    assert rejects(tmp_path / name) == [("malformed JSON", f"{name}:6")]
+
+
+def test_suffixes_of_tables_in_upper_case(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "A.PARQUET")
+    write_array_record(tmp_path / "B.Array_Record", [text.encode() for text in TEXTS])
+    assert texts(tmp_path) == TEXTS * 2
+
+
+@pytest.mark.parametrize("text", ['{\n  "text": "a"\n}', '[{"text": "a"}]', "17", "{broken", '"text"'])
+def test_a_json_document_is_one_reject_that_says_what_is_accepted(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    (reject,) = read_documents(str(tmp_path / "a.json"))
+    assert (reject.reason, reject.id) == ("not JSON lines", "a.json")
+    assert "accepted are .json files of one JSON object per line" in reject.detail
+
+
 def test_bad_lines_are_named(tmp_path):
     lines = [
         b'{"text": "good"}',
