@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from cpm_jax.common.config import config_dataclass
-from cpm_jax.curation.code_and_math import blocks, change_prose
+from cpm_jax.curation.code_and_math import change_prose, in_blocks
 from cpm_jax.curation.document import Document
 from cpm_jax.curation.extra import import_extra
 from cpm_jax.curation.filters import TextFilter, with_text
@@ -132,10 +132,10 @@ class RemoveBoilerplate(TextFilter):
     def judge(self, document: Document) -> Document:
         """Drops the document, or returns it without such lines."""
         text = document.text
-        spans = blocks(text)
+        lies_in_block = in_blocks(text)
         kept, removed, place = [], 0, 0
         for line in text.splitlines(keepends=True):
-            inside = any(begin <= place < end for begin, end in spans)
+            inside = lies_in_block(place, place + 1)
             place += len(line)
             if not inside and _is_boilerplate(line):
                 removed += _size(line)
