@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cpm_jax.checkpoints.manager import CHECKPOINTS_DIR, CheckpointConfig
 from cpm_jax.common.files import write_text
+from cpm_jax.curation.dedup import given_id
 from cpm_jax.curation.document import Document
 from cpm_jax.curation.extra import import_extra
 from cpm_jax.curation.pipeline import curate
@@ -77,7 +78,7 @@ def read_usable(sources: Sequence[str], extensions: Sequence[str] | None, readin
 
 def place(document: Document) -> float:
     """Where a document lies in [0, 1), whatever became of its text, and wherever its source lies."""
-    return position(f"{PurePath(document.source).name}\0{document.id}", seed=0)
+    return position(f"{PurePath(document.source).name}\0{given_id(document.id)}", seed=0)
 
 
 def divide(config: "QuickstartConfig", workdir: Path) -> dict[str, Any]:

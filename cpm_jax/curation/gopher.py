@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
-from cpm_jax.common.config import config_dataclass
+from cpm_jax.common.config import ConfigError, config_dataclass
 from cpm_jax.curation.code_and_math import prose
 from cpm_jax.curation.document import Document
 from cpm_jax.curation.filters import TextFilter
@@ -61,6 +61,11 @@ class GopherQuality(TextFilter):
     def __post_init__(self) -> None:
         """Checks what the types do not say."""
         self.check_fractions("max_bullet_lines", "max_ellipsis_lines", "min_alphabetic_words")
+        if self.min_words < 1:
+            raise ConfigError(
+                f"GopherQuality.min_words = {self.min_words}: must be at least 1: other rules are shares of the words",
+                "GopherQuality.min_words",
+            )
 
     def judge(self, document: Document) -> Document:
         """Drops the document, or returns it as it is."""

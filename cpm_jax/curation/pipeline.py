@@ -31,7 +31,7 @@ from cpm_jax.curation.places import DECIDED, FILTERED, WRITTEN, Places
 from cpm_jax.curation.readers import InputShard, Reading, plan_shards, progress_sizes
 from cpm_jax.curation.runners import Pool, Runner
 from cpm_jax.curation.shards import FilterShard, WriteShard
-from cpm_jax.curation.statistics import Statistics
+from cpm_jax.curation.statistics import Statistics, common
 from cpm_jax.curation.writers import Columns, OutputFormat
 from cpm_jax.data.errors import DataError
 from cpm_jax.data.prepare import REJECTS_FILE, full_disk_as_data_error, only_process
@@ -228,11 +228,12 @@ def _curate(
         "documents": total.documents,
         "characters": total.characters,
         "text_bytes": total.text_bytes,
+        "repeated_ids": total.repeated_ids,
         "drops": dict(sorted(total.drops.items())),
         "rejects": dict(sorted(total.rejects.items())),
         "quarantined": quarantined,
-        "languages": dict(sorted(total.languages.items())),
-        "sources": dict(sorted(total.sources.items())),
+        "languages": dict(sorted(common(total.languages).items())),
+        "sources": dict(sorted(common(total.sources).items())),
         "input_shards": [shard.name for shard in shards],
         "files": files,
         "evaluation_sets": compared,

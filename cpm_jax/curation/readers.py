@@ -8,6 +8,7 @@ cannot be known, so none of it is used, and it is named (`Damage`). A small file
 import dataclasses
 import functools
 import json
+import math
 import pickle
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -219,11 +220,12 @@ def _document(record: Record, text_field: str) -> Document | Reject:
         return Reject(reason[0], found.id, found.source, reason[1])
     if isinstance(record.value, RawText):
         return Document(found.text, found.id, found.source)
-    fields = {name: value for name, value in record.value.items() if name != text_field and value is not None}
+    others = {name: value for name, value in record.value.items() if name != text_field and value is not None}
+    fields = _json_values(others)
     scores = {
         name: float(fields.pop(name))
         for name in list(fields)
-        if (name == "score" or name.endswith("_score")) and type(fields[name]) in (int, float)
+        if (name == "score" or name.endswith("_score")) and _is_finite(fields[name])
     }
     return Document(
         text=found.text,
@@ -231,9 +233,17 @@ def _document(record: Record, text_field: str) -> Document | Reject:
         source=_text(fields, "source") or found.source,
         url=_text(fields, "url"),
         language=_text(fields, "language"),
-        metadata=_json_values(fields),
+        metadata=fields,
         scores=scores,
     )
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether it is a number that a float holds."""
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _unusable(text: str) -> tuple[str, str] | None:
@@ -252,8 +262,6 @@ def _unusable(text: str) -> tuple[str, str] | None:
 def _text(fields: dict[str, Any], name: str) -> str:
     """Takes a field out that is to be text; a number is written as such, and anything else stays metadata."""
     value = fields.get(name)
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", "replace")
     if isinstance(value, str) or type(value) is int:
         del fields[name]
         return str(value)
@@ -261,14 +269,17 @@ def _text(fields: dict[str, Any], name: str) -> str:
 
 
 def _json_values(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Values as JSON can hold them: numbers and arrays of NumPy as numbers and lists, dates and the like as text."""
+    """Values as JSON can hold them in UTF-8.
+
+    Numbers and arrays of NumPy become numbers and lists, dates and the like text, lone surrogates question marks.
+    """
 
     def other(value: Any) -> Any:
         if isinstance(value, bytes):
             return value.decode("utf-8", "replace")
         return value.tolist() if hasattr(value, "tolist") else str(value)
 
-    return json.loads(json.dumps(dict(fields), default=other))
+    return json.loads(json.dumps(dict(fields), ensure_ascii=False, default=other).encode(errors="replace"))
 
 
 def _page(path: Path, name: str, source: str, reading: Reading) -> Iterator[Document | Reject]:

@@ -18,9 +18,8 @@ from cpm_jax.data.streams import COMPRESSIONS, MAX_LINE_BYTES, Truncated, read_c
 Format = Literal["text", "chat"]
 
 ACCEPTED = (
-    "a folder, a text file, .jsonl, .ndjson, .json of one object per line, .parquet or .array_record (.gz and .zst too, "
-    "but for the last two), "
-    "a glob pattern, a URL of one of these, tfds:NAME[/CONFIG][:SPLIT], or stdlib"
+    "a folder, a text file, .jsonl, .ndjson, .json of one object per line, .parquet or .array_record (.gz and .zst "
+    "too, but for the last two), a glob pattern, a URL of one of these, tfds:NAME[/CONFIG][:SPLIT], or stdlib"
 )
 _CHAT_FIELDS = ("messages", "conversations", "tools")
 _COMPRESSED = {".gz", ".zst", ".parquet", ".array_record"}
