@@ -22,6 +22,7 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from cpm_jax.common.config import InputError
+from cpm_jax.common.extras import how_to_install
 from cpm_jax.curation.dedup import EXACT, FIXED_KEYS, NEAR, SAME_ID, DedupConfig, stays
 from cpm_jax.curation.places import DECIDED, FATES, FILTERED, GONE_PARAGRAPHS, Places
 from cpm_jax.curation.readers import InputShard
@@ -36,7 +37,7 @@ try:
     from pyspark.sql import functions as F
     from pyspark.storagelevel import StorageLevel
 except ImportError as error:
-    raise DataError(f"Apache Spark is needed for spark_master: pip install 'cpm_jax[spark]' ({error})") from error
+    raise DataError(f"Apache Spark is needed for spark_master: {how_to_install('spark')} ({error})") from error
 
 Batches: TypeAlias = Iterator[pyarrow.RecordBatch]
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any, Literal
 
+from cpm_jax.common.extras import how_to_install
 from cpm_jax.common.files import as_path
 from cpm_jax.data.errors import DataError
 from cpm_jax.data.streams import COMPRESSIONS, MAX_LINE_BYTES, Truncated, read_chunks, split_lines
@@ -266,7 +267,7 @@ def _import_extra(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise DataError(f"{module} is needed for this source: pip install 'cpm_jax[data]' ({error})") from error
+        raise DataError(f"{module} is needed for this source: {how_to_install('data')} ({error})") from error
 
 
 def _read_tfds(reader: _Reader, name: str, data_dir: str | None) -> Iterator[Record | Reject]:
@@ -305,7 +306,7 @@ class _Files:
     extensions: tuple[str, ...] | None
 
     def find(self) -> Iterator[tuple[Path, str] | Reject]:
-        source = self.source
+        source = os.path.expanduser(self.source)  # not every shell does it within an argument
         if source == "stdlib":
             # It is by definition its .py files outside of tests: the rest of its folder is no reject.
             files = dataclasses.replace(self, extensions=(".py",))

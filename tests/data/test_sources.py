@@ -86,6 +86,14 @@ def test_a_json_document_is_one_reject_that_says_what_is_accepted(tmp_path, text
     assert "accepted are .json files of one JSON object per line" in reject.detail
 
 
+def test_a_home_folder_that_the_shell_left_as_it_is(tmp_path, monkeypatch):
+    (tmp_path / "my texts").mkdir()
+    (tmp_path / "my texts" / "a.txt").write_text("plain")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert texts("~/my texts") == texts("~/my*/*.txt") == ["plain"]
+    assert [item.source for item in read_documents("~/my texts")] == ["~/my texts"]
+
+
 def test_bad_lines_are_named(tmp_path):
     lines = [
         b'{"text": "good"}',
@@ -262,7 +270,7 @@ def test_missing_sources_are_named(tmp_path):
 def test_missing_package_is_named(tmp_path, monkeypatch):
     pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "a.parquet")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(DataError, match=r"pip install 'cpm_jax\[data\]'"):
+    with pytest.raises(DataError, match=r"pip install -e '\.\[data\]'"):
         list(read_documents(str(tmp_path / "a.parquet")))
 
 
