@@ -1,6 +1,5 @@
 """The card of a curated data set: what is in it, what is not and why, for people and for `datasets.load_dataset`."""
 
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -141,11 +140,11 @@ def _excerpts(statistics: Statistics) -> str:
 
 
 def _commands(manifest: Mapping[str, Any]) -> str:
-    sources = manifest["arguments"]["sources"]
-    data = shlex.quote(sources[0]) if len(sources) == 1 else f'"{tuple(sources)!r}"'
-    command = f"python -m experiments.run curate --gin.DATA={data} --workdir=OUT"
+    sources = ", ".join(f"`{source}`" for source in manifest["arguments"]["sources"])
     return (
-        "## Commands\nMade by the first, with the settings in `config.gin` and, in full, `curation.json`; read by the"
-        f" others.\n```\n{command}\npython -m experiments.run prepare --gin.DATA=OUT/data --gin.TOKENIZER=… "
-        "--workdir=DATASET\ndatasets.load_dataset('OUT/data')\n```\n"
+        f"## Commands\nMade of {sources} with the settings in `curation.json`. The verb `curate` leaves them in its"
+        " workdir as `config.gin`, too, and the first command makes the data set again; the others read it.\n```\n"
+        "python -m experiments.run curate --gin_file=config.gin --workdir=OUT\n"
+        "python -m experiments.run prepare --gin.DATA=OUT/data --gin.TOKENIZER=… --workdir=DATASET\n"
+        "datasets.load_dataset('OUT/data')\n```\n"
     )

@@ -130,7 +130,7 @@ def test_the_card_says_what_happened(corpus, tmp_path):
         "| exam | 1 | 1 |",
         "## Score `n_score`: 8 documents",
         "### Dropped: gopher: too few words",
-        "curate --gin.DATA=",
+        "curate --gin_file=config.gin --workdir=OUT",
     ):
         assert line in card
 
