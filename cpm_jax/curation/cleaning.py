@@ -35,7 +35,7 @@ def _fixer() -> tuple[Any, Any]:
 class FixEncoding(TextFilter):
     """Mends text that was decoded wrongly ("donâ€™t"), by ftfy; control characters go."""
 
-    def judge(self, document: Document) -> Document:
+    def apply(self, document: Document) -> Document:
         """Returns the document, mended."""
         if not _NOT_PLAIN.search(document.text):
             return document
@@ -71,7 +71,7 @@ class MaskPersonalData(TextFilter):
     ip4: str = "192.0.2.1"
     ip6: str = "2001:db8::1"
 
-    def judge(self, document: Document) -> Document:
+    def apply(self, document: Document) -> Document:
         """Returns the document without such addresses."""
         text = document.text
         if "@" in text:
@@ -129,7 +129,7 @@ class RemoveBoilerplate(TextFilter):
         """Checks what the types do not say."""
         self.check_fractions("max_removed")
 
-    def judge(self, document: Document) -> Document:
+    def apply(self, document: Document) -> Document:
         """Drops the document, or returns it without such lines."""
         text = document.text
         lies_in_block = in_blocks(text)

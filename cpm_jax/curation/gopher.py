@@ -67,7 +67,7 @@ class GopherQuality(TextFilter):
                 "GopherQuality.min_words",
             )
 
-    def judge(self, document: Document) -> Document:
+    def apply(self, document: Document) -> Document:
         """Drops the document, or returns it as it is."""
         text = prose(document.text)
         words = collections.Counter(split_words(text, document.language))
@@ -134,7 +134,7 @@ class GopherRepetition(TextFilter):
             "max_duplicate_paragraph_characters",
         )
 
-    def judge(self, document: Document) -> Document:
+    def apply(self, document: Document) -> Document:
         """Drops the document, or returns it as it is."""
         text = prose(document.text)
         if not text.strip():
@@ -150,9 +150,9 @@ class GopherRepetition(TextFilter):
                 return document.drop(f"repetition: {name}s")
             if most_characters is not None and characters / len(text) > most_characters:
                 return document.drop(f"repetition: {name} characters")
-        return self._judge_ngrams(document, text)
+        return self._apply_ngrams(document, text)
 
-    def _judge_ngrams(self, document: Document, text: str) -> Document:
+    def _apply_ngrams(self, document: Document, text: str) -> Document:
         words = split_words(text, document.language)
         hashes, sizes = hash_words(words), lengths(words)
         for n, share in self.max_top_ngram_characters:

@@ -145,6 +145,19 @@ def plan_shards(
     return shards, rejects
 
 
+def shard_identity(shard: InputShard) -> dict[str, Any]:
+    """What tells whether a shard is still the same, as JSON holds it: names, sizes and times of its files."""
+    files = [[name, *_version(as_path(place))] for place, name in shard.files]
+    return {"source": shard.source, "files": files}
+
+
+def _version(path: Path) -> tuple[int | None, Any]:
+    if not path.exists():
+        return None, None
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns if isinstance(path, Path) else path.fs.ukey(path.path)
+
+
 def progress_sizes(shards: Sequence[InputShard]) -> tuple[str, dict[int, int]]:
     """In what to count how far the reading is, and how much of it each shard is, by its index.
 

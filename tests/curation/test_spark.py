@@ -278,7 +278,7 @@ def test_spark_that_is_not_installed_is_named(tmp_path):
     )
     (tmp_path / "in.txt").write_text("text")
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
-    assert "pip install 'cpm_jax[spark]'" in done.stderr.splitlines()[-1]
+    assert "pip install -e '.[spark]'" in done.stderr.splitlines()[-1]
 
 
 def test_one_process_has_one_master(local):
