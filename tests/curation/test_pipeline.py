@@ -190,7 +190,7 @@ def test_paragraphs_that_were_seen_go_and_what_is_left_of_little_is_dropped(tmp_
     assert run(tmp_path / "in.jsonl", tmp_path / "all", dedup=None)["documents"] == 3
 
 
-class Stop(Exception):
+class Stop(BaseException):
     """Stands for whatever ends a process."""
 
 
