@@ -59,7 +59,7 @@ def _kind_and_mark(opening: re.Match[str]) -> tuple[str, str]:
 def _closings(text: str, openings: Sequence[re.Match[str]]) -> dict[str, list[tuple[int, int]]]:
     """Begin and end of all that closes blocks of these kinds, by their marks."""
     found: dict[str, list[tuple[int, int]]] = collections.defaultdict(list)
-    for kind in {opening.lastgroup for opening in openings} & _CLOSES.keys():
+    for kind in {opening.lastgroup or "" for opening in openings} & _CLOSES.keys():
         for match in _CLOSES[kind].finditer(text):
             found[match[1]].append(match.span())
     for opening in openings:
