@@ -26,13 +26,12 @@ from cpm_jax.data.sources import (
     RawText,
     Record,
     Reject,
-    file_kind,
     find_files,
     read_file,
     read_tfds,
     text_document,
 )
-from cpm_jax.data.streams import COMPRESSIONS, Truncated, read_chunks
+from cpm_jax.data.streams import COMPRESSIONS, Truncated, file_kind, read_chunks
 
 GROUP_BYTES = 1 << 24  # of small files per shard
 MAX_TEXT_BYTES = 1 << 24  # of one document; a longer one is no document, and workers hold it in memory several times

@@ -8,13 +8,13 @@ import os
 import sysconfig
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any, Literal
 
 from cpm_jax.common.extras import how_to_install
 from cpm_jax.common.files import as_path
 from cpm_jax.data.errors import DataError
-from cpm_jax.data.streams import COMPRESSIONS, MAX_LINE_BYTES, Truncated, read_chunks, split_lines
+from cpm_jax.data.streams import MAX_LINE_BYTES, Truncated, file_kind, read_chunks, split_lines
 
 Format = Literal["text", "chat"]
 
@@ -455,12 +455,6 @@ def find_files(source: str, extensions: Sequence[str] | None = None) -> Iterator
         DataError: the source does not exist.
     """
     return _Files(source, None if extensions is None else tuple(extensions)).find()
-
-
-def file_kind(name: str) -> str:
-    """The ending of a file's name that says how it is read: ".jsonl" of "A.JSONL.gz"; "" if it has none."""
-    path = PurePath(name.lower())
-    return (path.with_suffix("") if path.suffix in COMPRESSIONS else path).suffix
 
 
 def read_file(path: Path, name: str, source: str, columns: tuple[str, ...] | None = None) -> Iterator[Record | Reject]:

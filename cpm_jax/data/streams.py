@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import zstandard
@@ -37,6 +37,12 @@ def _decompressed(path: Path, new_decoder: Callable[[], Any]) -> Iterator[bytes]
                     decoder = None
         if decoder is not None:
             raise Truncated(f"the compressed stream is cut off at byte {file.tell()}, the end of the file")
+
+
+def file_kind(name: str) -> str:
+    """The ending of a file's name that says how it is read: ".jsonl" of "A.JSONL.gz"; "" if it has none."""
+    path = PurePath(name.lower())
+    return (path.with_suffix("") if path.suffix in COMPRESSIONS else path).suffix
 
 
 def read_chunks(path: Path) -> Iterator[bytes]:
