@@ -213,7 +213,7 @@ def test_curated_text_is_trained_on_and_compared_with_the_raw_one(config, curati
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["quickstart", "DATA=my texts"], 'quickstart.gin --workdir=runs/quickstart \\\n\t\t"--gin.DATA=my texts"'),
+        (["quickstart", "DATA=my texts"], '"--gin.DATA=my texts"'),
         (["quickstart", "DATA=('a', 'b c')"], "\"--gin.DATA=('a', 'b c')\""),
         (["bench", "NAME=dedup", "ARGS=--limit 5 texts"], "-m benchmarks.dedup --limit 5 texts\n"),
     ],
