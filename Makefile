@@ -45,7 +45,7 @@ $(VENV)/.curate: $(VENV)/.run $(VENV)/.no_deps
 
 quickstart: $(VENV)/.run $(if $(CURATE)$(VERIFY),$(VENV)/.curate) ## real text to a trained, measured model: make quickstart [DATA=folder|file.jsonl|…] [WORKDIR=…] [CURATE=1 [VERIFY=1]]
 	$(RUN) -m experiments.run quickstart --gin_file=runs/quickstart.gin --workdir=$(WORKDIR) \
-		$(if $(DATA),--gin.DATA=$(DATA)) $(if $(CURATE)$(VERIFY),--gin.CURATE=True) $(if $(VERIFY),--gin.VERIFY=True)
+		$(if $(DATA),"--gin.DATA=$(DATA)") $(if $(CURATE)$(VERIFY),--gin.CURATE=True) $(if $(VERIFY),--gin.VERIFY=True)
 
 DEMO = runs/rounds_demo
 
@@ -95,9 +95,9 @@ format: $(VENV)/.dev ## let ruff format and fix
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 
-bench: $(VENV)/.dev ## run one benchmark: make bench NAME=quickstart
-	@test -n "$(NAME)" || { echo "which one? make bench NAME=<one of: $(notdir $(basename $(wildcard benchmarks/[a-z]*.py)))>"; exit 2; }
-	$(RUN) -m benchmarks.$(NAME)
+bench: $(VENV)/.dev ## run one benchmark: make bench NAME=quickstart [ARGS="--work DIR"]
+	@test -n "$(NAME)" || { echo "which one? make bench NAME=<one of: $(notdir $(basename $(shell grep -l __main__ benchmarks/*.py)))>"; exit 2; }
+	$(RUN) -m benchmarks.$(NAME) $(ARGS)
 
 results: $(VENV)/.run ## print all measured figures, unmet goals first
 	$(RUN) -m benchmarks.results

@@ -37,7 +37,7 @@ from benchmarks.verification_corpora import (
 from cpm_jax.curation.classifier import ClassifierConfig, load_classifier, split_pools, train_classifier
 from cpm_jax.curation.document import Document
 from cpm_jax.curation.fasttext_classifier import FastTextConfig
-from cpm_jax.curation.pools import Pool
+from cpm_jax.curation.pools import LabelledPool
 from cpm_jax.curation.text_normalization import TextNormalizer
 from cpm_jax.data.tokenizer import Tokenizer
 
@@ -93,7 +93,7 @@ def published(texts: Sequence[str], tokenizer: Tokenizer) -> list[str]:
 def measure(bench: Benchmark, task: str, texts: Texts, bucket: int, folder: Path) -> None:
     """Trains on two pools and adds what was measured."""
     positive, negative = (
-        Pool(name, [Document(text, id=str(i)) for i, text in enumerate(dict.fromkeys(pool)) if text])
+        LabelledPool(name, [Document(text, id=str(i)) for i, text in enumerate(dict.fromkeys(pool)) if text])
         for name, pool in zip(("positive", "negative"), texts, strict=True)
     )
     config = ClassifierConfig(scorer=FastTextConfig(bucket=bucket, cutoff=_CUTOFF))
@@ -131,7 +131,9 @@ def measure(bench: Benchmark, task: str, texts: Texts, bucket: int, folder: Path
     measure_speed(bench, task, sample, tokenizer, folder)
 
 
-def tfidf_precision(config: ClassifierConfig, positive: Pool, negative: Pool, normalizer: TextNormalizer) -> float:
+def tfidf_precision(
+    config: ClassifierConfig, positive: LabelledPool, negative: LabelledPool, normalizer: TextNormalizer
+) -> float:
     """Average precision of the baseline: the same examples, lines and held-out documents."""
     split = split_pools(config, positive, negative)
     vectorizer = TfidfVectorizer(token_pattern=r"\S+", ngram_range=(1, 2), min_df=5, sublinear_tf=True)

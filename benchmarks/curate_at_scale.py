@@ -26,7 +26,7 @@ from cpm_jax.common.gin_utils import Settings
 from cpm_jax.curation.dedup import DedupConfig
 from cpm_jax.curation.places import DROPPED_ROWS, FILTERED, KEPT_ROWS, KEYS, PARAGRAPH_COUNTS, PARAGRAPHS, Places
 from cpm_jax.curation.readers import InputShard, plan_shards
-from cpm_jax.curation.runners import Pool
+from cpm_jax.curation.runners import ProcessPool
 from cpm_jax.curation.shards import FilterShard, WriteShard
 from cpm_jax.curation.writers import Columns, load_rows
 from experiments.curate import CurateConfig
@@ -187,7 +187,7 @@ def measure_stages(sources: Sequence[str]) -> Rates:
             for rows in sizes:
                 texts = load_rows(places.file(FILTERED, shard.index, rows))
                 sizes[rows] += sum(len(row["text"].encode()) for row in texts)
-        Pool(0).find_duplicates(config.dedup, shards, places)
+        ProcessPool(0).find_duplicates(config.dedup, shards, places)
         write = WriteShard(columns, config.output_format, config.dedup, places)
         write(shards[0])
         begin = time.process_time()

@@ -21,7 +21,7 @@ from cpm_jax.curation.dedup import DedupConfig
 from cpm_jax.curation.document import Document, Filter, apply_filters
 from cpm_jax.curation.fasttext_classifier import FastTextConfig
 from cpm_jax.curation.pipeline import PipelineConfig, curate
-from cpm_jax.curation.pools import Pool
+from cpm_jax.curation.pools import LabelledPool
 from cpm_jax.curation.readers import Reading, plan_shards, read_shard
 from cpm_jax.data.tokenizer import Tokenizer
 from experiments import classify
@@ -135,7 +135,7 @@ def train(folder: Path) -> dict[str, Any]:
     It learns faster than the paper's, from thousands of times less text: else all scores would be 0.5.
     """
     positive, negative = (
-        Pool(name, [d for d in documents_of(folder) if (d.metadata["pool"] == 0) == first])
+        LabelledPool(name, [d for d in documents_of(folder) if (d.metadata["pool"] == 0) == first])
         for name, first in (("positive", True), ("negative", False))
     )
     config = ClassifierConfig(scorer=FastTextConfig(bucket=200_000, lr=0.5, epoch=5))

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import NonNegativeInt, PositiveInt
 
-from cpm_jax.common.config import ConfigError, config_dataclass, config_differences
+from cpm_jax.common.config import ConfigError, as_tuple, check_same_settings, config_dataclass
 from cpm_jax.common.files import sha256, write_json, write_text
 from cpm_jax.common.progress import Progress
 from cpm_jax.curation.classifier import (
@@ -28,6 +28,7 @@ from cpm_jax.curation.classifier import (
 from cpm_jax.curation.document import Document
 from cpm_jax.curation.pools import SetAside, SourceProgress, read_pools, read_usable
 from cpm_jax.curation.quality import SCORE
+from cpm_jax.curation.readers import Reading, plan_shards, shard_identity
 from cpm_jax.data.errors import DataError
 from cpm_jax.data.workers import ordered_map
 from experiments.classify_report import write_scoring_report, write_training_report
@@ -36,6 +37,7 @@ CLASSIFIER_DIR = "classifier"
 SCORED_DIR = "scored"
 SUMMARY_FILE = "summary.json"
 _BATCH = 256  # documents that are scored together
+_PART_CHARACTERS = 1 << 26  # of a file of scored ones, about
 
 
 @config_dataclass
@@ -50,7 +52,7 @@ class ClassifyConfig:
         classifier: how it is trained.
         trained: folder of a classifier to score with.
         input: sources of the documents to score.
-        part_documents: documents in a file of scored ones, and what a kill costs at most.
+        part_documents: documents in a file of scored ones at most, and what a kill costs at most.
         num_workers: processes that score; None for one per core, 0 for none but this one.
         text_field: field of the text in records.
     """
@@ -97,7 +99,7 @@ def train(config: ClassifyConfig, workdir: Path) -> dict[str, Any]:
         result = read_classifier(folder)
         write_training_report(workdir, result)  # the page comes after the classifier, and a kill between them
         return result
-    pools = read_pools(_tuple(config.positive), _tuple(config.negative), config.text_field, config.max_documents)
+    pools = read_pools(as_tuple(config.positive), as_tuple(config.negative), config.text_field, config.max_documents)
     result = train_classifier(config.classifier, *pools, folder)
     report = write_training_report(workdir, result)
     at = result["at_threshold"]
@@ -112,36 +114,34 @@ def train(config: ClassifyConfig, workdir: Path) -> dict[str, Any]:
 
 def score(config: ClassifyConfig, workdir: Path) -> dict[str, Any]:
     """Scores documents into `scored/part-*.jsonl`, writes `report.html`, and returns the summary."""
-    scorer_folder, folder = Path(config.trained), workdir / SCORED_DIR
+    scorer_folder, folder, inputs = Path(config.trained), workdir / SCORED_DIR, as_tuple(config.input)
     about = read_classifier(scorer_folder)
     threshold = load_classifier(scorer_folder)[1]
     _claim(
         workdir,
         {
             "classifier_sha256": sha256(scorer_folder / CLASSIFIER_FILE),
-            "input": list(_tuple(config.input)),
+            "input": list(inputs),
             "text_field": config.text_field,
             "part_documents": config.part_documents,
         },
+        [shard_identity(shard) for shard in plan_shards(inputs)[0]],
     )
-    set_aside, position = SetAside(), SourceProgress()
-    documents = read_usable(_tuple(config.input), config.text_field, set_aside, position)
+    set_aside, progress = SetAside(), SourceProgress()
+    documents = read_usable(inputs, Reading(config.text_field), set_aside, progress)
     parts = _parts(folder)
     for part in parts:  # read again, as the sources have no index, but not scored
         for _ in itertools.islice(documents, _count_lines(part)):
             pass
     remote = about["kind"] != "fasttext"  # a server's replies are cached in one file, by one process
     num_workers = 0 if remote else (os.cpu_count() or 1) if config.num_workers is None else config.num_workers
-    with Progress("classify", position.total, initial=position.done, unit=position.unit, first_compiles=False) as bar:
-        scored = _shown(_score(documents, scorer_folder, threshold, num_workers), position, bar)
-        for number in itertools.count(len(parts)):
-            lines = [json.dumps(dataclasses.asdict(d)) + "\n" for d in itertools.islice(scored, config.part_documents)]
-            if not lines:
-                break
+    with Progress("classify", progress.total, initial=progress.done, unit=progress.unit, first_compiles=False) as bar:
+        scored = _shown(_score(documents, scorer_folder, threshold, num_workers), progress, bar)
+        for number, lines in enumerate(_divided(scored, config.part_documents), len(parts)):
             write_text(folder / f"part-{number:05d}.jsonl", "".join(lines))
     summary = _summarise(folder, threshold) | set_aside.to_json()
     if not summary["documents"]:
-        raise DataError(f"no document of {', '.join(_tuple(config.input))} can be used; set aside: {set_aside}")
+        raise DataError(f"no document of {', '.join(inputs)} can be used; set aside: {set_aside}")
     write_json(workdir / SUMMARY_FILE, summary)
     report = write_scoring_report(workdir, summary)
     print(
@@ -166,7 +166,7 @@ def _score(documents: Iterator[Document], folder: Path, threshold: float, num_wo
             yield document if value >= threshold else document.drop(SCORE)
 
 
-def _shown(scored: Iterator[Document], position: SourceProgress, bar: Progress) -> Iterator[Document]:
+def _shown(scored: Iterator[Document], progress: SourceProgress, bar: Progress) -> Iterator[Document]:
     """The same documents, with a look at the progress now and then."""
     begin, number = time.monotonic(), 0
 
@@ -175,13 +175,23 @@ def _shown(scored: Iterator[Document], position: SourceProgress, bar: Progress) 
 
     for number, document in enumerate(scored, 1):
         if number % _BATCH == 0:
-            bar.update(position.done, **{"documents/s": rate()})
+            bar.update(progress.done, **{"documents/s": rate()})
         yield document
-    bar.update(position.total, **{"documents/s": rate()})
+    bar.update(progress.total, **{"documents/s": rate()})
 
 
-def _tuple(sources: str | tuple[str, ...] | list[str]) -> tuple[str, ...]:
-    return (sources,) if isinstance(sources, str) else tuple(sources)
+def _divided(scored: Iterator[Document], most: int) -> Iterator[list[str]]:
+    """The lines of each file: of so many documents, or fewer that are long, as they wait in memory."""
+    lines: list[str] = []
+    size = 0
+    for document in scored:
+        lines.append(json.dumps(dataclasses.asdict(document)) + "\n")
+        size += len(lines[-1])
+        if len(lines) == most or size >= _PART_CHARACTERS:
+            yield lines
+            lines, size = [], 0
+    if lines:
+        yield lines
 
 
 def _parts(folder: Path) -> list[Path]:
@@ -193,19 +203,25 @@ def _count_lines(path: Path) -> int:
         return sum(1 for _ in file)
 
 
-def _claim(workdir: Path, settings: dict[str, Any]) -> None:
-    """Takes the workdir for these settings, or finds that it was taken for them.
+def _claim(workdir: Path, settings: dict[str, Any], files: list[dict[str, Any]]) -> None:
+    """Takes the workdir for these settings and input files, or finds that it was taken for them.
 
     Raises:
-        ConfigError: it was taken for others.
+        ConfigError: it was taken for other settings.
+        DataError: the files have changed.
     """
     path = workdir / SCORED_DIR / "settings.json"
     if not path.exists():
-        write_json(path, settings)
+        write_json(path, settings | {"input_files": files})
         return
-    if changed := config_differences(json.loads(path.read_text("utf-8")), settings):
-        said = "; ".join(f"{name}: {was!r} at the last start, now {now!r}" for name, (was, now) in changed.items())
-        raise ConfigError(f"{workdir} holds documents that were scored in another way: {said}; take another --workdir")
+    before = json.loads(path.read_text("utf-8"))
+    files_before = before.pop("input_files", None)
+    check_same_settings(workdir / SCORED_DIR, before, settings)
+    if files_before != files:
+        raise DataError(
+            f"the sources have changed since the call that began {workdir / SCORED_DIR}: delete that folder, or take "
+            "another --workdir"
+        )
 
 
 def _summarise(folder: Path, threshold: float) -> dict[str, Any]:

@@ -97,6 +97,7 @@ def summary(manifest: Mapping[str, Any], output_dir: Path) -> str:
     lines = [
         f"curated: {output_dir}",
         f"  kept: {manifest['documents']:,} of {read:,} documents, {manifest['text_bytes']:,} bytes, {shards} shards",
+        *([f"  ids given twice, made distinct: {manifest['repeated_ids']:,}"] if manifest["repeated_ids"] else []),
         *(f"  dropped, {reason}: {count:,}" for reason, count in _by_count(manifest["drops"])),
         f"  rejects ({REJECTS_FILE}): {json.dumps(manifest['rejects']) if manifest['rejects'] else 'none'}",
         *(

@@ -20,6 +20,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from cpm_jax.checkpoints.manager import CheckpointConfig, restore_params
 from cpm_jax.common.config import ConfigError, config_dataclass, config_to_dict
+from cpm_jax.common.extras import how_to_install
 from cpm_jax.common.files import write_json
 from cpm_jax.common.training_report import peak_memory
 from cpm_jax.data.manifest import Manifest
@@ -418,7 +419,7 @@ def check(
     """Loads the folder with transformers and compares; says so where transformers or torch is not installed."""
     missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
     if missing:
-        print(f"  not checked: {' and '.join(missing)} not installed (pip install 'cpm_jax[export]')")
+        print(f"  not checked: {' and '.join(missing)} not installed ({how_to_install('export')})")
         return {"missing": missing}
     from export.hf_check import check_hf
 

@@ -8,18 +8,19 @@ import dataclasses
 import heapq
 import importlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from cpm_jax.checkpoints.manager import CHECKPOINTS_DIR, CheckpointConfig
 from cpm_jax.common.files import write_text
+from cpm_jax.curation.dedup import given_id
 from cpm_jax.curation.document import Document
 from cpm_jax.curation.extra import import_extra
 from cpm_jax.curation.pipeline import curate
 from cpm_jax.curation.places import DATA_DIR
-from cpm_jax.curation.pools import position
-from cpm_jax.curation.readers import Damage, Reading, plan_shards, read_whole_shard
+from cpm_jax.curation.pools import SetAside, hash_fraction, read_usable
+from cpm_jax.curation.readers import Reading
 from cpm_jax.curation.writers import shard_writer
 from cpm_jax.data.errors import DataError
 from cpm_jax.data.prepare import PrepareConfig
@@ -66,18 +67,9 @@ def curated_text(config: "QuickstartConfig", workdir: Path) -> PrepareConfig:
     return dataclasses.replace(config.prepare, sources=str(left), text_field="text", extensions=None)
 
 
-def read_usable(sources: Sequence[str], extensions: Sequence[str] | None, reading: Reading) -> Iterator[Document]:
-    """The documents of sources; of a damaged file none, as in `curate`."""
-    for shard in plan_shards(sources, extensions)[0]:
-        try:
-            yield from (found for found in read_whole_shard(shard, reading) if isinstance(found, Document))
-        except Damage:
-            continue
-
-
 def place(document: Document) -> float:
     """Where a document lies in [0, 1), whatever became of its text, and wherever its source lies."""
-    return position(f"{PurePath(document.source).name}\0{document.id}", seed=0)
+    return hash_fraction(f"{PurePath(document.source).name}\0{given_id(document.id)}", seed=0)
 
 
 def divide(config: "QuickstartConfig", workdir: Path) -> dict[str, Any]:
@@ -94,10 +86,10 @@ def divide(config: "QuickstartConfig", workdir: Path) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
 
     def raw() -> Iterator[Document]:
-        return read_usable(pipeline.source_list, pipeline.extensions, pipeline.reading)
+        return read_usable(pipeline.source_list, pipeline.reading, SetAside(), extensions=pipeline.extensions)
 
     def curated() -> Iterator[Document]:
-        return read_usable([str(workdir / CURATED_DIR / DATA_DIR)], None, Reading())
+        return read_usable([str(workdir / CURATED_DIR / DATA_DIR)], Reading(), SetAside())
 
     share = config.prepare.validation_fraction
     chosen = heapq.nsmallest(

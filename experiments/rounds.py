@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import NonNegativeInt, PositiveInt
 
 from cpm_jax.common import provenance
-from cpm_jax.common.config import ConfigError, config_dataclass, config_differences, config_to_dict
+from cpm_jax.common.config import ConfigError, check_same_settings, config_dataclass, config_to_dict
 from cpm_jax.common.files import sha256, write_json
 from cpm_jax.curation.classifier import CLASSIFIER_FILE, ClassifierConfig
 from cpm_jax.curation.pools import MIN_DOCUMENTS, PoolError, check_pool
@@ -280,12 +280,10 @@ def _claim(workdir: Path, config: RoundsConfig) -> None:
     """
     free: Sequence[str] = ("num_rounds", "compare", "num_workers")
     settings = {name: value for name, value in config_to_dict(config).items() if name not in free}
-    for name in ("checkpoint", "batch_size", "num_workers", "checkpoint_every", "mesh"):
+    for name in ("checkpoint", "batch_size", "num_workers", "checkpoint_every", "keep_checkpoints", "mesh"):
         del settings["verification"][name]
     path = workdir / SETTINGS_FILE
     if not path.exists():
         write_json(path, settings)
         return
-    if changed := config_differences(json.loads(path.read_text("utf-8")), settings):
-        said = "; ".join(f"{name}: {was!r} at the last start, now {now!r}" for name, (was, now) in changed.items())
-        raise ConfigError(f"{workdir} holds rounds of another recipe: {said}; take another --workdir")
+    check_same_settings(workdir, json.loads(path.read_text("utf-8")), settings)

@@ -58,7 +58,7 @@ VERBS = {
 _EPILOG = """\
 values:
   --gin.NAME=VALUE sets a macro (--gin.BATCH_SIZE=8) or a binding (--gin.ModelConfig.num_layers=4). A value that is no
-  gin literal is taken as a string, so --gin.DATA=/data/set needs no quotes.
+  gin literal is taken as a string, so --gin.DATA=/data/set needs no quotes; the folder 2024 is --gin.DATA=./2024.
 order:
   flags win over files, a later file wins over an earlier one, files win over the config that a workdir has saved.
   In a workdir with a saved config no --gin_file is needed: `pretrain --workdir=X` goes on with the run in X.

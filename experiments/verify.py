@@ -14,16 +14,17 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveInt
 
-from cpm_jax.checkpoints.manager import CheckpointConfig, find_checkpoint, find_tokenizer, read_meta
+from cpm_jax.checkpoints.manager import CHECKPOINTS_DIR, CheckpointConfig, find_checkpoint, find_tokenizer, read_meta
 from cpm_jax.common import provenance
 from cpm_jax.common.config import (
     ConfigError,
+    as_tuple,
+    check_same_settings,
     config_dataclass,
-    config_differences,
     config_from_dict,
     config_to_dict,
 )
-from cpm_jax.common.files import write_json
+from cpm_jax.common.files import remove_folder, write_json
 from cpm_jax.common.metrics import METRICS_FILE, read_metrics
 from cpm_jax.common.sharding import MeshConfig
 from cpm_jax.curation.verification import (
@@ -43,6 +44,8 @@ from cpm_jax.data.errors import DataError
 from cpm_jax.data.manifest import FILE_NAME, Manifest
 from cpm_jax.data.prepare import PrepareConfig, prepare
 from cpm_jax.data.tokenizer import Tokenizer
+from cpm_jax.evaluation.results import RESULTS_FILE as EVALUATION_FILE
+from cpm_jax.evaluation.results import items_path, read_items
 from cpm_jax.modeling.config import ModelConfig
 from cpm_jax.modeling.model_size import train_flops_per_token
 from cpm_jax.training.loop import TrainConfig
@@ -80,6 +83,7 @@ class VerifyConfig:
         text_field: field of the text in candidates' records.
         num_workers: processes that prepare candidates; None for one per core, 0 for none but this one.
         checkpoint_every: steps between an annealing's checkpoints: what a kill costs at most.
+        keep_checkpoints: whether the annealed models stay; else those of a cell are deleted once it is evaluated.
         mesh: how devices are arranged.
     """
 
@@ -97,6 +101,7 @@ class VerifyConfig:
     text_field: str = "text"
     num_workers: NonNegativeInt | None = None
     checkpoint_every: PositiveInt = 1000
+    keep_checkpoints: bool = False
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
@@ -113,7 +118,7 @@ class VerifyConfig:
     @property
     def default_paths(self) -> tuple[str, ...]:
         """`default`, also when it is one."""
-        return (self.default,) if isinstance(self.default, str) else tuple(self.default)
+        return as_tuple(self.default)
 
 
 class Start(NamedTuple):
@@ -163,7 +168,7 @@ def check(config: VerifyConfig) -> Start:
     """
     from cpm_jax.evaluation.tasks import TaskOptions, make_tasks
 
-    tasks = make_tasks(_tuple(config.tasks), TaskOptions(0, config.limit))
+    tasks = make_tasks(as_tuple(config.tasks), TaskOptions(0, config.limit))
     for task in tasks:
         if task.main_metric != "bits_per_byte" and not task.higher_is_better(task.main_metric):
             raise ConfigError(
@@ -265,23 +270,19 @@ def run_cell(config: VerifyConfig, start: Start, candidate: str, seed: int, fold
         seed: of the order of the data.
         folder: of the cell.
     """
-    tasks = _tuple(config.tasks)
-    if (folder / "evaluation" / evaluate_results_file()).exists():
-        return
-    pretrain.run(annealing(config, start, candidate, seed), folder / "train")
-    evaluate.run(
-        evaluate.EvaluateConfig(
-            checkpoint=str(folder / "train"), tasks=tasks, limit=config.limit, batch_size=config.batch_size
-        ),
-        folder / "evaluation",
-    )
-
-
-def evaluate_results_file() -> str:
-    """The file that an evaluation writes last."""
-    from cpm_jax.evaluation.results import RESULTS_FILE
-
-    return RESULTS_FILE
+    if not (folder / "evaluation" / EVALUATION_FILE).exists():  # written last
+        pretrain.run(annealing(config, start, candidate, seed), folder / "train")
+        evaluate.run(
+            evaluate.EvaluateConfig(
+                checkpoint=str(folder / "train"),
+                tasks=as_tuple(config.tasks),
+                limit=config.limit,
+                batch_size=config.batch_size,
+            ),
+            folder / "evaluation",
+        )
+    if not config.keep_checkpoints:
+        remove_folder(folder / "train" / CHECKPOINTS_DIR)
 
 
 def annealing(config: VerifyConfig, start: Start, candidate: str, seed: int) -> pretrain.PretrainConfig:
@@ -316,8 +317,6 @@ def annealing(config: VerifyConfig, start: Start, candidate: str, seed: int) -> 
 
 def read_scores(workdir: Path, candidates: Sequence[str], num_seeds: int) -> Scores:
     """The items of all cells, as arrays."""
-    from cpm_jax.evaluation.results import items_path, read_items
-
     about = _evaluation(workdir, candidates[0], 1)["tasks"]
     weights: dict[str, np.ndarray] = {}
     values: dict[str, dict[str, np.ndarray]] = {name: {} for name in candidates}
@@ -417,7 +416,7 @@ def _contents(folder: str) -> dict[str, Any]:
 
 
 def _evaluation(workdir: Path, candidate: str, seed: int) -> dict[str, Any]:
-    path = cell_folder(workdir, candidate, seed) / "evaluation" / evaluate_results_file()
+    path = cell_folder(workdir, candidate, seed) / "evaluation" / EVALUATION_FILE
     return json.loads(path.read_text("utf-8"))
 
 
@@ -435,7 +434,7 @@ def _settings(workdir: Path, config: VerifyConfig, start: Start) -> dict[str, An
             f"with {tokenizer}",
             field="VerifyConfig.default",
         )
-    free = ("num_seeds", "batch_size", "num_workers", "checkpoint_every", "mesh", "checkpoint")
+    free = ("num_seeds", "batch_size", "num_workers", "checkpoint_every", "keep_checkpoints", "mesh", "checkpoint")
     settings = {name: value for name, value in config_to_dict(config).items() if name not in free}
     settings["start"] = {name: start.meta[name] for name in ("step", "tokens_seen", "config_sha256")}
     path = workdir / SETTINGS_FILE
@@ -444,11 +443,5 @@ def _settings(workdir: Path, config: VerifyConfig, start: Start) -> dict[str, An
         # Candidates may be added, or left out for now; those that have cells must be what they were.
         settings["candidates"] = before["candidates"] | settings["candidates"]
         before["candidates"] = settings["candidates"] | before["candidates"]
-        if changed := config_differences(before, settings):
-            said = "; ".join(f"{name}: {was!r} at the last start, now {now!r}" for name, (was, now) in changed.items())
-            raise ConfigError(f"{workdir} holds cells of another verification: {said}; take another --workdir")
+        check_same_settings(workdir, before, settings)
     return settings
-
-
-def _tuple(names: str | tuple[str, ...] | list[str]) -> tuple[str, ...]:
-    return (names,) if isinstance(names, str) else tuple(names)

@@ -15,6 +15,7 @@ import numpy as np
 from cpm_jax.checkpoints.hf_config import LAYOUTS, find_layout
 from cpm_jax.checkpoints.sources import CONFIG_FILE
 from cpm_jax.common.config import ConfigError
+from cpm_jax.common.extras import how_to_install
 from cpm_jax.data.tokenizer import Tokenizer
 from cpm_jax.modeling.config import ModelConfig
 from cpm_jax.modeling.decoder import bind
@@ -55,7 +56,7 @@ def _load(folder: Path) -> tuple[Any, Any, Any]:
         import torch
         import transformers
     except ImportError as error:
-        raise ConfigError(f"checking against transformers needs {error.name}: pip install 'cpm_jax[export]'") from error
+        raise ConfigError(f"checking against transformers needs {error.name}: {how_to_install('export')}") from error
     layout = find_layout(json.loads((folder / CONFIG_FILE).read_text("utf-8")))
     if not layout.in_transformers:
         known = ", ".join(name for name, other in LAYOUTS.items() if other.in_transformers)

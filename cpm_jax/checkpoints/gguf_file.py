@@ -19,11 +19,12 @@ import numpy as np
 
 from cpm_jax.checkpoints.sources import SourceError
 from cpm_jax.common.config import ConfigError
+from cpm_jax.common.extras import how_to_install
 
 try:
     import gguf
 except ImportError as _error:
-    raise ConfigError(f"reading GGUF files needs {_error.name}: pip install 'cpm_jax[gguf]'") from _error
+    raise ConfigError(f"reading GGUF files needs {_error.name}: {how_to_install('gguf')}") from _error
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)

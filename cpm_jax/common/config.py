@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar, cast, dataclass_transform
 
 import pydantic
@@ -127,6 +127,11 @@ def config_from_dict(cls: type[T], values: Mapping[str, Any]) -> T:
         raise _translate(cls.__name__, error) from None
 
 
+def as_tuple(names: str | Sequence[str]) -> tuple[str, ...]:
+    """Names of a field that takes one or several."""
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
 def config_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:
     """Compares two dicts from `config_to_dict`.
 
@@ -141,3 +146,22 @@ def config_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: s
         elif a != b:
             found[prefix + name] = (a, b)
     return found
+
+
+def check_same_settings(
+    folder: object, before: Mapping[str, Any], now: Mapping[str, Any], error: type[Exception] = ConfigError
+) -> None:
+    """Checks that a folder which holds results, or a part of them, is asked for what it was begun with.
+
+    Args:
+        folder: what to call it.
+        before: the settings that it was begun with.
+        now: those of this call.
+        error: what to raise.
+
+    Raises:
+        ConfigError: or `error`: settings differ; names each, with both values.
+    """
+    if differences := config_differences(before, now):
+        said = "; ".join(f"{name} = {was!r}, now {name} = {new!r}" for name, (was, new) in differences.items())
+        raise error(f"{folder} was made with {said}: give the same settings, or another folder")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 from cpm_jax.common.config import InputError
+from cpm_jax.common.extras import how_to_install
 
 
 def as_path(place: str | os.PathLike[str]) -> Path:
@@ -29,7 +30,7 @@ def as_path(place: str | os.PathLike[str]) -> Path:
     try:
         import upath
     except ImportError as error:
-        raise InputError(f"upath is needed for {place}: pip install 'cpm_jax[data]' ({error})") from error
+        raise InputError(f"upath is needed for {place}: {how_to_install('data')} ({error})") from error
     try:
         path = upath.UPath(place)
         path.fs  # noqa: B018  # looks for the library of this filesystem

@@ -43,7 +43,7 @@ class C4Quality(TextFilter):
     max_word_length: int = 1000
     curly_brackets: bool = True
 
-    def judge(self, document: Document) -> Document:
+    def apply(self, document: Document) -> Document:
         """Drops the document, or returns it with the lines that stay."""
         kept: list[str] = []
         sentences = end = 0

@@ -1,13 +1,12 @@
 """The card of a curated data set: what is in it, what is not and why, for people and for `datasets.load_dataset`."""
 
-import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from cpm_jax.curation.decontamination import hits_of
-from cpm_jax.curation.statistics import Statistics
+from cpm_jax.curation.statistics import OTHER, Statistics, common
 
 _QUANTILES = (0.01, 0.1, 0.25, 0.5, 0.75, 0.9, 0.99)
 _BINS = 10
@@ -27,6 +26,7 @@ def dataset_card(manifest: Mapping[str, Any], statistics: Statistics) -> str:
         f"# {statistics.documents:,} documents, {statistics.characters:,} characters\n",
         f"Of {read:,} documents that were read {_percent(statistics.documents, read)} are kept."
         f" Those dropped are in `dropped/` with their reasons, what could not be read in `rejects.jsonl`.\n",
+        _repeated_ids(statistics),
         _table("Dropped, by filter", ("reason", "documents", "of all"), _shares(statistics.drops, read)),
         _table("Could not be read", ("reason", "records"), _counted(statistics.rejects)),
         _table(
@@ -34,16 +34,16 @@ def dataset_card(manifest: Mapping[str, Any], statistics: Statistics) -> str:
             ("file", "reason", "where"),
             [(item["id"], item["reason"], item["detail"]) for item in manifest["quarantined"]],
         ),
-        _table("Sources", ("source", "documents", "of all"), _shares(statistics.sources, statistics.documents)),
+        _table("Sources", ("source", "documents", "of all"), _shares(common(statistics.sources), statistics.documents)),
         _table(
             "Languages",
             ("language", "documents", "of all"),
-            _shares(_known(statistics.languages), statistics.documents),
+            _shares(_known(common(statistics.languages)), statistics.documents),
         ),
         _table(
             "Licences, as the documents state them",
             ("licence", "documents", "of all"),
-            _shares(statistics.licences, statistics.documents)
+            _shares(common(statistics.licences), statistics.documents)
             or [("none stated", f"{statistics.documents:,}", "100.0%")],
         ),
         _quantiles(statistics),
@@ -56,7 +56,7 @@ def dataset_card(manifest: Mapping[str, Any], statistics: Statistics) -> str:
 
 
 def _header(manifest: Mapping[str, Any], statistics: Statistics) -> str:
-    languages = sorted(name for name in statistics.languages if name)
+    languages = sorted(name for name in common(statistics.languages) if name and name != OTHER)
     size = next((name for limit, name in _SIZES if statistics.documents < limit), "n>10M")
     lines = ["---", "configs:", "- config_name: default", "  data_files:", "  - split: train", "    path: data/*"]
     lines += ["task_categories:", "- text-generation", "size_categories:", f"- {size}"]
@@ -65,6 +65,15 @@ def _header(manifest: Mapping[str, Any], statistics: Statistics) -> str:
     if len(statistics.licences) == 1:
         lines.append(f"license: {next(iter(statistics.licences)).lower()}")
     return "\n".join([*lines, "---", ""])
+
+
+def _repeated_ids(statistics: Statistics) -> str:
+    if not statistics.repeated_ids:
+        return ""
+    return (
+        f"{statistics.repeated_ids:,} had the id of an earlier document of the same source with another text: to theirs"
+        " `#`, the shard and the place in it were added.\n"
+    )
 
 
 def _percent(part: float, whole: float) -> str:
@@ -131,11 +140,11 @@ def _excerpts(statistics: Statistics) -> str:
 
 
 def _commands(manifest: Mapping[str, Any]) -> str:
-    sources = manifest["arguments"]["sources"]
-    data = shlex.quote(sources[0]) if len(sources) == 1 else f'"{tuple(sources)!r}"'
-    command = f"python -m experiments.run curate --gin.DATA={data} --workdir=OUT"
+    sources = ", ".join(f"`{source}`" for source in manifest["arguments"]["sources"])
     return (
-        "## Commands\nMade by the first, with the settings in `config.gin` and, in full, `curation.json`; read by the"
-        f" others.\n```\n{command}\npython -m experiments.run prepare --gin.DATA=OUT/data --gin.TOKENIZER=… "
-        "--workdir=DATASET\ndatasets.load_dataset('OUT/data')\n```\n"
+        f"## Commands\nMade of {sources} with the settings in `curation.json`. The verb `curate` leaves them in its"
+        " workdir as `config.gin`, too, and the first command makes the data set again; the others read it.\n```\n"
+        "python -m experiments.run curate --gin_file=config.gin --workdir=OUT\n"
+        "python -m experiments.run prepare --gin.DATA=OUT/data --gin.TOKENIZER=… --workdir=DATASET\n"
+        "datasets.load_dataset('OUT/data')\n```\n"
     )

@@ -32,7 +32,7 @@ from cpm_jax.curation.language_model_scorers import (
     JudgeConfig,
     fit_logistic,
 )
-from cpm_jax.curation.pools import Pool, position
+from cpm_jax.curation.pools import LabelledPool, hash_fraction
 
 CLASSIFIER_FILE = "classifier.json"
 CACHE_FILE = "replies.sqlite"
@@ -95,11 +95,11 @@ class Split:
     held_out_labels: Bool[np.ndarray, " m"]
 
 
-def split_pools(config: ClassifierConfig, positive: Pool, negative: Pool) -> Split:
+def split_pools(config: ClassifierConfig, positive: LabelledPool, negative: LabelledPool) -> Split:
     """Divides pools into examples and held-out documents; every choice is by content, none by the order of reading."""
     train, held_out = [], []
     for pool in (positive, negative):
-        ordered = sorted(pool.documents, key=lambda document: position(document.text, config.seed))
+        ordered = sorted(pool.documents, key=lambda document: hash_fraction(document.text, config.seed))
         count = max(1, round(config.held_out_fraction * len(ordered)))
         held_out.append(ordered[:count])
         train.append(ordered[count:])
@@ -108,7 +108,7 @@ def split_pools(config: ClassifierConfig, positive: Pool, negative: Pool) -> Spl
         (d.text, label) for documents, label in zip(train, (True, False), strict=True) for d in documents[:most]
     ]
     # fastText learns from one line after the other: the classes must alternate, and the positions have sorted them.
-    examples.sort(key=lambda example: position(example[0], config.seed + 1))
+    examples.sort(key=lambda example: hash_fraction(example[0], config.seed + 1))
     return Split(
         [text for text, _ in examples],
         np.array([label for _, label in examples], bool),
@@ -117,7 +117,9 @@ def split_pools(config: ClassifierConfig, positive: Pool, negative: Pool) -> Spl
     )
 
 
-def train_classifier(config: ClassifierConfig, positive: Pool, negative: Pool, folder: Path) -> dict[str, Any]:
+def train_classifier(
+    config: ClassifierConfig, positive: LabelledPool, negative: LabelledPool, folder: Path
+) -> dict[str, Any]:
     """Trains, measures, chooses the threshold, and writes all into a folder, `classifier.json` last.
 
     Args:

@@ -6,7 +6,7 @@ import re
 from typing import Any
 
 from cpm_jax.common.config import config_dataclass
-from cpm_jax.curation.code_and_math import blocks, change_prose
+from cpm_jax.curation.code_and_math import change_prose, in_blocks
 from cpm_jax.curation.document import Document
 from cpm_jax.curation.extra import import_extra
 from cpm_jax.curation.filters import TextFilter, with_text
@@ -35,7 +35,7 @@ def _fixer() -> tuple[Any, Any]:
 class FixEncoding(TextFilter):
     """Mends text that was decoded wrongly ("donâ€™t"), by ftfy; control characters go."""
 
-    def judge(self, document: Document) -> Document:
+    def apply(self, document: Document) -> Document:
         """Returns the document, mended."""
         if not _NOT_PLAIN.search(document.text):
             return document
@@ -71,7 +71,7 @@ class MaskPersonalData(TextFilter):
     ip4: str = "192.0.2.1"
     ip6: str = "2001:db8::1"
 
-    def judge(self, document: Document) -> Document:
+    def apply(self, document: Document) -> Document:
         """Returns the document without such addresses."""
         text = document.text
         if "@" in text:
@@ -129,13 +129,13 @@ class RemoveBoilerplate(TextFilter):
         """Checks what the types do not say."""
         self.check_fractions("max_removed")
 
-    def judge(self, document: Document) -> Document:
+    def apply(self, document: Document) -> Document:
         """Drops the document, or returns it without such lines."""
         text = document.text
-        spans = blocks(text)
+        lies_in_block = in_blocks(text)
         kept, removed, place = [], 0, 0
         for line in text.splitlines(keepends=True):
-            inside = any(begin <= place < end for begin, end in spans)
+            inside = lies_in_block(place, place + 1)
             place += len(line)
             if not inside and _is_boilerplate(line):
                 removed += _size(line)

@@ -1,20 +1,30 @@
 """Where a text holds code or formulas, which filters neither change nor measure as prose."""
 
+import bisect
+import collections
 import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-# Blocks: fenced code, display maths, LaTeX environments. Each begins a line.
-_BLOCKS = re.compile(
-    r"^(?P<fence>`{3,}|~{3,})[^\n`]*\n.*?^(?P=fence)[ \t]*$"
-    r"|^[ \t]*\$\$.+?\$\$[ \t]*[.,;]?[ \t]*$"
-    r"|^[ \t]*\\\[.+?\\\][ \t]*[.,;]?[ \t]*$"
-    r"|^[ \t]*\\begin\{(?P<environment>[a-zA-Z]+\*?)\}.*?\\end\{(?P=environment)\}",
-    re.MULTILINE | re.DOTALL,
+# Blocks: fenced code, display maths, LaTeX environments. Each begins a line. What opens and what closes them is looked
+# for apart: one expression for both would read on to the end of the text for each that is not closed.
+_OPENS = re.compile(
+    r"^(?:(?P<fence>`{3,}+|~{3,}+)[^\n`]*+$"
+    r"|[ \t]*+(?:(?P<dollars>\$\$)|(?P<brackets>\\\[)|\\begin\{(?P<environment>[a-zA-Z]++\*?)\}))",
+    re.MULTILINE,
 )
+_CLOSES = {
+    "dollars": re.compile(r"(\$\$)[ \t]*+[.,;]?[ \t]*+$", re.MULTILINE),
+    "brackets": re.compile(r"\\(\])[ \t]*+[.,;]?[ \t]*+$", re.MULTILINE),
+    "environment": re.compile(r"\\end\{([a-zA-Z]++\*?)\}"),
+}
 # Within a line: code between backticks, formulas between dollars (which no blank follows or precedes) or brackets.
-_INLINE = re.compile(r"(`+)[^`\n]+\1|\$\$[^$\n]+\$\$|\$(?![\s$])[^$\n]+(?<!\s)\$(?!\d)|\\\([^\n]+?\\\)|\\\[[^\n]+?\\\]")
-_BACKTICKS = re.compile(r"(`+)([^`\n]+)\1")
+# Nothing is tried twice, so that a line takes time in proportion to its length.
+_INLINE = re.compile(
+    r"(?<!`)(`++)[^`\n]++\1|\$\$[^$\n]++\$\$|\$(?![\s$])[^$\n]++(?<!\s)\$(?!\d)"
+    r"|\\\((?:[^\\\n]++|\\[^()\n])++\\\)|\\\[(?:[^\\\n]++|\\[^\[\]\n])++\\\]"
+)
+_BACKTICKS = re.compile(r"(?<!`)(`++)([^`\n]++)\1")
 _MARKS = re.compile(r"[`$~]|\\[(\[b]")
 
 
@@ -23,7 +33,52 @@ def blocks(text: str) -> tuple[tuple[int, int], ...]:
     """Begin and end of each block of code or formulas."""
     if not _MARKS.search(text):
         return ()
-    return tuple(match.span() for match in _BLOCKS.finditer(text))
+    openings = list(_OPENS.finditer(text))
+    if not openings:
+        return ()
+    closings = _closings(text, openings)
+    spans, end = [], 0
+    for match in openings:
+        if match.start() < end:
+            continue  # within a block
+        kind, mark = _kind_and_mark(match)
+        found = closings[mark]
+        at = bisect.bisect_left(found, (match.end() + (kind in ("dollars", "brackets")), 0))  # no formula is empty
+        if at < len(found):
+            end = found[at][1]
+            spans.append((match.start(), end))
+    return tuple(spans)
+
+
+def _kind_and_mark(opening: re.Match[str]) -> tuple[str, str]:
+    """The kind of a block, and what its end must have: a fence or a name that is the same."""
+    kind = opening.lastgroup or ""
+    return kind, "]" if kind == "brackets" else opening[kind]
+
+
+def _closings(text: str, openings: Sequence[re.Match[str]]) -> dict[str, list[tuple[int, int]]]:
+    """Begin and end of all that closes blocks of these kinds, by their marks."""
+    found: dict[str, list[tuple[int, int]]] = collections.defaultdict(list)
+    for kind in {opening.lastgroup or "" for opening in openings} & _CLOSES.keys():
+        for match in _CLOSES[kind].finditer(text):
+            found[match[1]].append(match.span())
+    for opening in openings:
+        kind, mark = _kind_and_mark(opening)
+        if kind == "fence" and not opening[0].removeprefix(mark).strip(" \t"):
+            found[mark].append(opening.span())
+    return found
+
+
+def in_blocks(text: str) -> Callable[[int, int], bool]:
+    """A function of begin and end of a piece of the text: whether some of it lies in a block."""
+    spans = blocks(text)
+    ends = [end for _, end in spans]
+
+    def lies_in_block(begin: int, end: int) -> bool:
+        at = bisect.bisect_right(ends, begin)
+        return at < len(ends) and spans[at][0] < end
+
+    return lies_in_block
 
 
 @functools.lru_cache(maxsize=4)

@@ -15,19 +15,22 @@ import numpy as np
 from jaxtyping import Bool, Int, UInt8, UInt64
 
 from cpm_jax.common.config import ConfigError, config_dataclass
-from cpm_jax.curation.code_and_math import blocks
+from cpm_jax.curation.code_and_math import in_blocks
 from cpm_jax.curation.document import Document
 from cpm_jax.curation.extra import import_extra
 from cpm_jax.curation.words import hash_ngrams, hash_words, normal_words
 
-KEPT, EXACT, SAME_ID, NEAR = range(4)
-REASONS = {EXACT: "exact duplicate", SAME_ID: "duplicate id", NEAR: "near duplicate"}
+# Of several that fit a document the smallest counts. One whose id is also that of an earlier one, with another text,
+# stays: files may each count their records from 0.
+KEPT, EXACT, NEAR, SAME_ID = range(4)
+REASONS = {EXACT: "exact duplicate", NEAR: "near duplicate"}
 PARAGRAPHS = "duplicate paragraphs"
 
 _KEYS_AT_ONCE = 1 << 23  # that are sorted in memory
 _SHINGLES_AT_ONCE = 1 << 8  # so that what is computed stays in the processor's cache
-_PARAGRAPH = re.compile(r"(?:[^\n]*\S[^\n]*(?:\n|\Z))+")  # lines that are not blank
-_LINE = re.compile(r"[^\n]*\S[^\n]*")
+_PARAGRAPH = re.compile(r"(?m)(?:^[^\S\n]*+\S[^\n]*+(?:\n|\Z))+")  # lines that are not blank
+_DISTINCT = re.compile(r"#\d{5,}-\d+\Z")
+_LINE = re.compile(r"(?m)^[^\S\n]*+\S[^\n]*+")
 FIXED_KEYS = 2  # keys before those of the bands: of the text and of the id
 
 
@@ -167,15 +170,14 @@ def find_duplicates(keys: Sequence[Keys]) -> UInt8[np.ndarray, " documents"]:
         keys: of each shard an array [keys, documents], whose columns `document_keys` made.
 
     Returns:
-        Of each document, over all shards, KEPT or why it goes: EXACT, SAME_ID or NEAR.
+        Of each document, over all shards, whether it stays, KEPT or SAME_ID, or why it goes: EXACT or NEAR.
     """
     fates = np.zeros(sum(shard.shape[1] for shard in keys), np.uint8)
     if not len(fates):
         return fates
-    for row, fate in ((0, EXACT), (1, SAME_ID)):
-        for later, _ in _runs(keys, row):
-            fates[later[fates[later] == KEPT]] = fate
-    # Of documents with one text or name only the first takes part: the others would add nothing.
+    for later, _ in _runs(keys, 0):
+        fates[later] = EXACT
+    # Of documents with one text only the first takes part: the others would add nothing.
     members = firsts = np.empty(0, np.int64)
     for row in range(FIXED_KEYS, keys[0].shape[0]):
         for later, earliest in _runs(keys, row):
@@ -184,7 +186,24 @@ def find_duplicates(keys: Sequence[Keys]) -> UInt8[np.ndarray, " documents"]:
                 np.concatenate([members, later[chosen]]), np.concatenate([firsts, earliest[chosen]])
             )
     fates[members[fates[members] == KEPT]] = NEAR
+    for later, _ in _runs(keys, 1):
+        fates[later[fates[later] == KEPT]] = SAME_ID
     return fates
+
+
+def stays(fates: UInt8[np.ndarray, " documents"]) -> Bool[np.ndarray, " documents"]:
+    """Which documents `find_duplicates` keeps."""
+    return (fates == KEPT) | (fates == SAME_ID)
+
+
+def distinct_id(id: str, shard: int, number: int) -> str:
+    """The id of a document whose own is that of an earlier one: its shard, and its number there, are added."""
+    return f"{id}#{shard:05d}-{number}"
+
+
+def given_id(id: str) -> str:
+    """The id without what `distinct_id` added."""
+    return _DISTINCT.sub("", id)
 
 
 def _groups(
@@ -211,12 +230,8 @@ def paragraphs(text: str, least: int) -> list[tuple[int, int]]:
     """
     pattern = _PARAGRAPH if "\n\n" in text else _LINE
     pieces = [_stripped(match) for match in pattern.finditer(text)]
-    kept_spans = blocks(text)
-    return [
-        (begin, end)
-        for begin, end in pieces
-        if end - begin >= least and not any(begin < stop and start < end for start, stop in kept_spans)
-    ]
+    lies_in_block = in_blocks(text)
+    return [(begin, end) for begin, end in pieces if end - begin >= least and not lies_in_block(begin, end)]
 
 
 def _stripped(match: re.Match[str]) -> tuple[int, int]:
@@ -246,7 +261,7 @@ def find_duplicate_paragraphs(
     """
     rows, start = [], 0
     for shard, count in zip(keys, counts, strict=True):
-        rows.append(_Surviving(shard, np.repeat(fates[start : start + len(count)] == KEPT, count)))
+        rows.append(_Surviving(shard, np.repeat(stays(fates[start : start + len(count)]), count)))
         start += len(count)
     ends = np.cumsum([row.shape[1] for row in rows])
     goes = np.zeros(ends[-1] if rows else 0, bool)

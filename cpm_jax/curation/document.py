@@ -12,6 +12,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+from cpm_jax.common.config import InputError
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Document:
@@ -55,13 +57,35 @@ class Document:
 Filter: TypeAlias = Callable[[Document], Document]
 
 
+class FilterError(InputError):
+    """A filter failed at a document; names both."""
+
+
 def apply_filters(document: Document, filters: Sequence[Filter]) -> Document:
-    """Applies filters in order, up to the first that drops the document."""
+    """Applies filters in order, up to the first that drops the document.
+
+    Raises:
+        FilterError: one raised something, or did not return a document.
+        InputError: one raised it, as where a library is missing.
+    """
     for apply in filters:
         if document.dropped:
             break
-        document = apply(document)
+        try:
+            found = apply(document)
+        except InputError:
+            raise
+        except Exception as error:
+            raise _filter_error(apply, document, f"raised {type(error).__name__}: {error}") from error
+        if not isinstance(found, Document):
+            raise _filter_error(apply, document, f"returned {found!r:.100}, accepted is a Document")
+        document = found
     return document
+
+
+def _filter_error(apply: Filter, document: Document, what: str) -> FilterError:
+    name = getattr(apply, "__qualname__", type(apply).__qualname__)
+    return FilterError(f"filter {name}, document {document.id[:1000]!r} of {document.source[:1000]!r}: {what}")
 
 
 def as_predicate(apply: Filter) -> Callable[[str], bool]:

@@ -3,6 +3,7 @@
 import importlib
 from typing import Any
 
+from cpm_jax.common.extras import how_to_install
 from cpm_jax.data.errors import DataError
 
 
@@ -15,4 +16,4 @@ def import_extra(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise DataError(f"{module} is needed here: pip install 'cpm_jax[curate]' ({error})") from error
+        raise DataError(f"{module} is needed here: {how_to_install('curate')} ({error})") from error

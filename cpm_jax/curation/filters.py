@@ -22,7 +22,7 @@ SOURCE_FILES = (
 class TextFilter(abc.ABC):
     """A filter that may be for some languages only.
 
-    A class that derives from it defines `judge`.
+    A class that derives from it defines `apply`.
 
     Attributes:
         languages: those it concerns, as `Document.language` names them; documents of others pass unchanged. () for
@@ -35,10 +35,10 @@ class TextFilter(abc.ABC):
         """The document, perhaps changed or dropped."""
         if self.languages and document.language not in self.languages:
             return document
-        return self.judge(document)
+        return self.apply(document)
 
     @abc.abstractmethod
-    def judge(self, document: Document) -> Document:
+    def apply(self, document: Document) -> Document:
         """What `__call__` does to a document of the right language."""
 
     def check_fractions(self, *names: str) -> None:

@@ -43,7 +43,7 @@ class FineWebQuality(TextFilter):
         """Checks what the types do not say."""
         self.check_fractions("min_terminal_lines", "max_short_lines", "max_duplicate_line_characters")
 
-    def judge(self, document: Document) -> Document:
+    def apply(self, document: Document) -> Document:
         """Drops the document, or returns it as it is."""
         text = prose(document.text)
         lines = [line for line in text.split("\n") if _NOT_BLANK.search(line)]

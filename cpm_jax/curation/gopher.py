@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Int
 
-from cpm_jax.common.config import config_dataclass
+from cpm_jax.common.config import ConfigError, config_dataclass
 from cpm_jax.curation.code_and_math import prose
 from cpm_jax.curation.document import Document
 from cpm_jax.curation.filters import TextFilter
@@ -61,8 +61,13 @@ class GopherQuality(TextFilter):
     def __post_init__(self) -> None:
         """Checks what the types do not say."""
         self.check_fractions("max_bullet_lines", "max_ellipsis_lines", "min_alphabetic_words")
+        if self.min_words < 1:
+            raise ConfigError(
+                f"GopherQuality.min_words = {self.min_words}: must be at least 1: other rules are shares of the words",
+                "GopherQuality.min_words",
+            )
 
-    def judge(self, document: Document) -> Document:
+    def apply(self, document: Document) -> Document:
         """Drops the document, or returns it as it is."""
         text = prose(document.text)
         words = collections.Counter(split_words(text, document.language))
@@ -129,7 +134,7 @@ class GopherRepetition(TextFilter):
             "max_duplicate_paragraph_characters",
         )
 
-    def judge(self, document: Document) -> Document:
+    def apply(self, document: Document) -> Document:
         """Drops the document, or returns it as it is."""
         text = prose(document.text)
         if not text.strip():
@@ -145,9 +150,9 @@ class GopherRepetition(TextFilter):
                 return document.drop(f"repetition: {name}s")
             if most_characters is not None and characters / len(text) > most_characters:
                 return document.drop(f"repetition: {name} characters")
-        return self._judge_ngrams(document, text)
+        return self._apply_ngrams(document, text)
 
-    def _judge_ngrams(self, document: Document, text: str) -> Document:
+    def _apply_ngrams(self, document: Document, text: str) -> Document:
         words = split_words(text, document.language)
         hashes, sizes = hash_words(words), lengths(words)
         for n, share in self.max_top_ngram_characters:

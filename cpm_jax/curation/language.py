@@ -55,7 +55,7 @@ class LanguageId(TextFilter):
         """Checks what the types do not say."""
         self.check_fractions("min_score")
 
-    def judge(self, document: Document) -> Document:
+    def apply(self, document: Document) -> Document:
         """Returns the document with its language, dropped if that is not wanted or not sure."""
         labels, probabilities = _model().predict((prose(document.text) or document.text).replace("\n", " "))
         score = min(float(probabilities[0]), 1.0)  # the quantised model's sum may be a little more than 1

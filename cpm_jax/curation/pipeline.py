@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cpm_jax.common.config import ConfigError, config_dataclass
-from cpm_jax.common.files import absolute, as_path, remove_folder, whole_file
+from cpm_jax.common.config import ConfigError, as_tuple, check_same_settings, config_dataclass
+from cpm_jax.common.files import absolute, remove_folder, whole_file
 from cpm_jax.common.progress import Progress
 from cpm_jax.curation.card import dataset_card
 from cpm_jax.curation.decontamination import Decontaminate, build_index
@@ -28,10 +28,10 @@ from cpm_jax.curation.dedup import DedupConfig
 from cpm_jax.curation.filters import described
 from cpm_jax.curation.html import Extractor
 from cpm_jax.curation.places import DECIDED, FILTERED, WRITTEN, Places
-from cpm_jax.curation.readers import InputShard, Reading, plan_shards, progress_sizes
-from cpm_jax.curation.runners import Pool, Runner
+from cpm_jax.curation.readers import InputShard, Reading, plan_shards, progress_sizes, shard_identity
+from cpm_jax.curation.runners import ProcessPool, Runner
 from cpm_jax.curation.shards import FilterShard, WriteShard
-from cpm_jax.curation.statistics import Statistics
+from cpm_jax.curation.statistics import Statistics, common
 from cpm_jax.curation.writers import Columns, OutputFormat
 from cpm_jax.data.errors import DataError
 from cpm_jax.data.prepare import REJECTS_FILE, full_disk_as_data_error, only_process
@@ -99,7 +99,7 @@ class PipelineConfig:
     @property
     def source_list(self) -> tuple[str, ...]:
         """The sources, also when only one was given."""
-        return (self.sources,) if isinstance(self.sources, str) else tuple(self.sources)
+        return as_tuple(self.sources)
 
     @property
     def reading(self) -> Reading:
@@ -147,7 +147,7 @@ def curate(
     manifest_file = output_dir / MANIFEST
     if manifest_file.exists():
         manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
-        _check_same(manifest["arguments"], arguments, output_dir)
+        check_same_settings(output_dir, manifest["arguments"], arguments, DataError)
         remove_folder(places.work_dir)  # a kill at the very end may have left it
         return manifest
     for source in config.source_list:
@@ -163,6 +163,7 @@ def curate(
 
 
 def _lies_inside(folder: Path, source: str) -> bool:
+    source = os.path.expanduser(source)
     if "://" in source or not isinstance(folder, Path):
         return f"{folder}/".startswith(f"{source.rstrip('/')}/")
     return os.path.isdir(source) and folder.resolve().is_relative_to(Path(source).resolve())
@@ -181,7 +182,7 @@ def _curate(
     progress: bool,
 ) -> dict[str, Any]:
     shards, unread = plan_shards(config.source_list, config.extensions)
-    _check_plan(places, {"arguments": arguments, "shards": [_identity(shard) for shard in shards]})
+    _check_plan(places, {"arguments": arguments, "shards": [shard_identity(shard) for shard in shards]})
     filters, compared = tuple(config.filters), dict[str, int]()
     if evaluation_sets:
         index = places.work_dir / "evaluation_sets.npz"
@@ -228,11 +229,12 @@ def _curate(
         "documents": total.documents,
         "characters": total.characters,
         "text_bytes": total.text_bytes,
+        "repeated_ids": total.repeated_ids,
         "drops": dict(sorted(total.drops.items())),
         "rejects": dict(sorted(total.rejects.items())),
         "quarantined": quarantined,
-        "languages": dict(sorted(total.languages.items())),
-        "sources": dict(sorted(total.sources.items())),
+        "languages": dict(sorted(common(total.languages).items())),
+        "sources": dict(sorted(common(total.sources).items())),
         "input_shards": [shard.name for shard in shards],
         "files": files,
         "evaluation_sets": compared,
@@ -253,7 +255,7 @@ def _write_json(path: Path, value: Any) -> None:
 @contextlib.contextmanager
 def _runner(config: PipelineConfig) -> Iterator[Runner]:
     if config.spark_master is None:
-        yield Pool(config.num_workers)
+        yield ProcessPool(config.num_workers)
         return
     from cpm_jax.curation import spark  # needs the extra `spark`
 
@@ -282,37 +284,15 @@ def _run(
             bar.update(done, **{"documents/s": documents / max(time.monotonic() - begin, 1e-9)})
 
 
-def _identity(shard: InputShard) -> dict[str, Any]:
-    """What tells whether a shard is still the same: names, sizes and times of its files."""
-    files = [[name, *_version(as_path(place))] for place, name in shard.files]
-    return {"source": shard.source, "files": files}
-
-
-def _version(path: Path) -> tuple[int | None, Any]:
-    if not path.exists():
-        return None, None
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns if isinstance(path, Path) else path.fs.ukey(path.path)
-
-
 def _check_plan(places: Places, plan: dict[str, Any]) -> None:
     path = places.work_dir / "plan.json"
     if not path.exists():
         _write_json(path, plan)
         return
     before = json.loads(path.read_text(encoding="utf-8"))
-    _check_same(before["arguments"], plan["arguments"], places.output_dir)
+    check_same_settings(places.output_dir, before["arguments"], plan["arguments"], DataError)
     if before["shards"] != json.loads(json.dumps(plan["shards"])):
         raise DataError(
             f"the sources have changed since the call that began {places.output_dir}: delete that folder, or give "
             "another one"
         )
-
-
-def _check_same(before: dict[str, Any], now: dict[str, Any], output_dir: Path) -> None:
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
-            raise DataError(
-                f"{output_dir} was made with {name} = {before.get(name)!r}, now {name} = {now.get(name)!r}: "
-                "give the same arguments, or another folder"
-            )

@@ -3,7 +3,8 @@
 import collections
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import heapq
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 from cpm_jax.common.config import InputError
@@ -47,7 +48,7 @@ class SetAside:
 
 
 @dataclasses.dataclass
-class Pool:
+class LabelledPool:
     """Usable documents of one class.
 
     Attributes:
@@ -79,7 +80,11 @@ class SourceProgress:
 
 
 def read_usable(
-    sources: Sequence[str], text_field: str, set_aside: SetAside, position: SourceProgress | None = None
+    sources: Sequence[str],
+    reading: Reading,
+    set_aside: SetAside,
+    progress: SourceProgress | None = None,
+    extensions: Sequence[str] | None = None,
 ) -> Iterator[Document]:
     """The documents of sources that have text which can be encoded.
 
@@ -87,34 +92,35 @@ def read_usable(
 
     Args:
         sources: source strings.
-        text_field: field of the text in records.
+        reading: how records become documents.
         set_aside: is told of the others.
-        position: is told how far the reading is; its total before the first document is read.
+        progress: is told how far the reading is; its total before the first document is read.
+        extensions: endings of the file names to take from folders; all if None.
 
     Raises:
         DataError: a source does not exist.
     """
-    shards, skipped = plan_shards(sources)
+    shards, skipped = plan_shards(sources, extensions)
     set_aside.rejects.update(reject.reason for reject in skipped)
-    position = position or SourceProgress()
-    position.unit, sizes = progress_sizes(shards)
-    position.total = sum(sizes.values())
-    return _read_usable(shards, text_field, set_aside, position, sizes)
+    progress = progress or SourceProgress()
+    progress.unit, sizes = progress_sizes(shards)
+    progress.total = sum(sizes.values())
+    return _read_usable(shards, reading, set_aside, progress, sizes)
 
 
 def _read_usable(
     shards: Sequence[InputShard],
-    text_field: str,
+    reading: Reading,
     set_aside: SetAside,
-    position: SourceProgress,
+    progress: SourceProgress,
     sizes: Mapping[int, int],
 ) -> Iterator[Document]:
     before = 0
     for shard in shards:
         within, end = before, before + sizes[shard.index]
-        grows = position.unit == "B" and not any(place.endswith(_COMPRESSED) for place, _ in shard.files)
+        grows = progress.unit == "B" and not any(place.lower().endswith(_COMPRESSED) for place, _ in shard.files)
         try:
-            for found in read_whole_shard(shard, Reading(text_field)):
+            for found in read_whole_shard(shard, reading):
                 if isinstance(found, Reject):
                     set_aside.rejects[found.reason] += 1
                 elif not found.text.strip():
@@ -122,11 +128,11 @@ def _read_usable(
                 else:
                     if grows:
                         within += len(found.text.encode())
-                        position.done = min(within, end)
+                        progress.done = min(within, end)
                     yield found
         except Damage as damage:
             set_aside.quarantined.append(damage.reject)
-        position.done = before = end
+        progress.done = before = end
 
 
 def check_pool(name: str, source: str, text_field: str = "text") -> None:
@@ -142,7 +148,7 @@ def check_pool(name: str, source: str, text_field: str = "text") -> None:
         DataError: the source does not exist.
     """
     set_aside, texts = SetAside(), set[bytes]()
-    for document in read_usable([source], text_field, set_aside):
+    for document in read_usable([source], Reading(text_field), set_aside):
         size = len(texts)
         texts.add(digest(document.text))
         if len(texts) == size:
@@ -157,7 +163,7 @@ def check_pool(name: str, source: str, text_field: str = "text") -> None:
 
 def read_pools(
     positive: Sequence[str], negative: Sequence[str], text_field: str = "text", max_documents: int | None = None
-) -> tuple[Pool, Pool]:
+) -> tuple[LabelledPool, LabelledPool]:
     """Reads both pools.
 
     Args:
@@ -173,30 +179,48 @@ def read_pools(
         PoolError: a pool has less than `MIN_DOCUMENTS` usable documents.
         DataError: a source does not exist.
     """
-    pools = []
-    for name, sources in (("positive", positive), ("negative", negative)):
-        set_aside = SetAside()
-        by_digest: dict[bytes, Document] = {}
-        for document in read_usable(sources, text_field, set_aside):
-            if by_digest.setdefault(digest(document.text), document) is not document:
-                set_aside.rejects["duplicate"] += 1
-        pools.append((name, sources, set_aside, by_digest))
-    shared = pools[0][3].keys() & pools[1][3].keys()
-    result = []
-    for name, sources, set_aside, by_digest in pools:
-        for key in shared:
-            del by_digest[key]
-        if shared:
-            set_aside.rejects["in both pools"] += len(shared)
-        chosen = sorted(by_digest)[:max_documents]
-        if len(chosen) < MIN_DOCUMENTS:
+    # What is in both must be known before some are chosen. So the positive pool, as a rule the smaller, is read twice.
+    in_positive = {_key(document) for document in read_usable(positive, Reading(text_field), SetAside())}
+    negative_pool, in_negative = _read_pool("negative", negative, text_field, max_documents, in_positive)
+    positive_pool, _ = _read_pool("positive", positive, text_field, max_documents, in_negative)
+    for pool, sources in ((positive_pool, positive), (negative_pool, negative)):
+        if len(pool.documents) < MIN_DOCUMENTS:
             raise PoolError(
-                f"the {name} pool ({', '.join(sources) or 'no source'}) has {len(chosen)} usable documents, needed are "
-                f"at least {MIN_DOCUMENTS}; set aside: {set_aside}"
+                f"the {pool.name} pool ({', '.join(sources) or 'no source'}) has {len(pool.documents)} usable "
+                f"documents, needed are at least {MIN_DOCUMENTS}; set aside: {pool.set_aside}"
             )
-        kept = set(chosen)
-        result.append(Pool(name, [d for key, d in by_digest.items() if key in kept], set_aside))
-    return result[0], result[1]
+    return positive_pool, negative_pool
+
+
+def _read_pool(
+    name: str, sources: Sequence[str], text_field: str, max_documents: int | None, in_other: Set[int]
+) -> tuple[LabelledPool, set[int]]:
+    """Reads a pool; in memory are the documents chosen, and of the others the hash.
+
+    Returns:
+        The pool, and the hashes of all its texts.
+    """
+    set_aside, seen, chosen = SetAside(), set[int](), dict[int, Document]()
+    largest: list[int] = []  # hashes of those chosen, negative, as a heap
+    for document in read_usable(sources, Reading(text_field), set_aside):
+        key = _key(document)
+        if key in seen:
+            set_aside.rejects["duplicate"] += 1
+            continue
+        seen.add(key)
+        if key in in_other:
+            set_aside.rejects["in both pools"] += 1
+            continue
+        chosen[key] = document
+        if max_documents is not None:
+            heapq.heappush(largest, -key)
+            if len(chosen) > max_documents:
+                del chosen[-heapq.heappop(largest)]
+    return LabelledPool(name, list(chosen.values()), set_aside), seen
+
+
+def _key(document: Document) -> int:
+    return int.from_bytes(digest(document.text))
 
 
 def digest(text: str) -> bytes:
@@ -204,7 +228,7 @@ def digest(text: str) -> bytes:
     return hashlib.blake2b(text.encode(), digest_size=16).digest()
 
 
-def position(text: str, seed: int) -> float:
+def hash_fraction(text: str, seed: int) -> float:
     """Where a text lies in [0, 1), by its content and a seed alone."""
     key = hashlib.blake2b(text.encode(), digest_size=8, key=seed.to_bytes(8, "little")).digest()
     return int.from_bytes(key, "little") / 2**64

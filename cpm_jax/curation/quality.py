@@ -42,7 +42,7 @@ class ClassifierScore(TextFilter):
         self.check_fractions("threshold")
         object.__setattr__(self, "folder", absolute(self.folder))  # executors of Spark work in other folders
 
-    def judge(self, document: Document) -> Document:
+    def apply(self, document: Document) -> Document:
         """Returns the document with its score, dropped if that is too low."""
         from cpm_jax.curation.classifier import CLASSIFIER_FILE
 

@@ -8,10 +8,11 @@ cannot be known, so none of it is used, and it is named (`Damage`). A small file
 import dataclasses
 import functools
 import json
+import math
 import pickle
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from cpm_jax.common.files import absolute, as_path
@@ -19,15 +20,25 @@ from cpm_jax.curation.document import Document
 from cpm_jax.curation.extra import import_extra
 from cpm_jax.curation.html import Extractor, extract_text
 from cpm_jax.data.errors import DataError
-from cpm_jax.data.sources import TFDS, RawText, Record, Reject, find_files, read_file, read_tfds, text_document
-from cpm_jax.data.streams import Truncated, read_chunks
+from cpm_jax.data.sources import (
+    JSON_LINES,
+    TFDS,
+    RawText,
+    Record,
+    Reject,
+    find_files,
+    read_file,
+    read_tfds,
+    text_document,
+)
+from cpm_jax.data.streams import COMPRESSIONS, Truncated, file_kind, read_chunks
 
 GROUP_BYTES = 1 << 24  # of small files per shard
 MAX_TEXT_BYTES = 1 << 24  # of one document; a longer one is no document, and workers hold it in memory several times
 _SPOOLED_BYTES = 1 << 26  # of a shard that waits in memory until it is known to be whole
 _ARCHIVES = (".warc", ".wet")
 _PAGES = (".html", ".htm", ".xhtml")
-_MANY_DOCUMENTS = (*_ARCHIVES, ".jsonl", ".parquet", ".array_record")
+_MANY_DOCUMENTS = (*_ARCHIVES, *JSON_LINES, ".parquet", ".array_record")
 _DAMAGE = frozenset({"truncated", "damaged record", "cannot be read"})  # of what `data.sources` rejects
 # What Common Crawl calls a page. Other records (images, style sheets) are counted and left.
 _PAGE_TYPES = frozenset({"text/html", "application/xhtml+xml"})
@@ -85,11 +96,6 @@ class Reading:
     tfds_data_dir: str | None = None
 
 
-def _kind(name: str) -> str:
-    path = PurePath(name)
-    return (path.with_suffix("") if path.suffix in (".gz", ".zst") else path).suffix.lower()
-
-
 def plan_shards(
     sources: Sequence[str], extensions: Sequence[str] | None = None
 ) -> tuple[list[InputShard], list[Reject]]:
@@ -126,7 +132,7 @@ def plan_shards(
                 continue
             path, name = found
             num_bytes = path.stat().st_size if path.is_file() else 0
-            if _kind(path.name) in _MANY_DOCUMENTS:
+            if file_kind(path.name) in _MANY_DOCUMENTS:
                 end_group()
                 shards.append(InputShard(len(shards), source, ((absolute(path), name),), num_bytes))
                 continue
@@ -136,6 +142,19 @@ def plan_shards(
             group_bytes += num_bytes
         end_group()
     return shards, rejects
+
+
+def shard_identity(shard: InputShard) -> dict[str, Any]:
+    """What tells whether a shard is still the same, as JSON holds it: names, sizes and times of its files."""
+    files = [[name, *_version(as_path(place))] for place, name in shard.files]
+    return {"source": shard.source, "files": files}
+
+
+def _version(path: Path) -> tuple[int | None, Any]:
+    if not path.exists():
+        return None, None
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns if isinstance(path, Path) else path.fs.ukey(path.path)
 
 
 def progress_sizes(shards: Sequence[InputShard]) -> tuple[str, dict[int, int]]:
@@ -162,7 +181,7 @@ def read_shard(shard: InputShard, reading: Reading) -> Iterator[Document | Rejec
     if not shard.files:
         yield from _documents(read_tfds(shard.source, reading.tfds_data_dir), reading, damage=True)
     for place, name in shard.files:
-        kind, path = _kind(place), as_path(place)
+        kind, path = file_kind(place), as_path(place)
         if kind not in _MANY_DOCUMENTS and path.is_file() and path.stat().st_size > MAX_TEXT_BYTES:
             detail = f"{path.stat().st_size} bytes, more than {MAX_TEXT_BYTES}"
             yield Reject("text too long", name, shard.source, detail)
@@ -213,11 +232,12 @@ def _document(record: Record, text_field: str) -> Document | Reject:
         return Reject(reason[0], found.id, found.source, reason[1])
     if isinstance(record.value, RawText):
         return Document(found.text, found.id, found.source)
-    fields = {name: value for name, value in record.value.items() if name != text_field and value is not None}
+    others = {name: value for name, value in record.value.items() if name != text_field and value is not None}
+    fields = _json_values(others)
     scores = {
         name: float(fields.pop(name))
         for name in list(fields)
-        if (name == "score" or name.endswith("_score")) and type(fields[name]) in (int, float)
+        if (name == "score" or name.endswith("_score")) and _is_finite(fields[name])
     }
     return Document(
         text=found.text,
@@ -225,9 +245,17 @@ def _document(record: Record, text_field: str) -> Document | Reject:
         source=_text(fields, "source") or found.source,
         url=_text(fields, "url"),
         language=_text(fields, "language"),
-        metadata=_json_values(fields),
+        metadata=fields,
         scores=scores,
     )
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether it is a number that a float holds."""
+    try:
+        return type(value) in (int, float) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _unusable(text: str) -> tuple[str, str] | None:
@@ -246,8 +274,6 @@ def _unusable(text: str) -> tuple[str, str] | None:
 def _text(fields: dict[str, Any], name: str) -> str:
     """Takes a field out that is to be text; a number is written as such, and anything else stays metadata."""
     value = fields.get(name)
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", "replace")
     if isinstance(value, str) or type(value) is int:
         del fields[name]
         return str(value)
@@ -255,14 +281,17 @@ def _text(fields: dict[str, Any], name: str) -> str:
 
 
 def _json_values(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Values as JSON can hold them: numbers and arrays of NumPy as numbers and lists, dates and the like as text."""
+    """Values as JSON can hold them in UTF-8.
+
+    Numbers and arrays of NumPy become numbers and lists, dates and the like text, lone surrogates question marks.
+    """
 
     def other(value: Any) -> Any:
         if isinstance(value, bytes):
             return value.decode("utf-8", "replace")
         return value.tolist() if hasattr(value, "tolist") else str(value)
 
-    return json.loads(json.dumps(dict(fields), default=other))
+    return json.loads(json.dumps(dict(fields), ensure_ascii=False, default=other).encode(errors="replace"))
 
 
 def _page(path: Path, name: str, source: str, reading: Reading) -> Iterator[Document | Reject]:
@@ -294,7 +323,7 @@ def _archive(path: Path, name: str, source: str, reading: Reading) -> Iterator[D
     warc = import_extra("fastwarc.warc")
     try:
         # FastWARC takes the end of a damaged stream for the end of the archive.
-        if path.suffix in (".gz", ".zst"):
+        if path.suffix.lower() in COMPRESSIONS:
             for _ in read_chunks(path):
                 pass
         types = warc.WarcRecordType.response | warc.WarcRecordType.conversion

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from cpm_jax.common.config import InputError
 from cpm_jax.common.files import write_text
-from cpm_jax.curation.pools import MIN_DOCUMENTS, PoolError, position
+from cpm_jax.curation.pools import MIN_DOCUMENTS, PoolError, hash_fraction
 
 KEPT, DROPPED, RAW = "kept", "dropped", "raw"
 Selection = Literal["verify", "random"]
@@ -144,7 +144,7 @@ def sample_scored(scored: Path, score: str) -> dict[str, list[dict[str, Any]]]:
     """
     found = {KEPT: _Best(), DROPPED: _Best()}
     for row in _rows(scored):
-        found[_name(row)].add(-position(row["text"], 0), _example(row, score))
+        found[_name(row)].add(-hash_fraction(row["text"], 0), _example(row, score))
     return {name: best.examples() for name, best in found.items()}
 
 

@@ -50,7 +50,7 @@ class Runner(abc.ABC):
         """
 
 
-class Pool(Runner):
+class ProcessPool(Runner):
     """A pool of processes on this machine; duplicates are found in this process."""
 
     def __init__(self, num_workers: int | None = None):

@@ -11,7 +11,7 @@ import numpy as np
 from cpm_jax.common.files import sha256
 from cpm_jax.curation import dedup
 from cpm_jax.curation.dedup import DedupConfig
-from cpm_jax.curation.document import Document, Filter, apply_filters
+from cpm_jax.curation.document import Document, Filter, FilterError, apply_filters
 from cpm_jax.curation.places import (
     DATA_DIR,
     DECIDED,
@@ -73,7 +73,11 @@ class FilterShard:
         self._places = places
 
     def __call__(self, shard: InputShard) -> None:
-        """Filters one shard and leaves a note; of a damaged one only the note."""
+        """Filters one shard and leaves a note; of a damaged one only the note.
+
+        Raises:
+            FilterError: a filter failed; names the shard, too.
+        """
         open_rows = functools.partial(self._rows, shard.index)
         filtered, damage = _Filtered(), None
         try:
@@ -84,7 +88,7 @@ class FilterShard:
             ):
                 for found in read_shard(shard, self._reading):
                     if isinstance(found, Document):
-                        document = apply_filters(found, self._filters)
+                        document = self._filtered(found, shard)
                         row = _row(document)
                     else:
                         row = found
@@ -109,6 +113,14 @@ class FilterShard:
         note = {"damage": damage, "documents": filtered.documents, "statistics": filtered.statistics.to_json()}
         columns = {"scores": filtered.columns.scores, "fields": filtered.columns.fields}
         self._places.leave_note(FILTERED, shard.index, note | columns)
+
+    def _filtered(self, document: Document, shard: InputShard) -> Document:
+        try:
+            document = apply_filters(document, self._filters)
+        except FilterError as error:
+            raise FilterError(f"{shard.name}: {error}") from error
+        has_text = document.text and not document.text.isspace()
+        return document if document.dropped or has_text else document.drop("empty text")
 
     def _rows(self, shard: int, suffix: str) -> AbstractContextManager[Any]:
         return shard_writer(self._places.file(FILTERED, shard, suffix), temporary_dir=self._places.temporary_dir)
@@ -155,7 +167,7 @@ class WriteShard:
         ):
             for document in load_dump(place(DROPPED_ROWS)):
                 dropped.write(dump(document))
-            for document in self._decided(load_dump(place(KEPT_ROWS)), shard.index):
+            for document in self._decided(load_dump(place(KEPT_ROWS)), shard.index, statistics):
                 statistics.add(document)
                 if document.dropped:
                     dropped.write(dump(document))
@@ -172,17 +184,18 @@ class WriteShard:
         note = {"documents": documents, "statistics": statistics.to_json(), "files": files}
         self._places.leave_note(WRITTEN, shard.index, note)
 
-    def _decided(self, documents: Iterator[Document], shard: int) -> Iterator[Document]:
+    def _decided(self, documents: Iterator[Document], shard: int, statistics: Statistics) -> Iterator[Document]:
         config = self._dedup
         if config is None:
             yield from documents
             return
         fates = self._places.load(DECIDED, shard, FATES)
+        stays = dedup.stays(fates)
         gone_paragraphs = self._places.load(DECIDED, shard, GONE_PARAGRAPHS)
         counts = self._places.paragraph_counts(shard)
         ends = np.cumsum(counts)
         for number, document in enumerate(documents):
-            if fates[number] != dedup.KEPT:
+            if not stays[number]:
                 yield document.drop(dedup.REASONS[int(fates[number])])
                 continue
             if config.min_paragraph is not None:
@@ -193,4 +206,7 @@ class WriteShard:
                         yield document.drop(dedup.PARAGRAPHS)
                         continue
                     document = dataclasses.replace(document, text=text)
+            if fates[number] == dedup.SAME_ID:
+                statistics.repeated_ids += 1
+                document = dataclasses.replace(document, id=dedup.distinct_id(document.id, shard, number))
             yield document

@@ -22,7 +22,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from cpm_jax.common.config import InputError
-from cpm_jax.curation.dedup import EXACT, FIXED_KEYS, KEPT, NEAR, SAME_ID, DedupConfig
+from cpm_jax.common.extras import how_to_install
+from cpm_jax.curation.dedup import EXACT, FIXED_KEYS, NEAR, SAME_ID, DedupConfig, stays
 from cpm_jax.curation.places import DECIDED, FATES, FILTERED, GONE_PARAGRAPHS, Places
 from cpm_jax.curation.readers import InputShard
 from cpm_jax.curation.runners import Runner
@@ -36,7 +37,7 @@ try:
     from pyspark.sql import functions as F
     from pyspark.storagelevel import StorageLevel
 except ImportError as error:
-    raise DataError(f"Apache Spark is needed for spark_master: pip install 'cpm_jax[spark]' ({error})") from error
+    raise DataError(f"Apache Spark is needed for spark_master: {how_to_install('spark')} ({error})") from error
 
 Batches: TypeAlias = Iterator[pyarrow.RecordBatch]
 
@@ -176,7 +177,7 @@ class Spark(Runner):
         later = later.persist(StorageLevel.DISK_ONLY)
         fate = F.when(F.col("row") == 0, EXACT).otherwise(SAME_ID).cast("int").alias("fate")
         copies = later.where(F.col("row") < FIXED_KEYS).select("place", fate)
-        links = later.where(F.col("row") >= FIXED_KEYS).select("place", F.explode("firsts").alias("first"))
+        links = later.where(F.col("row") > 0).select("place", F.explode("firsts").alias("first"))
         groups = first_of_groups(links)
         near = groups.select("place", F.lit(NEAR).cast("int").alias("fate"))
         # Of several reasons the smallest number counts.
@@ -334,9 +335,9 @@ def _paragraph_keys(places: Places, batches: Batches) -> Batches:
         counts = places.paragraph_counts(shard.index)
         if not len(counts):
             continue
-        stays = np.repeat(places.load(DECIDED, shard.index, FATES) == KEPT, counts)
+        of_kept = np.repeat(stays(places.load(DECIDED, shard.index, FATES)), counts)
         column = places.paragraph_keys(shard.index)[0]
-        (chosen,) = np.nonzero(stays & (column != 0))
+        (chosen,) = np.nonzero(of_kept & (column != 0))
         yield _batch({"key": column[chosen].view(np.int64), "place": _places_of(shard, chosen)})
 
 

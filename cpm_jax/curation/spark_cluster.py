@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cpm_jax.common.config import InputError
+from cpm_jax.common.extras import how_to_install
 from cpm_jax.data.errors import DataError
 
 _MASTER = "org.apache.spark.deploy.master.Master"
@@ -108,7 +109,7 @@ class Cluster:
 def _spark_home() -> Path:
     found = importlib.util.find_spec("pyspark")
     if found is None or found.origin is None:
-        raise DataError("Apache Spark is needed for a cluster: pip install 'cpm_jax[spark]'")
+        raise DataError(f"Apache Spark is needed for a cluster: {how_to_install('spark')}")
     return Path(found.origin).parent
 
 

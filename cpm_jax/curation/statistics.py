@@ -11,6 +11,10 @@ from cpm_jax.curation.document import Document
 _SAMPLE = 500  # documents whose scores and lengths stand for all
 _EXCERPTS = 5  # texts to show, of those kept and of each reason
 _EXCERPT = 300  # characters of each
+_MOST_NAMES = 1000  # of sources, languages, licences that are counted apart; records may each have another
+_SHOWN_NAMES = 100  # of these
+_NAME = 200  # characters of each
+_TOTALS = ("documents", "characters", "text_bytes", "repeated_ids")
 
 
 class Sample:
@@ -39,6 +43,27 @@ class Sample:
         return [value for _, value in self.items]
 
 
+OTHER = "other"
+
+
+def _merge_rare(counts: collections.Counter[str]) -> None:
+    """Of too many names leaves the commonest; the others, some of which may come again, count as "other".
+
+    What a shard gives so depends on its documents alone, and the sum on the order of the shards alone.
+    """
+    if len(counts) > 2 * _MOST_NAMES:
+        few = common(counts, _MOST_NAMES)
+        counts.clear()
+        counts.update(few)
+
+
+def common(counts: Mapping[str, int], most: int = _SHOWN_NAMES) -> dict[str, int]:
+    """The commonest names, ordered, and "other" for the rest if there is one."""
+    ranked = sorted(counts.items(), key=lambda item: (item[0] == OTHER, -item[1], item[0]))
+    rest = sum(count for _, count in ranked[most:])
+    return dict(ranked[:most]) | ({OTHER: rest} if rest else {})
+
+
 class Statistics:
     """Counts and samples of documents.
 
@@ -46,18 +71,20 @@ class Statistics:
         documents: how many were kept.
         characters: in them.
         text_bytes: in them, as UTF-8.
+        repeated_ids: kept documents whose id was that of an earlier one with another text.
         drops: dropped documents by reason.
         rejects: what could not be read, by reason.
         languages: kept documents by language.
         licences: kept documents by the licence that their metadata names.
-        sources: kept documents by source.
+        sources: kept documents by source. Of this and the two before: of very many names the rare ones as "other", and
+            of a long one the beginning.
         scores: a sample of each score of kept documents.
         lengths: a sample of their lengths in characters.
         excerpts: beginnings of texts, "" for kept ones, others by reason.
     """
 
     def __init__(self) -> None:
-        self.documents = self.characters = self.text_bytes = 0
+        self.documents = self.characters = self.text_bytes = self.repeated_ids = 0
         self.drops: collections.Counter[str] = collections.Counter()
         self.rejects: collections.Counter[str] = collections.Counter()
         self.languages: collections.Counter[str] = collections.Counter()
@@ -78,21 +105,26 @@ class Statistics:
         self.documents += 1
         self.characters += len(document.text)
         self.text_bytes += len(document.text.encode())
-        self.languages[document.language] += 1
-        self.sources[document.source] += 1
+        self.languages[document.language[:_NAME]] += 1
+        self.sources[document.source[:_NAME]] += 1
         if licence := document.metadata.get("license") or document.metadata.get("licence"):
-            self.licences[str(licence)] += 1
+            self.licences[str(licence)[:_NAME]] += 1
+        self._bound()
         self.lengths.add(name, len(document.text))
         for score, value in document.scores.items():
             self.scores.setdefault(score, Sample(_SAMPLE)).add(name, value)
 
+    def _bound(self) -> None:
+        for counts in (self.languages, self.licences, self.sources):
+            _merge_rare(counts)
+
     def merge(self, other: "Statistics") -> None:
         """Takes in what another one counted."""
-        self.documents += other.documents
-        self.characters += other.characters
-        self.text_bytes += other.text_bytes
+        for name in _TOTALS:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
         for name in ("drops", "rejects", "languages", "licences", "sources"):
             getattr(self, name).update(getattr(other, name))
+        self._bound()
         self.lengths.merge(other.lengths)
         for name, size in (("scores", _SAMPLE), ("excerpts", _EXCERPTS)):
             for key, sample in getattr(other, name).items():
@@ -100,7 +132,7 @@ class Statistics:
 
     def to_json(self) -> dict[str, Any]:
         """As JSON holds it."""
-        plain = {name: getattr(self, name) for name in ("documents", "characters", "text_bytes")}
+        plain = {name: getattr(self, name) for name in _TOTALS}
         for name in ("drops", "rejects", "languages", "licences", "sources"):
             plain[name] = dict(sorted(getattr(self, name).items()))
         plain["lengths"] = self.lengths.items
@@ -112,7 +144,7 @@ class Statistics:
     def from_json(cls, value: Mapping[str, Any]) -> "Statistics":
         """The inverse of `to_json`."""
         self = cls()
-        for name in ("documents", "characters", "text_bytes"):
+        for name in _TOTALS:
             setattr(self, name, value[name])
         for name in ("drops", "rejects", "languages", "licences", "sources"):
             getattr(self, name).update(value[name])

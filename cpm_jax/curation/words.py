@@ -10,12 +10,13 @@ from jaxtyping import Int, UInt64
 from cpm_jax.curation.extra import import_extra
 
 # Punctuation stands alone, a contraction is two words ("do", "n't"); an address, a number, an abbreviation and a file
-# name are one each: what tokenizers of English give, to which the published thresholds refer.
+# name are one each: what tokenizers of English give, to which the published thresholds refer. What may fail at its end
+# has a greatest length, or a line of nothing but underscores would take time in proportion to its length squared.
 _WORDS = re.compile(
     r"(?:(?:https?|ftp)://|www\.)\S*[\w/]"
-    r"|[\w.+-]+@[\w-]+(?:\.[\w-]+)+"
+    r"|[\w.+-]{1,64}+@[\w-]+(?:\.[\w-]+)+"
     r"|(?:[^\W\d_]\.){2,}"
-    r"|\w+?(?=n['’]t\b)|n['’]t\b|['’](?:s|re|ve|ll|d|m)\b"
+    r"|\w{1,64}?(?=n['’]t\b)|n['’]t\b|['’](?:s|re|ve|ll|d|m)\b"
     r"|\d+(?:[.,:]\d+)*\w*"
     r"|(?:(?<!\S)[./-]+)?[^\W_](?:\w*[^\W_])?(?:(?:[.|@+^~\\(]|(?<=[^\W\d_])-(?=\d))[^\W_]\w*)*"
     r"|\.{2,}|-{2,}|[^\w\s]|_",
@@ -23,7 +24,7 @@ _WORDS = re.compile(
 )
 _HAN = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")
 _PLAIN_WORDS = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]|[^\W_\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]+")
-_SENTENCE_ENDS = re.compile(r"[.!?]+(?=[\s\"'”’)\]]|$)|[。！？]+")
+_SENTENCE_ENDS = re.compile(r"(?<![.!?])[.!?]++(?=[\s\"'”’)\]]|$)|[。！？]+")
 _KNOWN_WORDS = 1 << 19  # hashes that a process remembers
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 

@@ -19,6 +19,7 @@ OutputFormat: TypeAlias = Literal["parquet", "jsonl.zst"]
 
 _TEXT_COLUMNS = ("text", "id", "source", "url", "language")
 _KINDS = {str: "text", int: "integer", float: "number", bool: "boolean"}
+_INT64 = 1 << 63
 _ROWS_PER_GROUP = 1000
 _CHARACTERS_PER_GROUP = 1 << 25  # a group of rows is held in memory until it is written
 _ZSTD_LEVEL = 3
@@ -28,8 +29,8 @@ MAX_ROW_BYTES = MAX_LINE_BYTES - (1 << 12)  # of a dump; what deduplication adds
 class Columns:
     """Which columns documents need besides `text`, `id`, `source`, `url` and `language`.
 
-    A score is a column. So is a metadata field whose values are all text, or all numbers of one kind; the others go
-    together into the column `metadata`, as JSON.
+    A score is a column. So is a metadata field whose values are all text, or all numbers of one kind; the others, and
+    integers of more than 64 bits with their sign, go together into the column `metadata`, as JSON.
 
     Attributes:
         scores: names of scores, ordered.
@@ -53,7 +54,8 @@ class Columns:
         if not document.scores.keys() <= set(self.scores):
             self.scores = sorted({*self.scores, *document.scores})
         for name, value in document.metadata.items():
-            self._note(name, _KINDS.get(type(value), "mixed"))
+            fits = type(value) is not int or -_INT64 <= value < _INT64
+            self._note(name, _KINDS.get(type(value), "mixed") if fits else "mixed")
 
     def merge(self, other: "Columns") -> None:
         """Makes room for the documents that another one is for."""

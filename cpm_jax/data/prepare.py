@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from tqdm import tqdm
 
-from cpm_jax.common.config import ConfigError, config_dataclass
+from cpm_jax.common.config import ConfigError, check_same_settings, config_dataclass
 from cpm_jax.common.files import write_json
 from cpm_jax.data.corpus import CleanDocument, Corpus, CorpusPass
 from cpm_jax.data.encoding import Encoded, Encoder, LongConversations
@@ -136,7 +136,7 @@ def prepare(config: PrepareConfig, output_dir: str | Path, *, progress: bool = T
     _check_not_inside_source(config, output_dir)
     if (output_dir / FILE_NAME).exists():
         manifest = Manifest.load(output_dir)
-        _check_same_arguments(manifest.arguments, arguments, output_dir)
+        check_same_settings(output_dir, manifest.arguments, arguments, DataError)
         shutil.rmtree(output_dir / PROGRESS_DIR, ignore_errors=True)  # a kill at the very end may have left it
         return manifest
     with full_disk_as_data_error(output_dir):
@@ -151,7 +151,7 @@ def _prepare(
 ) -> Manifest:
     arguments_file = work_dir / "arguments.json"
     if arguments_file.exists():
-        _check_same_arguments(json.loads(arguments_file.read_text("utf-8")), arguments, output_dir)
+        check_same_settings(output_dir, json.loads(arguments_file.read_text("utf-8")), arguments, DataError)
     corpus = Corpus(
         sources=config.source_list,
         format=config.format,
@@ -343,15 +343,6 @@ class _ProgressBar:
         self._bar.update(chunk.num_bytes)
 
 
-def _check_same_arguments(before: dict[str, Any], now: dict[str, Any], output_dir: Path) -> None:
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
-            raise DataError(
-                f"{output_dir} was made with {name} = {before.get(name)!r}, now {name} = {now.get(name)!r}: "
-                "give the same arguments, or another folder"
-            )
-
-
 def _check_same_input(chunk: Chunk, earlier: FinishedShard, output_dir: Path) -> None:
     if chunk.input_digest != earlier.input_digest:
         raise DataError(
@@ -361,7 +352,7 @@ def _check_same_input(chunk: Chunk, earlier: FinishedShard, output_dir: Path) ->
 
 
 def _check_not_inside_source(config: PrepareConfig, output_dir: Path) -> None:
-    for source in config.source_list:
+    for source in map(os.path.expanduser, config.source_list):
         if os.path.isdir(source) and output_dir.resolve().is_relative_to(Path(source).resolve()):
             raise DataError(f"the output folder {output_dir} lies inside the source {source!r}: choose one outside")
 

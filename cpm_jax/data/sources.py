@@ -11,18 +11,20 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from cpm_jax.common.extras import how_to_install
 from cpm_jax.common.files import as_path
 from cpm_jax.data.errors import DataError
-from cpm_jax.data.streams import MAX_LINE_BYTES, Truncated, read_chunks, split_lines
+from cpm_jax.data.streams import MAX_LINE_BYTES, Truncated, file_kind, read_chunks, split_lines
 
 Format = Literal["text", "chat"]
 
 ACCEPTED = (
-    "a folder, a text file, .jsonl, .parquet or .array_record (.gz and .zst too, but for the last two), "
-    "a glob pattern, a URL of one of these, tfds:NAME[/CONFIG][:SPLIT], or stdlib"
+    "a folder, a text file, .jsonl, .ndjson, .json of one object per line, .parquet or .array_record (.gz and .zst "
+    "too, but for the last two), a glob pattern, a URL of one of these, tfds:NAME[/CONFIG][:SPLIT], or stdlib"
 )
 _CHAT_FIELDS = ("messages", "conversations", "tools")
 _COMPRESSED = {".gz", ".zst", ".parquet", ".array_record"}
+JSON_LINES = (".jsonl", ".ndjson", ".json")
 TFDS = "tfds:"  # begins the source strings of TFDS
 _STDLIB_LEFT_OUT = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
 
@@ -163,12 +165,20 @@ class _Reader:
         except Truncated as error:
             yield self.reject("truncated", name, str(error))
 
-    def jsonl(self, path: Path, name: str) -> Iterator[Record | Reject]:
+    def jsonl(self, path: Path, name: str, *, sure: bool = True) -> Iterator[Record | Reject]:
+        """The lines; if it is not `sure` that they are JSON lines, the first one that is not blank decides."""
         number = 0
         try:
             for number, line in enumerate(split_lines(read_chunks(path)), start=1):
-                if isinstance(line, int) or line.strip():
-                    yield self.one(line, f"{name}:{number}", _parse_json)
+                if not isinstance(line, int) and not line.strip():
+                    continue
+                found = self.one(line, f"{name}:{number}", _parse_json)
+                if not sure and not (isinstance(found, Record) and isinstance(found.value, dict)):
+                    detail = f"line {number} is no JSON object; accepted are .json files of one JSON object per line"
+                    yield self.reject("not JSON lines", name, detail)
+                    return
+                sure = True
+                yield found
         except Truncated as error:
             yield self.reject("truncated", f"{name}:{number + 1}", str(error))
 
@@ -216,15 +226,15 @@ class _Reader:
 
     def file(self, path: Path, name: str) -> Iterator[Record | Reject]:
         """Any file, by its suffix; an error of the operating system becomes a reject."""
-        kind = path.with_suffix("") if path.suffix in (".gz", ".zst") else path
+        kind, ending = file_kind(path.name), path.suffix.lower()
         try:
             with path.open("rb"):
                 pass  # what the system says of a file that cannot be opened is better than a guess at damage
-            if kind.suffix == ".jsonl":
-                yield from self.jsonl(path, name)
-            elif path.suffix == ".parquet":
+            if kind in JSON_LINES:
+                yield from self.jsonl(path, name, sure=kind != ".json")
+            elif ending == ".parquet":
                 yield from self.parquet(path, name)
-            elif path.suffix == ".array_record":
+            elif ending == ".array_record":
                 yield from self.array_record(path, name)
             else:
                 yield from self.text_file(path, name)
@@ -257,7 +267,7 @@ def _import_extra(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise DataError(f"{module} is needed for this source: pip install 'cpm_jax[data]' ({error})") from error
+        raise DataError(f"{module} is needed for this source: {how_to_install('data')} ({error})") from error
 
 
 def _read_tfds(reader: _Reader, name: str, data_dir: str | None) -> Iterator[Record | Reject]:
@@ -296,7 +306,7 @@ class _Files:
     extensions: tuple[str, ...] | None
 
     def find(self) -> Iterator[tuple[Path, str] | Reject]:
-        source = self.source
+        source = os.path.expanduser(self.source)  # not every shell does it within an argument
         if source == "stdlib":
             # It is by definition its .py files outside of tests: the rest of its folder is no reject.
             files = dataclasses.replace(self, extensions=(".py",))
@@ -481,7 +491,7 @@ def estimate_bytes(source: str, extensions: Sequence[str] | None = None) -> int 
         if isinstance(found, Reject):
             continue
         file = found[0]
-        if file.suffix in _COMPRESSED or not file.is_file():
+        if file.suffix.lower() in _COMPRESSED or not file.is_file():
             return None
         total += file.stat().st_size
     return total or None

@@ -2,12 +2,13 @@
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import zstandard
 
 MAX_LINE_BYTES = 1 << 27  # of jsonl; a longer one is a broken file rather than a document
+COMPRESSIONS = (".gz", ".zst")  # endings, in lower or upper case
 _READ_SIZE = 1 << 16
 
 
@@ -38,15 +39,22 @@ def _decompressed(path: Path, new_decoder: Callable[[], Any]) -> Iterator[bytes]
             raise Truncated(f"the compressed stream is cut off at byte {file.tell()}, the end of the file")
 
 
+def file_kind(name: str) -> str:
+    """The ending of a file's name that says how it is read: ".jsonl" of "A.JSONL.gz"; "" if it has none."""
+    path = PurePath(name.lower())
+    return (path.with_suffix("") if path.suffix in COMPRESSIONS else path).suffix
+
+
 def read_chunks(path: Path) -> Iterator[bytes]:
-    """The content of a file in pieces, decompressed where its suffix is .gz or .zst.
+    """The content of a file in pieces, decompressed where its suffix is one of `COMPRESSIONS`.
 
     Raises:
         Truncated: the compressed stream ends, or is damaged, before its end.
     """
-    if path.suffix == ".gz":
+    compression = path.suffix.lower()
+    if compression == ".gz":
         yield from _decompressed(path, lambda: zlib.decompressobj(wbits=31))
-    elif path.suffix == ".zst":
+    elif compression == ".zst":
         yield from _decompressed(path, lambda: zstandard.ZstdDecompressor().decompressobj())
     else:
         with path.open("rb") as file:

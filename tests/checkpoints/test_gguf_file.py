@@ -195,5 +195,5 @@ def test_without_the_package_the_message_names_the_extra(monkeypatch, small_file
     monkeypatch.setitem(sys.modules, "gguf", None)
     for module in ("cpm_jax.checkpoints.gguf", "cpm_jax.checkpoints.gguf_file"):
         monkeypatch.delitem(sys.modules, module, raising=False)
-    with pytest.raises(ConfigError, match=r"reading GGUF files needs gguf: pip install 'cpm_jax\[gguf\]'"):
+    with pytest.raises(ConfigError, match=r"reading GGUF files needs gguf: pip install -e '\.\[gguf\]'"):
         open_source(small_file)

@@ -1,6 +1,7 @@
 import dataclasses
 import gzip
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -8,8 +9,18 @@ import pytest
 from cpm_jax.common.config import ConfigError, InputError
 from cpm_jax.curation import readers
 from cpm_jax.curation.classifier import ClassifierConfig, load_classifier, split_pools, train_classifier
+from cpm_jax.curation.document import Document
 from cpm_jax.curation.fasttext_classifier import FastTextConfig
-from cpm_jax.curation.pools import Pool, PoolError, SetAside, SourceProgress, position, read_pools, read_usable
+from cpm_jax.curation.pools import (
+    LabelledPool,
+    PoolError,
+    SetAside,
+    SourceProgress,
+    digest,
+    hash_fraction,
+    read_pools,
+    read_usable,
+)
 from tests.curation.test_fasttext_classifier import SMALL
 
 SCORER = FastTextConfig(**SMALL)
@@ -46,7 +57,7 @@ def test_nothing_held_out_is_trained_on_and_the_order_of_reading_does_not_matter
     config = ClassifierConfig(scorer=SCORER)
     split = split_pools(config, *pools)
     assert not {d.text for d in split.held_out} & set(split.texts)
-    backwards = [Pool(pool.name, pool.documents[::-1]) for pool in pools]
+    backwards = [LabelledPool(pool.name, pool.documents[::-1]) for pool in pools]
     again = split_pools(config, *backwards)
     assert again.texts == split.texts
     assert split.labels.mean() == 0.5  # balanced
@@ -54,7 +65,7 @@ def test_nothing_held_out_is_trained_on_and_the_order_of_reading_does_not_matter
 
 
 def test_positions_are_uniform():
-    found = np.array([position(f"text {i}", 0) for i in range(4000)])
+    found = np.array([hash_fraction(f"text {i}", 0) for i in range(4000)])
     np.testing.assert_allclose(np.histogram(found, 4, (0, 1))[0] / 4000, 0.25, atol=0.03)
 
 
@@ -156,8 +167,23 @@ def test_the_position_of_reading_goes_by_texts_in_plain_files_and_by_whole_files
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(lines))
     size = (tmp_path / "b.jsonl.gz").stat().st_size
     progress = SourceProgress()
-    documents = read_usable([str(tmp_path)], "text", SetAside(), progress)
+    documents = read_usable([str(tmp_path)], readers.Reading(), SetAside(), progress)
     assert (progress.unit, progress.total, progress.done) == ("B", 4004 + size, 0)
     seen = [progress.done for _ in documents]
     assert seen == [988, 2 * 988, 3 * 988, 4 * 988, 4004, 4004, 4004, 4004]
     assert progress.done == progress.total
+
+
+def test_a_pool_of_which_few_are_taken_is_not_held_in_memory(monkeypatch):
+    def documents(sources, reading, set_aside):
+        return (Document(f"{sources[0]} {number} " + "x" * 100_000, str(number)) for number in range(400))
+
+    monkeypatch.setattr("cpm_jax.curation.pools.read_usable", documents)
+    tracemalloc.start()
+    positive, negative = read_pools(["a"], ["b"], max_documents=25)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(positive.documents) == len(negative.documents) == 25
+    assert peak < 10e6  # of 40 MB each
+    smallest = sorted(documents(["a"], "", None), key=lambda document: digest(document.text))[:25]
+    assert {document.id for document in positive.documents} == {document.id for document in smallest}

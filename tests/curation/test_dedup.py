@@ -13,9 +13,11 @@ from cpm_jax.curation.dedup import (
     NEAR,
     SAME_ID,
     DedupConfig,
+    distinct_id,
     document_keys,
     find_duplicate_paragraphs,
     find_duplicates,
+    given_id,
     paragraph_keys,
     paragraphs,
     signature,
@@ -78,8 +80,18 @@ def test_the_first_of_each_kind_of_duplicate_stays():
         Document("few words", "e"),
         Document("few other", "f"),
         Document("few words", "g"),
+        Document(base.upper(), "d"),
+        Document("few others", "e", source="elsewhere"),
     ]
-    assert find_duplicates([keys_of(documents)]).tolist() == [KEPT, KEPT, EXACT, NEAR, SAME_ID, KEPT, KEPT, EXACT]
+    assert find_duplicates([keys_of(documents)]).tolist() == [
+        *(KEPT, KEPT, EXACT, NEAR, SAME_ID, KEPT, KEPT, EXACT, NEAR, KEPT)
+    ]
+
+
+def test_a_distinct_id_is_undone():
+    assert distinct_id("17", 3, 12) == "17#00003-12"
+    assert given_id("17#00003-12") == "17" == given_id("17")
+    assert given_id(distinct_id("a#b-1", 123456, 0)) == "a#b-1"
 
 
 def test_groups_are_whole_though_their_ends_are_unlike():

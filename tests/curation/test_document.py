@@ -1,10 +1,13 @@
 """The document and how filters compose."""
 
 import dataclasses
+import pickle
 
 import pytest
 
-from cpm_jax.curation.document import Document, apply_filters, as_predicate
+from cpm_jax.curation.document import Document, FilterError, apply_filters, as_predicate
+from cpm_jax.curation.filters import ExceptSourceFiles
+from cpm_jax.data.errors import DataError
 
 
 def upper(document: Document) -> Document:
@@ -25,6 +28,32 @@ def test_filters_run_in_order_and_stop_at_the_first_drop():
     assert (kept.text, kept.dropped, kept.scores) == ("HAM", "", {"spam": 0.0})
     dropped = apply_filters(Document("spam", "2"), [upper, no_spam, must_not_run])
     assert (dropped.text, dropped.dropped, dropped.scores) == ("SPAM", "spam", {"spam": 1.0})
+
+
+class Picky:
+    def __call__(self, document):
+        return {}["key"]
+
+
+def test_a_filter_that_fails_is_named_with_the_document():
+    document = Document("ham", "file:3", "source")
+    with pytest.raises(FilterError) as raised:
+        apply_filters(document, [upper, Picky()])
+    message = "filter Picky, document 'file:3' of 'source': raised KeyError: 'key'"
+    assert str(raised.value) == message
+    assert str(pickle.loads(pickle.dumps(raised.value))) == message  # from a worker to its parent
+    with pytest.raises(FilterError, match=r"filter Picky.*raised KeyError"):
+        apply_filters(document, [ExceptSourceFiles((Picky(),))])
+    with pytest.raises(FilterError, match="returned None, accepted is a Document"):
+        apply_filters(document, [lambda document: None])
+
+
+def test_an_error_that_says_what_to_do_stays_what_it_is():
+    def needs_library(document):
+        raise DataError("pip install it")
+
+    with pytest.raises(DataError, match=r"^pip install it$"):
+        apply_filters(Document("ham", "1"), [needs_library])
 
 
 def test_a_document_keeps_its_first_reason_and_is_not_changed_in_place():

@@ -19,10 +19,10 @@ SCRIPT = """
 import json, sys
 from cpm_jax.curation.gopher import GopherQuality, GopherRepetition
 from cpm_jax.curation.pipeline import PipelineConfig, curate
-from cpm_jax.curation.runners import Pool
+from cpm_jax.curation.runners import ProcessPool
 from tests.curation.held_jobs import hold
 if __name__ == "__main__":
-    hold(Pool, int(sys.argv[4]))
+    hold(ProcessPool, int(sys.argv[4]))
     filters = (GopherRepetition(max_duplicate_ngram_characters=()), GopherQuality())
     curate(PipelineConfig(sources=sys.argv[1], filters=filters, num_workers=int(sys.argv[3])), sys.argv[2],
            progress=False)

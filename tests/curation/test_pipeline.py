@@ -85,17 +85,18 @@ def test_every_document_is_kept_dropped_rejected_or_in_a_named_damaged_file(corp
     manifest = run(corpus, tmp_path / "out")
     assert manifest["drops"] == {
         "contaminated: exam": 1,
-        "duplicate id": 1,
         "exact duplicate": 2,
         "gopher: too few words": 1,
         "near duplicate": 1,
     }
     assert manifest["rejects"] == {"invalid UTF-8": 1, "malformed JSON": 1}
     assert [item["id"] for item in manifest["quarantined"]] == ["c.jsonl.gz:10"]
-    assert manifest["documents"] == 12 + 10 + 1 - 6
+    assert manifest["documents"] == 12 + 10 + 1 - 5
+    assert manifest["repeated_ids"] == 1
     table = datasets.load_dataset(str(tmp_path / "out" / "data"), split="train", cache_dir=str(tmp_path / "cache"))
-    assert table["id"][:] == [f"a{n}" for n in (0, 1, 2, 7, 8, 9, 10, 11)] + [f"b{n}" for n in (22, *range(23, 30))] + [
-        "d.txt"
+    assert table["id"][:] == [f"a{n}" for n in (0, 1, 2, 7, 8, 9, 10, 11)] + ["b22", "b22#00001-2"] + [
+        *(f"b{n}" for n in range(23, 30)),
+        "d.txt",
     ]
     assert table["n_score"][2] == 0.2
     assert table["license"][0] == "CC0"
@@ -105,7 +106,7 @@ def test_every_document_is_kept_dropped_rejected_or_in_a_named_damaged_file(corp
         for path in sorted((tmp_path / "out" / "dropped").iterdir())
         for document in load_dump(path)
     }
-    assert len(dropped) == 6
+    assert len(dropped) == 5
     assert dropped["a6"].dropped == "contaminated: exam"
     assert dropped["a6"].scores["contaminated_ngrams"] == len(EVALUATION.split()) - 12
     assert dropped["a5"].text == "too short"
@@ -121,14 +122,15 @@ def test_the_card_says_what_happened(corpus, tmp_path):
     card = (tmp_path / "out" / CARD).read_text()
     assert card.startswith("---\nconfigs:\n")
     for line in (
-        "# 17 documents, ",
+        "# 18 documents, ",
+        "1 had the id of an earlier document",
         "| exact duplicate | 2 | 8.7% |",
         "| c.jsonl.gz:10 | truncated |",
-        "| CC0 | 8 | 47.1% |",
+        "| CC0 | 8 | 44.4% |",
         "| exam | 1 | 1 |",
         "## Score `n_score`: 8 documents",
         "### Dropped: gopher: too few words",
-        "curate --gin.DATA=",
+        "curate --gin_file=config.gin --workdir=OUT",
     ):
         assert line in card
 
@@ -188,7 +190,7 @@ def test_paragraphs_that_were_seen_go_and_what_is_left_of_little_is_dropped(tmp_
     assert run(tmp_path / "in.jsonl", tmp_path / "all", dedup=None)["documents"] == 3
 
 
-class Stop(Exception):
+class Stop(BaseException):
     """Stands for whatever ends a process."""
 
 

@@ -103,6 +103,18 @@ def test_bad_records_are_counted_with_their_place(tmp_path):
     assert [document.text for document in documents(tmp_path / "a.jsonl", text_field="content")] == ["another field"]
 
 
+def test_a_shard_of_c4_is_a_file_of_many_documents(tmp_path):
+    data = gzip.compress(b'{"text": "one", "url": "u"}\n{"text": "two"}\n' * 50)
+    (tmp_path / "c4-train.00000.json.gz").write_bytes(data)
+    (tmp_path / "config.json").write_text('{\n  "key": "value"\n}')
+    assert [shard.name for shard in plan_shards([str(tmp_path)])[0]] == ["c4-train.00000.json.gz", "config.json"]
+    assert [document.text for document in documents(tmp_path)] == ["one", "two"] * 50
+    assert rejects(tmp_path) == [("not JSON lines", "config.json")]
+    (tmp_path / "c4-train.00000.json.gz").write_bytes(data[:-9])
+    with pytest.raises(Damage, match="truncated"):
+        documents(tmp_path)
+
+
 def test_a_text_that_is_too_long_is_a_reject(tmp_path, monkeypatch):
     monkeypatch.setattr(readers, "MAX_TEXT_BYTES", 100)
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": "x" * 101}) + "\n" + json.dumps({"text": "x" * 100}))

@@ -130,6 +130,7 @@ def damaged_corpus(root: Path) -> Path:
     root.mkdir()
     for shard in range(4):
         rows = [{"text": prose(shard * 20 + number, 120), "id": f"{shard}/{number}"} for number in range(25)]
+        rows[3]["id"] = "3"  # in every shard, with different texts
         rows[7]["text"] = rows[6]["text"] + " One more sentence."
         rows[8]["text"] = f"{prose(1, 120)}\n\n{prose(shard * 100, 120)}"
         lines = "".join(json.dumps(row) + "\n" for row in rows)
@@ -147,6 +148,7 @@ def test_a_cluster_writes_the_bytes_of_the_pool_through_urls_too(cluster, tmp_pa
     monkeypatch.chdir(tmp_path)
     expected = curate(PipelineConfig("in", filters, num_workers=0), "pool", progress=False)
     assert expected["drops"].keys() >= {"exact duplicate", "near duplicate"}
+    assert expected["repeated_ids"] == 3
     assert [item["id"] for item in expected["quarantined"]] == ["4.parquet:1"]
     command = [sys.executable, "-m", "experiments.run", "curate", "--workdir=run"]
     command += ["--gin.DATA=in", f"--gin.SPARK_MASTER={cluster.url}", "--gin.EVALUATION_SETS=()"]
@@ -243,6 +245,19 @@ def test_what_a_worker_cannot_do_is_said_as_by_the_pool(local, tmp_path):
         curate(config, tmp_path / "out", progress=False)
 
 
+def test_a_filter_that_fails_is_named_with_file_and_document_at_the_first_try(local, tmp_path):
+    def fail(document):
+        with (tmp_path / "tries").open("a") as file:
+            file.write("x")
+        raise ValueError("odd")
+
+    (tmp_path / "in.jsonl").write_text('{"text": "a", "id": "one"}\n')
+    config = PipelineConfig(str(tmp_path / "in.jsonl"), (fail,), spark_master="local[2]")
+    with pytest.raises(DataError, match=r"^in\.jsonl: filter .*fail, document 'one' of .*: raised ValueError: odd$"):
+        curate(config, tmp_path / "out", progress=False)
+    assert (tmp_path / "tries").read_text() == "x"
+
+
 @pytest.mark.parametrize("version", [None, "11.0.2"])
 def test_java_that_is_missing_or_old_is_named(tmp_path, monkeypatch, version):
     monkeypatch.delenv("JAVA_HOME", raising=False)
@@ -263,7 +278,7 @@ def test_spark_that_is_not_installed_is_named(tmp_path):
     )
     (tmp_path / "in.txt").write_text("text")
     done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
-    assert "pip install 'cpm_jax[spark]'" in done.stderr.splitlines()[-1]
+    assert "pip install -e '.[spark]'" in done.stderr.splitlines()[-1]
 
 
 def test_one_process_has_one_master(local):

@@ -55,6 +55,45 @@ def test_jsonl(tmp_path, name, pack):
     assert texts(tmp_path / name) == TEXTS * 2
 
 
+@pytest.mark.parametrize(
+    ("name", "pack"),
+    [
+        ("c4-train.00000-of-01024.json", lambda data: data),
+        ("c4-train.00000-of-01024.json.gz", gzip.compress),
+        ("dolma.json.zst", zstandard.ZstdCompressor().compress),
+        ("a.ndjson", lambda data: data),
+        ("A.JSONL.GZ", gzip.compress),
+        ("A.Json.Gz", gzip.compress),
+    ],
+)
+def test_json_lines_under_other_names(tmp_path, name, pack):
+    (tmp_path / name).write_bytes(pack(b"\n" + as_jsonl(TEXTS) + b"{broken\n"))
+    assert texts(tmp_path / name) == TEXTS
+    assert rejects(tmp_path / name) == [("malformed JSON", f"{name}:6")]
+
+
+def test_suffixes_of_tables_in_upper_case(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "A.PARQUET")
+    write_array_record(tmp_path / "B.Array_Record", [text.encode() for text in TEXTS])
+    assert texts(tmp_path) == TEXTS * 2
+
+
+@pytest.mark.parametrize("text", ['{\n  "text": "a"\n}', '[{"text": "a"}]', "17", "{broken", '"text"'])
+def test_a_json_document_is_one_reject_that_says_what_is_accepted(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    (reject,) = read_documents(str(tmp_path / "a.json"))
+    assert (reject.reason, reject.id) == ("not JSON lines", "a.json")
+    assert "accepted are .json files of one JSON object per line" in reject.detail
+
+
+def test_a_home_folder_that_the_shell_left_as_it_is(tmp_path, monkeypatch):
+    (tmp_path / "my texts").mkdir()
+    (tmp_path / "my texts" / "a.txt").write_text("plain")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert texts("~/my texts") == texts("~/my*/*.txt") == ["plain"]
+    assert [item.source for item in read_documents("~/my texts")] == ["~/my texts"]
+
+
 def test_bad_lines_are_named(tmp_path):
     lines = [
         b'{"text": "good"}',
@@ -231,7 +270,7 @@ def test_missing_sources_are_named(tmp_path):
 def test_missing_package_is_named(tmp_path, monkeypatch):
     pyarrow.parquet.write_table(pyarrow.table({"text": TEXTS}), tmp_path / "a.parquet")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    with pytest.raises(DataError, match=r"pip install 'cpm_jax\[data\]'"):
+    with pytest.raises(DataError, match=r"pip install -e '\.\[data\]'"):
         list(read_documents(str(tmp_path / "a.parquet")))
 
 

@@ -206,7 +206,7 @@ def test_a_missing_lm_eval_names_the_extra():
         "except InputError as error:\n    print(error)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-    assert "pip install 'cpm_jax[eval]'" in done.stdout
+    assert "pip install -e '.[eval]'" in done.stdout
 
 
 def test_the_adapter_does_not_import_torch():

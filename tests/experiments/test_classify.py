@@ -87,8 +87,36 @@ def test_scores_are_the_same_in_a_pool_in_other_batches_and_after_a_kill(scoring
 
 def test_other_settings_in_the_same_workdir_are_refused(scoring, tmp_path):
     run(scoring, tmp_path)
-    with pytest.raises(ConfigError, match="part_documents: 100 at the last start, now 50"):
+    with pytest.raises(ConfigError, match="was made with part_documents = 100, now part_documents = 50"):
         run(dataclasses.replace(scoring, part_documents=50), tmp_path)
+
+
+def test_sources_that_changed_since_an_interruption_are_refused(scoring, tmp_path, pool_texts):
+    source = tmp_path / "in.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in pool_texts["prose"]))
+    job = dataclasses.replace(scoring, input=str(source))
+    run(job, tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()
+    run(job, tmp_path / "run")
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in pool_texts["prose"][1:]))
+    with pytest.raises(InputError, match=r"the sources have changed since the call that began .*scored"):
+        run(job, tmp_path / "run")
+
+
+def test_files_of_scored_documents_are_short_where_documents_are_long(scoring, tmp_path, monkeypatch):
+    run(scoring, tmp_path / "whole")
+    monkeypatch.setattr(classify, "_PART_CHARACTERS", 20_000)
+    run(scoring, tmp_path / "cut")
+    parts = sorted((tmp_path / "cut" / "scored").glob("part-*.jsonl"))
+    assert len(parts) > len(list((tmp_path / "whole" / "scored").glob("part-*.jsonl")))
+    longest = max(len(line) for part in parts for line in part.read_text().splitlines(keepends=True))
+    assert max(part.stat().st_size for part in parts) < 20_000 + longest
+    assert rows(tmp_path / "cut") == rows(tmp_path / "whole")
+    before = [part.read_bytes() for part in parts]
+    for part in parts[2:]:
+        part.unlink()
+    run(scoring, tmp_path / "cut")
+    assert [part.read_bytes() for part in parts] == before
 
 
 def test_a_file_that_breaks_off_is_named_in_the_summary_and_on_the_page(scoring, tmp_path, pool_files, pool_texts):

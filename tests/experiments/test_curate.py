@@ -52,6 +52,13 @@ def test_the_shipped_settings_from_files_to_a_data_set(tmp_path, capsys):
         assert line in out
     assert main(["curate", *flags]) == 0
     assert "nothing to do" in capsys.readouterr().out
+    # The command of the card, with other settings than those that are shipped.
+    flags = [f"--gin.DATA={tmp_path / 'in.jsonl'}", "--gin.NUM_WORKERS=0", "--gin.FILTERS=(@cleaning.FixEncoding(),)"]
+    assert main(["curate", f"--workdir={tmp_path / 'few'}", *flags, "--gin.NGRAM=16"]) == 0
+    assert "curate --gin_file=config.gin --workdir=OUT" in (tmp_path / "few" / "dataset_card.md").read_text()
+    assert main(["curate", f"--gin_file={tmp_path / 'few' / 'config.gin'}", f"--workdir={tmp_path / 'again'}"]) == 0
+    for name in ("curation.json", "dataset_card.md"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "few" / name).read_bytes()
 
 
 def test_every_task_of_the_repository_is_an_evaluation_set(tmp_path):

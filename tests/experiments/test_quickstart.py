@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -206,3 +208,17 @@ def test_curated_text_is_trained_on_and_compared_with_the_raw_one(config, curati
     for words in ("Is the curated text better than the raw one?", "48 of 60 documents are kept", "gopher:"):
         assert words in page
     assert verified["verdict"].split(" (")[0] in page
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["quickstart", "DATA=my texts"], '"--gin.DATA=my texts"'),
+        (["quickstart", "DATA=('a', 'b c')"], "\"--gin.DATA=('a', 'b c')\""),
+        (["bench", "NAME=dedup", "ARGS=--limit 5 texts"], "-m benchmarks.dedup --limit 5 texts\n"),
+    ],
+)
+def test_make_hands_on_what_it_is_given(arguments, expected):
+    root = Path(quickstart.__file__).parents[1]
+    done = subprocess.run(["make", "-n", *arguments], cwd=root, capture_output=True, text=True, check=True)
+    assert expected in done.stdout

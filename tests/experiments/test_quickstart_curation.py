@@ -93,10 +93,10 @@ def test_too_little_to_hold_out_is_said(config, tmp_path):
 
 def test_a_missing_extra_is_said_before_anything_is_read(config, tmp_path, monkeypatch):
     def missing(module):
-        raise DataError(f"{module} is needed here: pip install 'cpm_jax[curate]' (no)")
+        raise DataError(f"{module} is needed here: pip install -e '.[curate]' (no)")
 
     monkeypatch.setattr(quickstart_curation, "import_extra", missing)
-    with pytest.raises(DataError, match="pip install 'cpm_jax"):
+    with pytest.raises(DataError, match=r"pip install -e '\.\[curate\]'"):
         run_curation(config, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

@@ -77,6 +77,7 @@ def setting(pool_texts, tmp_path_factory):
         num_seeds=2,
         share=0.6,
         num_workers=0,
+        keep_checkpoints=True,
     )
 
 
@@ -169,6 +170,38 @@ def test_killed_anywhere_it_ends_with_the_same_weights_and_figures(setting, veri
         jax.tree.map(np.testing.assert_array_equal, ours, theirs)
 
 
+def test_the_checkpoints_of_a_cell_go_once_it_is_evaluated_and_not_before(tmp_path, monkeypatch):
+    """Also those that a kill after the evaluation left."""
+    config = VerifyConfig("run", "default", {"a": "source"}, "held_out", decay_steps=1)
+    checkpoints, results = tmp_path / "train" / "checkpoints", tmp_path / "evaluation" / "results.json"
+
+    def train(job, folder):
+        (folder / "checkpoints" / "20").mkdir(parents=True, exist_ok=True)
+
+    def stop(job, folder):
+        raise exit_codes.Stop(exit_codes.PREEMPTED, "stopped")
+
+    def measure(job, folder):
+        assert (checkpoints / "20").exists()
+        folder.mkdir(exist_ok=True)
+        results.write_text("{}")
+
+    monkeypatch.setattr(verify, "annealing", lambda *_: None)
+    monkeypatch.setattr(pretrain, "run", train)
+    monkeypatch.setattr(evaluate, "run", stop)
+    with pytest.raises(exit_codes.Stop):
+        verify.run_cell(config, None, "source", 1, tmp_path)
+    assert checkpoints.exists()
+    monkeypatch.setattr(evaluate, "run", measure)
+    verify.run_cell(dataclasses.replace(config, keep_checkpoints=True), None, "source", 1, tmp_path)
+    assert checkpoints.exists()
+    verify.run_cell(config, None, "source", 1, tmp_path)
+    assert results.exists()
+    assert not checkpoints.exists()
+    monkeypatch.setattr(pretrain, "run", lambda *_: pytest.fail("trained again"))
+    verify.run_cell(config, None, "source", 1, tmp_path)
+
+
 @pytest.mark.slow
 def test_more_seeds_and_candidates_may_be_asked_for_later(setting, verified, tmp_path):
     small = dataclasses.replace(
@@ -182,7 +215,7 @@ def test_more_seeds_and_candidates_may_be_asked_for_later(setting, verified, tmp
 @pytest.mark.parametrize(
     ("changes", "error", "said"),
     [
-        ({"decay_steps": 3}, ConfigError, "decay_steps: 20 at the last start, now 3"),
+        ({"decay_steps": 3}, ConfigError, "was made with decay_steps = 20, now decay_steps = 3"),
         ({"candidates": {"prose": "/elsewhere"}}, ConfigError, "candidates.prose: .* now '/elsewhere'"),
         ({"tasks": "hellaswog"}, TaskError, "no task 'hellaswog'"),
         ({"checkpoint": "/nowhere"}, InputError, "/nowhere holds no checkpoint"),
