@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 
 from kernels_pallas.block_selection import api, costs, pallas_tpu, reference
@@ -15,6 +14,7 @@ from kernels_pallas.block_selection.arg_specs import ARG_SPECS
 from kernels_pallas.block_selection.selection import BlockSelection
 from kernels_pallas.compress_keys.api import compress_keys
 from kernels_pallas.dispatch import UnsupportedError
+from tests.kernels_pallas.races import DETECT_RACES, races
 
 SMALL = BlockSelection(kernel_size=4, kernel_stride=2, init_blocks=1, block_size=8, window_size=16, topk=3)
 
@@ -71,9 +71,8 @@ def test_several_chunks_spans_and_tiles(monkeypatch):
     assert_equals_reference(example(900, 1, 4, 16, selection, documents=False), interpret=True)
 
 
-def test_no_races():
-    params = pltpu.InterpretParams(detect_races=True)
-    assert_equals_reference(example(300, 2, 8, 16, SMALL), interpret=params)
+def test_no_races(capfd):
+    assert not races(capfd, lambda: assert_equals_reference(example(300, 2, 8, 16, SMALL), interpret=DETECT_RACES))
 
 
 @pytest.mark.parametrize("name", ARG_SPECS)
