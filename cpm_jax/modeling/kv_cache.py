@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from cpm_jax.common.sharding import constrain
 from cpm_jax.modeling.config import ModelConfig
-from cpm_jax.modeling.sparse_cache import SparseKVCache, init_sparse_cache
+from cpm_jax.modeling.sparse_cache import SparseKVCache, check_new_tokens, init_sparse_cache
 
 # Slots that are scored together: bounds the scores to [B, N, T, 512].
 KEY_BLOCK = 512
@@ -82,7 +82,11 @@ def attend_to_cache(
     Positions beyond the cache are not written. Softmax and sums are in float32. Several
     queries read slots a block at a time and only as far as any of them sees, with the running softmax of flash
     attention (arXiv 2205.14135): a prompt in a cache that is mostly empty costs no more than what is in it.
+
+    Raises:
+        ValueError: more new tokens than the cache has slots.
     """
+    check_new_tokens(q.shape[1], cache.length)
     rows = jnp.arange(q.shape[0])[:, None]
     cache = _constrain(
         KVCache(

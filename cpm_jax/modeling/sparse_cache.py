@@ -6,6 +6,7 @@ chunks of any length and token by token therefore give the same kernels, and wit
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -86,6 +87,25 @@ def init_sparse_cache(
     return make()
 
 
+def check_new_tokens(number: int, length: int) -> None:
+    """Refuses to write more tokens of a sequence at once than a cache has slots.
+
+    Single positions beyond the cache are not looked at: padding may have them, and they are not written.
+
+    Args:
+        number: T, new tokens of each sequence.
+        length: S, slots of the cache.
+
+    Raises:
+        ValueError: the cache is too short; names both.
+    """
+    if number > length:
+        raise ValueError(
+            f"{number} new tokens in a cache of {length} slots: at most {length} fit; make the cache longer "
+            "(init_cache), or read fewer tokens at once"
+        )
+
+
 def _cache_specs(cache: SparseKVCache) -> Any:
     """A tree of how the cache lies on a mesh in scope: divided by sequences and, as far as they go round, heads."""
     spec = activation_spec(("batch", "kv_heads"), cache.keys.shape[1:3])
@@ -119,7 +139,11 @@ def attend_to_sparse_cache(
         positions: position of each token, consecutive within a row. Tokens beyond the cache are not written.
         cache: of all layers.
         layer: which one.
+
+    Raises:
+        ValueError: more new tokens than the cache has slots.
     """
+    check_new_tokens(q.shape[1], cache.length)
     sparse = cache.sparse
 
     def attend(
@@ -131,6 +155,8 @@ def attend_to_sparse_cache(
             selectors[0], cache.kernels[layer], coarse, selection=sparse.selection, query_positions=positions
         )
         size = sparse.block_size
+        # It tells the number of slots by that of kernels, which is the same for a few of them.
+        block_ids = block_ids[..., : math.ceil(cache.length / size)]
         if q.shape[1] < SHARING_QUERIES:
             return sparse_decode_attention(
                 q, cache.keys, cache.values, block_ids, positions, block_size=size, layer=layer

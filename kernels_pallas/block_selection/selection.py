@@ -26,7 +26,8 @@ class BlockSelection:
         init_blocks: blocks at the document's beginning that every query sees.
         block_size: keys in a block; a multiple of `kernel_stride`.
         window_size: recent keys that every query sees, a multiple of `block_size`.
-        topk: blocks chosen by score, the initial ones included, the local ones not.
+        topk: blocks chosen by score, the initial ones included, the local ones not; all that there are where a row has
+            fewer.
         variant: "paper" sees `window_size / block_size` local blocks (InfLLM-V2: 1 initial + 63 chosen + 32 local);
             "huggingface" one more and one fewer by score, out of the same number; "cpm_cu" never ranks local blocks
             and adds them to the top-k, which gives the blocks of "paper".

@@ -1,5 +1,6 @@
 """Sparse decoding's TPU kernel: values by interpretation, races, and whether its program lowers for TPU."""
 
+import dataclasses
 import functools
 import re
 from typing import Any
@@ -83,6 +84,6 @@ def test_what_it_cannot_serve_is_named() -> None:
         attend(args, block_size=24)
     with pytest.raises(ValueError, match="q has dtype float16: must be float32 or bfloat16"):
         attend((args[0].astype("float16"), *args[1:]), block_size=16)
-    many = np.zeros((2, 2, 3, 2**14), np.int32)
-    with pytest.raises(ValueError, match=re.escape("block_ids has 196608 numbers: at most 131072 fit")):
-        attend((*args[:3], many, args[4]), block_size=16)
+    many = dataclasses.replace(spec, num_queries=2**13, num_selected=5).abstract_args()
+    with pytest.raises(ValueError, match=re.escape("block_ids has 163840 numbers: at most 131072 fit")):
+        attend([np.zeros(x.shape, x.dtype) for x in many], block_size=16)

@@ -152,6 +152,10 @@ def test_reads_no_more_than_the_chosen_blocks() -> None:
         ({"q": (2, 3, 5, 16)}, "N a multiple of K"),
         ({"v_cache": (2, 2, 70, 16)}, "must be [B, T, N, H], [B, K, S, H] and the shape of k_cache"),
         ({"block_ids": (2, 1, 3, 3)}, "block_ids has shape (2, 1, 3, 3): must be [B, K, T, I] = (2, 2, 3) and I"),
+        (
+            {"block_ids": (2, 2, 3, 7)},
+            "block_ids has shape (2, 2, 3, 7): I must be at most 6, one more than the blocks of 16 keys in 77 keys",
+        ),
         ({"query_positions": (2,)}, "query_positions has shape (2,): must be [B, T] = (2, 3)"),
         ({"block_size": 0}, "block_size = 0: must be at least 1"),
         ({"implementation": "cuda"}, "implementation = 'cuda': must be None or one of 'reference', 'xla'"),
@@ -173,3 +177,23 @@ def test_pages_hold_whole_blocks() -> None:
         sparse_decode_attention(*args[:5], block_size=12, page_table=args[5])
     with pytest.raises(ValueError, match=r"page_table has shape \(1, 5\): must be \[B, M\], with B = 2"):
         sparse_decode_attention(*args[:5], block_size=8, page_table=args[5][:1])
+    ids = np.zeros((*args[3].shape[:3], 6), np.int32)
+    with pytest.raises(ValueError, match=r"I must be at most 5, .* blocks of 8 keys in the 2 pages of page_table"):
+        sparse_decode_attention(*args[:3], ids, args[4], block_size=8, page_table=args[5][:, :2])
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("name", ["odd", "odd_paged"])
+def test_what_the_cache_does_not_have_adds_nothing(name: str, implementation: str) -> None:
+    """A page table that ends before a query's blocks do gives no key of another page, nor of another sequence."""
+    spec = SPECS[name]
+    args = make(spec)
+    args[3][..., 1:], args[4][...] = -1, spec.cache_len + 100
+    args[3][..., 0] = 1
+    if name == "odd_paged":
+        args = (*args[:5], args[5][:, :2])
+    before = call(spec, args, implementation)
+    assert np.asarray(before).all()
+    slots = 77 if name == "odd" else 32
+    args[3][..., 1] = -(-slots // spec.block_size)
+    np.testing.assert_array_equal(call(spec, args, implementation), before)
