@@ -81,7 +81,7 @@ def init_sparse_cache(
             else None,
             sparse=sparse,
         )
-        specs = _cache_specs(cache)
+        specs = sparse_cache_specs(cache)
         return cache if specs is None else jax.tree.map(jax.lax.with_sharding_constraint, cache, specs)
 
     return make()
@@ -106,8 +106,11 @@ def check_new_tokens(number: int, length: int) -> None:
         )
 
 
-def _cache_specs(cache: SparseKVCache) -> Any:
-    """A tree of how the cache lies on a mesh in scope: divided by sequences and, as far as they go round, heads."""
+def sparse_cache_specs(cache: SparseKVCache) -> Any:
+    """A tree of how the cache lies on a mesh in scope: divided by sequences and, as far as they go round, heads.
+
+    None outside a mesh, as `activation_spec`.
+    """
     spec = activation_spec(("batch", "kv_heads"), cache.keys.shape[1:3])
     if spec is None:
         return None
@@ -164,7 +167,7 @@ def attend_to_sparse_cache(
         keys, values = (jnp.swapaxes(x[layer], 1, 2).astype(q.dtype) for x in (cache.keys, cache.values))
         return block_sparse_attention(q, keys, values, block_ids, block_size=size, query_positions=positions), cache
 
-    specs = _cache_specs(cache)
+    specs = sparse_cache_specs(cache)
     if specs is not None:
         _, rows, heads = specs.keys
         new, tokens = PartitionSpec(rows, None, heads), PartitionSpec(rows, None)
