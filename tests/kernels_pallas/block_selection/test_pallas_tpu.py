@@ -127,9 +127,7 @@ def test_rows_that_do_not_fit_vector_memory(tokens, dtype, coarse, fits, caplog)
     if fits:
         return
     select = functools.partial(api.select_blocks, selection=spec.selection)
-    with pytest.raises(
-        UnsupportedError, match=f"keys of a head in {dtype} need .* must be at most 16777216"
-    ):
+    with pytest.raises(UnsupportedError, match=f"keys of a head in {dtype} need .* must be at most 16777216"):
         jax.eval_shape(functools.partial(select, implementation="pallas_tpu"), q, fine, normalising)
     log_choice.cache_clear()
     device = jax.sharding.AbstractDevice("TPU v4", 1, "tpu")
