@@ -32,7 +32,7 @@ def fold(text: str) -> str:
 
 @functools.cache
 def _marks() -> re.Pattern[str]:
-    """Runs of nonspacing marks: to search for them is ten times as fast as to look at each character."""
+    """Runs of nonspacing marks, to search for instead of looking at each character."""
     found = (chr(code) for code in range(sys.maxunicode + 1))
     return re.compile(f"[{''.join(c for c in found if unicodedata.category(c) == 'Mn')}]+")
 

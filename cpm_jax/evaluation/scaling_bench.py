@@ -6,7 +6,6 @@ rare, and a sigmoid takes it to the score (`scaling.scores`). Losses per token c
 `bits_per_byte` compares any.
 """
 
-import codecs
 import dataclasses
 import hashlib
 import json
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 
 from cpm_jax.evaluation import package_data
 from cpm_jax.evaluation.errors import TaskError
+from cpm_jax.evaluation.file_tasks import numbered_lines
 from cpm_jax.evaluation.harness_task import Reject
 from cpm_jax.evaluation.lm_eval_adapter import CpmJaxLM
 from cpm_jax.evaluation.results import Item, Measured
@@ -192,14 +192,8 @@ def read_solved(path: Path) -> tuple[list[Solved], list[Reject]]:
     Raises:
         TaskError: the file cannot be read or has no usable record.
     """
-    try:
-        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
-    except OSError as error:
-        raise TaskError(f"task file {path}: {error.strerror or error}") from error
     found, rejects = list[Solved](), list[Reject]()
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(path):
         try:
             found.append(as_solved(json.loads(line.decode("utf-8"))))
         except (ValueError, RecursionError) as error:

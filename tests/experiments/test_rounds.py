@@ -17,7 +17,7 @@ from cpm_jax.curation.classifier import ClassifierConfig
 from cpm_jax.curation.fasttext_classifier import FastTextConfig
 from cpm_jax.curation.pools import PoolError
 from cpm_jax.evaluation.errors import TaskError
-from experiments import verify
+from experiments import rounds, verify
 from experiments.rounds import RoundsConfig, run
 from tests.curation.test_fasttext_classifier import SMALL
 from tests.experiments.test_verify import setting, write  # noqa: F401 (the first is a fixture)
@@ -190,13 +190,48 @@ def test_a_pool_that_becomes_too_small_is_said(recipe, tmp_path, monkeypatch, th
         run(dataclasses.replace(recipe, classifier=classifier), tmp_path)
 
 
-def test_a_pool_without_distinct_documents_names_its_round(recipe, tmp_path, monkeypatch):
-    ranked(monkeypatch, "same")
-    same = write(tmp_path / "same.jsonl", ["the same text"] * 100)
-    candidates = {"same": same, "prose": recipe.verification.candidates["prose"]}
-    config = dataclasses.replace(recipe, verification=dataclasses.replace(recipe.verification, candidates=candidates))
-    with pytest.raises(PoolError, match=r"round 1: the positive pool \(.*same.jsonl\) has 1 usable documents"):
-        run(config, tmp_path / "rounds")
+@pytest.mark.parametrize(
+    ("documents", "said"),
+    [
+        (["one", "two", "three"], r"has 3 usable documents, needed are at least 20; set aside: none"),
+        (["the same text"] * 100, r"has 1 usable documents, .* set aside: \{'duplicate': 99\}"),
+        ([" "] * 30, r"has 0 usable documents, .* set aside: \{'empty text': 30\}"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["positive", "negative"])
+def test_a_pool_that_is_too_small_is_said_before_anything_is_annealed(
+    recipe, tmp_path, monkeypatch, kind, documents, said
+):
+    """Also where it would not be chosen: the ranking has others as the best and the worst."""
+    asked = ranked(monkeypatch, "prose", "few")
+    few = {"few": write(tmp_path / "few.jsonl", documents)}
+    verification = recipe.verification
+    if kind == "positive":
+        verification = dataclasses.replace(verification, candidates={**verification.candidates, **few})
+    config = dataclasses.replace(
+        recipe, verification=verification, negative=recipe.negative | (few if kind == "negative" else {})
+    )
+    workdir = tmp_path / "rounds"
+    with pytest.raises(PoolError, match=rf"^round 1: the pool few \(.*few\.jsonl\) {said}"):
+        run(config, workdir)
+    assert not asked
+    assert not workdir.exists()  # another recipe may still take it
+
+
+def test_a_pool_that_becomes_one_text_is_said_before_the_next_annealing(recipe, tmp_path, monkeypatch):
+    asked = ranked(monkeypatch, "prose", "kept_1")
+    split = rounds.split_scored
+
+    def split_into_copies(scored, folder, text_field):
+        split(scored, folder, text_field)
+        for part in (folder / "kept").glob("*.jsonl"):
+            first, *others = part.read_text().splitlines(keepends=True)
+            part.write_text(first * (1 + len(others)))
+
+    monkeypatch.setattr(rounds, "split_scored", split_into_copies)
+    with pytest.raises(PoolError, match=r"^round 2: the pool kept_1 \(.*round1/kept\) has \d usable documents"):
+        run(recipe, tmp_path)
+    assert len(asked) == 1
 
 
 def test_a_wrong_task_is_said_first_with_random_seeds_too(recipe, tmp_path):
