@@ -104,16 +104,16 @@ def compile_cell(chip: str, shape: str, op: str) -> dict[str, Any]:
 
 
 def compile_apart(path: Path, chip: str, shape: str, op: str, timeout: float) -> None:
-    """Compiles a cell in a process of its own, which writes `path`; says so where it left nothing."""
+    """Compiles a cell in a process of its own, which writes `path`; where it left nothing, that is its refusal."""
     command = [sys.executable, "-m", "benchmarks.sparse_compile", "--cell", chip, shape, op, str(path)]
     environment = compiler_environment(libtpu_path())
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired:
-        print(f"{chip}, {shape}, {op}: not compiled within {timeout:.0f} seconds")
+        write_json(path, {"refusal": f"not compiled within {timeout:.0f} seconds"})
         return
     if not path.exists():
-        print(f"{chip}, {shape}, {op}: the compiler failed with exit code {done.returncode}:\n{done.stderr[-2000:]}")
+        write_json(path, {"refusal": f"the compiler failed with exit code {done.returncode}:\n{done.stderr[-2000:]}"})
 
 
 def report(cells: dict[tuple[str, str, str], dict[str, Any]], directory: Path) -> None:
@@ -122,6 +122,7 @@ def report(cells: dict[tuple[str, str, str], dict[str, Any]], directory: Path) -
     for (chip, shape, op), cell in cells.items():
         name = f"{chip}, {shape}, {op}"
         if "refusal" in cell or cell["missing"]:
+            print(f"{name}: {cell.get('refusal') or 'without ' + ', '.join(cell['missing'])}")
             what = f"{name}: compiles with its kernels"
             bench.add(what, "", 0, larger_is_better=True, baseline_name="all", baseline=1, goal=1)
             continue

@@ -4,6 +4,8 @@ Field names follow the Hugging Face configs where the papers' own notation does 
 values are in `gin_configs/arch/` and `gin_configs/size/`.
 """
 
+import functools
+import logging
 import math
 from typing import Literal
 
@@ -12,8 +14,15 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveIn
 from cpm_jax.common.config import ConfigError, config_dataclass
 from kernels_pallas.block_selection.selection import BlockSelection, Variant
 
+logger = logging.getLogger(__name__)
+
 DType = Literal["float32", "bfloat16"]
 RopeScaling = Literal["none", "linear", "dynamic", "yarn", "llama3"]
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
 
 
 @config_dataclass
@@ -261,7 +270,12 @@ class ModelConfig:
                 field="RopeConfig.short_factor",
             )
         sparse = self.sparse_config
-        if sparse is not None and sparse.applies(self.max_position_embeddings):
+        if sparse is not None and not sparse.applies(self.max_position_embeddings):
+            _warn_once(
+                f"SparseConfig.dense_len = {sparse.dense_len} and ModelConfig.max_position_embeddings = "
+                f"{self.max_position_embeddings}: attention is dense at every length; dense_len = -1 is always sparse"
+            )
+        elif sparse is not None:
             blocks = math.ceil(self.max_position_embeddings / sparse.block_size)
             if sparse.topk > blocks:
                 raise ConfigError(

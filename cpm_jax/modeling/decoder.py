@@ -24,7 +24,7 @@ from cpm_jax.modeling.kv_cache import Cache, attend_to_cache
 from cpm_jax.modeling.layers import Embed, Head, RMSNorm
 from cpm_jax.modeling.mtp import MtpLayer
 from cpm_jax.modeling.rotary import rotation
-from cpm_jax.modeling.sparse_cache import SparseKVCache, attend_to_sparse_cache, check_new_tokens
+from cpm_jax.modeling.sparse_cache import SparseKVCache, attend_to_sparse_cache
 
 Params = dict[str, Any]
 
@@ -105,7 +105,6 @@ class Decoder(nnx.Module):
         Raises:
             ValueError: more new tokens than the cache has slots.
         """
-        check_new_tokens(tokens.shape[1], cache.length)
         angles = rotation(self.config, positions, length=cache.length)
 
         def body(carry: tuple[jax.Array, Cache], block: Block, index: Any) -> tuple[jax.Array, Cache]:

@@ -79,7 +79,7 @@ def block_scores(
     Arguments and errors are those of `select_blocks`.
 
     Returns:
-        The largest score of the kernels that touch each block, summed (or averaged) over the heads of the group, in
+        The largest score of the kernels that touch each block, summed over the heads of the group, in
         float32; 0 where no such kernel is visible, -inf for blocks after the query or of another document. Initial and
         local blocks have their scores like the others.
     """

@@ -232,8 +232,6 @@ def _kernel(
     def pool(i: Array, before: tuple[Array, ...]) -> tuple[Array, ...]:
         probabilities = jnp.exp(multiply(fine_ref[i]) - normaliser).reshape(group, tile, -1)
         grouped = probabilities.sum(axis=0)
-        if selection.group_reduction == "mean":
-            grouped /= group
         kernel = i * (CHUNK_BLOCKS * per_block) + place
         grouped = jnp.where((first_fine <= kernel) & (kernel < end_fine), grouped, 0.0)  # [t, r·c]
         places = [grouped[:, y * CHUNK_BLOCKS : (y + 1) * CHUNK_BLOCKS] for y in range(per_block)]

@@ -1,6 +1,7 @@
 """The grid of compiled cells: that it is whole, resumes, and tells what does not compile."""
 
 import json
+import subprocess
 
 import jax
 import pytest
@@ -27,7 +28,7 @@ def test_cells_that_are_done_are_not_compiled_again(tmp_path, monkeypatch):
     def compile_apart(path, chip, shape, op, timeout):
         asked.append((chip, shape, op))
         if op == "selection":
-            return  # the process died
+            return  # it was cut off
         cell = {"seconds": 3.0, "cpu_seconds": 4.0, "memory": MEMORY, "missing": []}
         if op == "decoding":
             cell["missing"] = ["sparse_decode_attention"]
@@ -50,3 +51,20 @@ def test_cells_that_are_done_are_not_compiled_again(tmp_path, monkeypatch):
     asked.clear()
     sparse_compile.main(flags)
     assert [op for _, _, op in asked] == ["selection"]
+
+
+@pytest.mark.parametrize("crash", [True, False])
+def test_a_compiler_that_dies_or_hangs_is_a_refusal(crash, tmp_path, monkeypatch):
+    def run(command, **kwargs):
+        if crash:
+            return subprocess.CompletedProcess(command, -11, "", "a fault")
+        raise subprocess.TimeoutExpired(command, kwargs["timeout"])
+
+    monkeypatch.setattr(sparse_compile.subprocess, "run", run)
+    monkeypatch.setattr(sparse_compile, "libtpu_path", lambda: "libtpu.so")
+    flags = ["--work", str(tmp_path / "work"), "--directory", str(tmp_path), "--chips", "v5e"]
+    sparse_compile.main([*flags, "--shapes", "minicpm4_8b_4k", "--ops", "decoding"])
+    (row,) = json.loads((tmp_path / "sparse_compile.json").read_text())["rows"]
+    assert (row["metric"], row["met"]) == ("v5e, minicpm4_8b_4k, decoding: compiles with its kernels", False)
+    (cell,) = (json.loads(path.read_text()) for path in (tmp_path / "work").iterdir())
+    assert ("-11" if crash else "1800 seconds") in cell["refusal"]
