@@ -7,9 +7,7 @@ one line and keeps its structure; runs of spaces become one. A tokenizer needs n
 the same way as English.
 """
 
-import functools
 import re
-import sys
 import unicodedata
 from collections.abc import Sequence
 
@@ -27,14 +25,18 @@ def fold(text: str) -> str:
     text = _BLANK_LINES.sub("\n\n", text).lower()
     if text.isascii():
         return text
-    return _marks().sub("", unicodedata.normalize("NFKD", text))
+    return unicodedata.normalize("NFKD", text).translate(_WITHOUT_MARKS)
 
 
-@functools.cache
-def _marks() -> re.Pattern[str]:
-    """Runs of nonspacing marks, to search for instead of looking at each character."""
-    found = (chr(code) for code in range(sys.maxunicode + 1))
-    return re.compile(f"[{''.join(c for c in found if unicodedata.category(c) == 'Mn')}]+")
+class _WithoutMarks(dict[int, int | None]):
+    """For `str.translate`: nonspacing marks go, every other character stays; each is looked at once in a process."""
+
+    def __missing__(self, code: int) -> int | None:
+        self[code] = None if unicodedata.category(chr(code)) == "Mn" else code
+        return self[code]
+
+
+_WITHOUT_MARKS = _WithoutMarks()
 
 
 def escape(text: str) -> str:
