@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.stats
 
 from benchmarks.block_rules import TILES, Rule
 from benchmarks.results import RESULTS_DIR, Benchmark
@@ -33,8 +34,7 @@ NAMES: dict[Rule, str] = {
     "tile64": "InfLLM v2, shared by 64 queries",
 }
 RIVALS: tuple[Rule, ...] = ("window", "random")
-# Of the difference to a rival in its standard errors: below it, chance would do.
-CLEARLY = 2.0
+LEVEL = 0.05  # of the one-sided t-test that a rival's loss is the larger one
 BIN = 512  # tokens of a point of the drawing over positions
 
 
@@ -127,12 +127,13 @@ def _add_wins(bench: Benchmark, losses: Losses, title: str, cell: Cell, begin: i
         more = losses.beyond(other, cell, begin, end, rows) if len(rows) > 1 else None
         if more and more.error:  # none where both see all blocks
             bench.add(
-                f"{title}, {cell.blocks} blocks: {NAMES[rival]} {more.value:+.4f} ± {more.error:.4f} nats to InfLLM v2",
+                f"{title}, {cell.blocks} blocks: {NAMES[rival]} {more.value:+.4f} ± {more.error:.4f} nats to InfLLM "
+                f"v2, n = {len(rows)}",
                 "standard errors",
                 max(more.value / more.error, 0.0),
                 larger_is_better=True,
-                baseline_name="at least",
-                baseline=CLEARLY,
+                baseline_name=f"{LEVEL:.0%} by chance",
+                baseline=float(scipy.stats.t.ppf(1 - LEVEL, len(rows) - 1)),
                 goal=1.0,
             )
 
