@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kernels_pallas.sparse_decode_attention import xla
 from kernels_pallas.sparse_decode_attention.api import sparse_decode_attention
@@ -82,6 +84,32 @@ def test_values(name: str, implementation: str) -> None:
         args = make(SPECS[name], seed)
         ours = jax.jit(lambda *args: call(SPECS[name], args, implementation))(*args)
         np.testing.assert_allclose(ours, expected(SPECS[name], args), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+@settings(max_examples=12, deadline=None)
+@given(st.data())
+def test_values_of_any_shape(data: st.DataObject) -> None:
+    """Ratios of heads from 1 to 16, lengths that no block divides, more entries than blocks, and pages."""
+    draw = data.draw
+    block_size, kv_heads, paged = draw(st.sampled_from([4, 8, 16])), draw(st.integers(1, 3)), draw(st.booleans())
+    length = block_size * draw(st.integers(2, 6)) if paged else draw(st.integers(9, 90))
+    spec = ArgSpec(
+        batch_size=draw(st.integers(1, 3)),
+        cache_len=length,
+        num_heads=kv_heads * draw(st.integers(1, 16)),
+        num_kv_heads=kv_heads,
+        head_dim=draw(st.sampled_from([4, 24, 64])),
+        dtype="float32",
+        num_queries=draw(st.integers(1, min(4, length - 1))),
+        block_size=block_size,
+        num_selected=draw(st.integers(1, -(-length // block_size))),
+        page_size=block_size if paged else None,
+    )
+    args = make(spec, draw(st.integers(0, 1000)))
+    want = expected(spec, args)
+    for implementation in ("reference", "xla"):
+        np.testing.assert_allclose(call(spec, args, implementation), want, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["odd", "odd_paged"])
