@@ -47,9 +47,8 @@ MODEL = ModelConfig(
     scan_layers=False,
 )
 PARAMETRIZATIONS = {"µP": MODEL, "standard": standard(MODEL)}
-# What is held to be flat, or to climb: logits at initialization may fall with the width, as the page says.
-SITES = ("attention", "mlp", "residual", "logits")
-FLAT, CLIMBS = 0.1, 0.4
+SITES = ("attention", "mlp", "residual")  # what is held to be flat, or to climb
+FLAT, CLIMBS = 0.1, 0.5
 
 
 def bytes_batch(rows: int = 4, length: int = 64) -> Batch:
@@ -84,11 +83,7 @@ def measure_all(cells: Path, widths: Sequence[int], seeds: Sequence[int]) -> dic
 
 def steepest(measurements: Sequence[Measurement], step: int, quantity: Quantity, *, least: bool) -> float:
     """The slope that is furthest from flat, or the least, of the activations that should grow together."""
-    found = [
-        slope
-        for site, slope in slopes(measurements, step, quantity).items()
-        if site.rpartition("/")[2] in SITES and not (quantity == "size" and site == "logits")
-    ]
+    found = [slope for site, slope in slopes(measurements, step, quantity).items() if site.rpartition("/")[2] in SITES]
     return min(found) if least else max(map(abs, found))
 
 
@@ -153,6 +148,18 @@ def main(argv: Sequence[str] | None = None) -> None:
                 baseline=CLIMBS,
                 goal=1.0,
             )
+    for name, measurements in found.items():
+        # They fall as 1/sqrt(width) before training, and flatten as the head learns: growth alone would be wrong.
+        growth = slopes(measurements, 1, "change")["logits"]
+        bench.add(
+            f"{name}: growth of the change of logits, 1 step",
+            "log size / log width",
+            max(growth, 0.0),
+            larger_is_better=name != "µP",
+            baseline_name="at most" if name == "µP" else "at least",
+            baseline=FLAT if name == "µP" else CLIMBS,
+            goal=1.0,
+        )
     if args.no_results:
         for name, measurements in found.items():
             for step in (0, 1, 3, 10):

@@ -50,23 +50,27 @@ def config(tiny_config):
 
 
 def test_flat_under_mup_and_climbing_without(config, text):
-    """From 64 to 256 a slope of 0.15 is a factor of 1.23: what finite width and two seeds may leave (terms of 1/width).
+    """A slope of 0.2 is a factor of 1.3 from 64 to 256: what finite width and two seeds may leave (terms of 1/width).
 
     What is not scaled right shows a power of at least 1/2, a factor of 2: a matrix whose initial std or learning rate
-    ignores its fan-in gives 1/2 and 1.
+    ignores its fan-in gives 1/2 and 1. Logits are apart: what initial weights of the head give falls as 1/sqrt(width),
+    what it has learnt is flat, so that both together lie between and flatten as it learns.
     """
     mup = coordinate_check(config, text)
     sp = coordinate_check(dataclasses.replace(config, model=standard(config.model)), text)
     for step, quantity in itertools.product(STEPS, get_args(Quantity)):
         flat, climbing = (slopes(measurements, step, quantity) for measurements in (mup, sp))
         for site in flat:
-            if site.startswith("parameters/") or (site == "logits" and quantity == "size"):
+            if site.startswith("parameters/"):
                 continue
-            assert abs(flat[site]) < 0.15, (step, quantity, site, flat)
-            if site.rpartition("/")[2] in ("attention", "mlp", "residual", "logits"):
-                assert climbing[site] > 0.4, (step, quantity, site, climbing)
-        # They start small, by 1/sqrt(width), and grow to the size of what they have learnt.
-        assert -0.65 < slopes(mup, step, "size")["logits"] < 0.15
+            assert (-0.65 if site == "logits" else -0.2) < flat[site] < 0.2, (step, quantity, site, flat)
+            if site.rpartition("/")[2] in ("attention", "mlp", "residual"):
+                assert climbing[site] > 0.5, (step, quantity, site, climbing)
+    first, last = (slopes(mup, step, "size")["logits"] for step in (0, STEPS[-1]))
+    assert first == pytest.approx(-0.5, abs=0.1)
+    assert last > -0.25
+    # Later the loss of a head whose logits are too large keeps them from growing further.
+    assert slopes(sp, 1, "change")["logits"] > 0.5
     # Adam's first step is the learning rate, which µP divides by the width for matrices alone.
     assert slopes(mup, 1, "change")["parameters/matrix"] == pytest.approx(-1.0, abs=0.02)
     assert slopes(sp, 1, "change")["parameters/matrix"] == pytest.approx(0.0, abs=0.02)
