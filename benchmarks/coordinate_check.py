@@ -68,7 +68,8 @@ def bytes_batch(rows: int = 4, length: int = 64) -> Batch:
 def measure_all(cells: Path, widths: Sequence[int], seeds: Sequence[int]) -> dict[str, list[Measurement]]:
     """Measures each width, seed and parametrisation, or takes what an earlier call left in `cells`."""
     cells.mkdir(parents=True, exist_ok=True)
-    batch, found = bytes_batch(), {}
+    found: dict[str, list[Measurement]] = {}
+    batch = bytes_batch()
     for name, model in PARAMETRIZATIONS.items():
         config = CoordinateCheckConfig(model=model, widths=tuple(widths), seeds=tuple(seeds))
         found[name] = []

@@ -197,7 +197,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--cells", type=Path, default=Path("runs/mup_transfer"), help="what is trained already")
     parser.add_argument("--no-results", action="store_true", help="train only")
     args = parser.parse_args(argv)
-    study, found = STUDIES[args.size], {}
+    found: dict[tuple[str, int, int, int], dict[str, Any]] = {}
+    study = STUDIES[args.size]
     folder = args.cells / f"{args.size}_{hashlib.sha256(repr(study).encode()).hexdigest()[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
     for cell in study.cells():

@@ -46,7 +46,8 @@ TRIALS = "trials"  # name of the mesh axis
 
 _MODEL_SCALARS = ("scale_emb", "scale_depth", "dim_model_base", "initializer_range")
 _OPTIMIZER_SCALARS = ("b1", "b2", "eps", "weight_decay", "decay_embeddings", "width_independent_decay")
-# Non-embedding parameters up to which `vmap` is the faster method on CPUs; results/stacked_trials.json.
+# Non-embedding parameters up to which CPUs take `vmap`: it loses at 230,000 (results/batched_cells.json);
+# benchmarks/stacked_trials.py measures where it begins to.
 _CPU_VMAP_PARAMS = 100_000
 
 
