@@ -146,13 +146,13 @@ def run_cell(study: Study, parametrization: str, width: int, depth: int, seed: i
     return {"losses": losses, "seconds": time.perf_counter() - begin}
 
 
-def best_rate(study: Study, losses: Sequence[Sequence[float | None]]) -> float:
-    """The learning rate of the least loss, averaged over seeds, in steps of the grid from its first."""
+def best_rate(losses: Sequence[Sequence[float | None]]) -> int:
+    """Which learning rate of the grid has the least loss, averaged over seeds."""
     means = [
         float("inf") if any(loss is None for loss in of_rate) else float(np.mean([loss for loss in of_rate if loss]))
         for of_rate in zip(*losses, strict=True)
     ]
-    return float(np.argmin(means))
+    return int(np.argmin(means))
 
 
 def record(name: str, found: dict[tuple[str, int, int, int], dict[str, Any]]) -> None:
@@ -165,7 +165,7 @@ def record(name: str, found: dict[tuple[str, int, int, int], dict[str, Any]]) ->
         best = {}
         for color, (width, depth) in zip(COLORS * 2, sizes, strict=False):
             losses = [found[parametrization, width, depth, seed]["losses"] for seed in study.seeds]
-            best[width, depth] = best_rate(study, losses)
+            best[width, depth] = best_rate(losses)
             table = np.array([[np.nan if loss is None else loss for loss in of_seed] for of_seed in losses])
             axis.fill_between(study.learning_rates, table.min(axis=0), table.max(axis=0), color=color, alpha=0.2)
             axis.plot(study.learning_rates, table.mean(axis=0), "o-", color=color, label=f"d {width}, {depth} layers")
