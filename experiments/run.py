@@ -51,6 +51,7 @@ VERBS = {
     "verify": Verb("which candidate data set makes a model better, and how sure that is; the same command resumes"),
     "rounds": Verb("verify seeds, learn a filter from the best, filter, and again; the same command resumes"),
     "quickstart": Verb("prepare, pretrain, evaluate, sample and export a small model; ends with report.html"),
+    "predict": Verb("what a family of small runs says about a large one, and the next run to make", uses_devices=False),
     "plan": Verb("what a TPU pod will do: memory, time and cost, compiled without the pod", uses_devices=False),
 }
 
