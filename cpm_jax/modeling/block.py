@@ -22,10 +22,9 @@ CarryT = TypeVar("CarryT")
 
 
 class Block(nnx.Module):
-    """A pre-norm transformer layer whose two branches are multiplied by `config.residual_multiplier`."""
+    """A pre-norm transformer layer."""
 
     def __init__(self, config: ModelConfig):
-        self.residual_multiplier = config.residual_multiplier
         self.input_layernorm = RMSNorm(config)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config)
@@ -36,7 +35,7 @@ class Block(nnx.Module):
         x: Float[Array, "B T D"],
         angles: Rotation,
         attend: Attend,
-        residual_multiplier: float | jax.Array | None = None,
+        residual_multiplier: float | jax.Array,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Applies the layer.
 
@@ -44,15 +43,15 @@ class Block(nnx.Module):
             x: residual stream.
             angles: rotation of each position.
             attend: the softmax.
-            residual_multiplier: factor on the branches in place of the config's.
+            residual_multiplier: factor on both branches, `multipliers.residual` of the decoder.
 
         Returns:
             The new residual stream, and what `attend` returned beside its output.
         """
         attended, cache = self.self_attn(self.input_layernorm(x), angles, attend)
-        by = factor(self.residual_multiplier if residual_multiplier is None else residual_multiplier, x.dtype)
-        x = constrain(x + attended * by, ("batch", "length", "embed"))
-        x = x + self.mlp(self.post_attention_layernorm(x)) * by
+        residual_multiplier = factor(residual_multiplier, x.dtype)
+        x = constrain(x + attended * residual_multiplier, ("batch", "length", "embed"))
+        x = x + self.mlp(self.post_attention_layernorm(x)) * residual_multiplier
         return constrain(x, ("batch", "length", "embed")), cache
 
 

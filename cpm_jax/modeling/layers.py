@@ -94,27 +94,26 @@ class RMSNorm(nnx.Module):
 
 
 class Embed(nnx.Module):
-    """The token embedding, multiplied by `scale_emb`.
+    """The token embedding.
 
     Parameters: embedding [V, D].
     """
 
     def __init__(self, config: ModelConfig):
         self.dtype = config.dtype
-        self.scale = config.scale_emb
         self.embedding = declare_param(
             config, (config.vocab_size, config.d_model), ("vocab", "embed"), std=config.initializer_range
         )
 
-    def __call__(self, tokens: Int[Array, "B T"], scale: float | jax.Array | None = None) -> Float[Array, "B T D"]:
+    def __call__(self, tokens: Int[Array, "B T"], scale: float | jax.Array) -> Float[Array, "B T D"]:
         """Looks up tokens; the result has the compute dtype.
 
         Args:
             tokens: token ids.
-            scale: factor in place of the config's.
+            scale: factor on the result, `multipliers.embedding` of the decoder.
         """
         table = self.embedding[...]
-        scale = factor(self.scale if scale is None else scale, self.dtype)
+        scale = factor(scale, self.dtype)
         rows = activation_spec(("batch", "length"), tokens.shape)
         if rows is None or not any(rows):
             return table[tokens].astype(self.dtype) * scale
