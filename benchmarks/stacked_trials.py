@@ -24,7 +24,7 @@ from benchmarks.results import Benchmark
 from cpm_jax.common.files import write_json
 from cpm_jax.modeling.config import ModelConfig
 from cpm_jax.modeling.model_size import count_params
-from cpm_jax.scaling.stacked import Method, StackedProgram, Trial
+from cpm_jax.scaling.stacked_program import Method, StackedProgram, Trial
 from cpm_jax.training.losses import Batch, LossConfig
 from cpm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from cpm_jax.training.schedules import wsd

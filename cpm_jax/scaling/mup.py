@@ -7,7 +7,7 @@ feed-forward layer grow in proportion, and a head stays as wide as it is. docs/m
 import dataclasses
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import PositiveInt
 
@@ -16,7 +16,8 @@ from cpm_jax.modeling.config import ModelConfig
 
 KvHeads = Literal["fixed", "grow"]
 
-# What grows with the width, what need not be the same, and what says how large a family's models are otherwise.
+# Fields that grow with the width, and those that may differ: of depth, and of how the arithmetic is done. Heads are
+# compared by their real width.
 _GROWS = ("d_model", "num_heads", "num_kv_heads", "d_ff")
 _FREE = ("num_layers", "param_dtype", "dtype", "remat", "scan_layers", "fp8", "head_dim")
 
@@ -44,7 +45,7 @@ def at_width(model: ModelConfig, d_model: PositiveInt, kv_heads: KvHeads = "fixe
                 f"would be {float(value):g}; must be a width at which it is whole",
                 field="at_width.d_model",
             )
-    whole = {name: int(value) for name, value in grown.items()}
+    whole: dict[str, Any] = {name: int(value) for name, value in grown.items()}
     return dataclasses.replace(model, d_model=d_model, head_dim=model.head_size, **whole)
 
 

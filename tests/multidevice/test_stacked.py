@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from cpm_jax.common.config import ConfigError
-from cpm_jax.scaling.stacked import StackedProgram, Trial
+from cpm_jax.scaling.stacked_program import StackedProgram, Trial
 from cpm_jax.training.losses import LossConfig
 from cpm_jax.training.optimizer import OptimizerConfig
 from cpm_jax.training.schedules import Phase, ScheduleConfig

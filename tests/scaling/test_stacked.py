@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from cpm_jax.checkpoints.manager import CheckpointConfig
-from cpm_jax.common.config import ConfigError, InputError
+from cpm_jax.common.config import ConfigError, InputError, config_to_dict
 from cpm_jax.common.metrics import METRICS_FILE, read_metrics
 from cpm_jax.common.sharding import MeshConfig, make_mesh
-from cpm_jax.scaling.stacked import StackedProgram, Trial, choose_method, program_key, train_stacked
+from cpm_jax.scaling.runs import summarise_run
+from cpm_jax.scaling.stacked import train_stacked
+from cpm_jax.scaling.stacked_program import StackedProgram, Trial, choose_method, program_key
 from cpm_jax.training.loop import NonFiniteError, TrainConfig, TrainData, train
 from cpm_jax.training.losses import LossConfig
 from cpm_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -142,33 +144,32 @@ def test_a_trial_that_is_not_finite_leaves_the_others_as_they_are(by_rate, metho
         jax.tree.map(np.testing.assert_array_equal, beside[i], finite[i])
 
 
-class Stream:
-    """An iterator of batches."""
-
-    def __init__(self, batches):
-        self._batches = iter(batches)
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        return next(self._batches)
-
-    def close(self):
-        pass
-
-
 def data(seed, steps=STEPS):
     """Batches whose order is the seed's, and held-out ones."""
     return TrainData(
-        batches=lambda step: Stream([batch_of(100 * seed + i) for i in range(step, steps)]),
-        eval_batches=lambda: Stream([batch_of(1000), batch_of(1001)]),
+        batches=lambda step: (batch_of(100 * seed + i) for i in range(step, steps)),
+        eval_batches=lambda: (batch_of(seed) for seed in (1000, 1001)),
         sources=("one", "two"),
         seq_len=16,
     )
 
 
 CONFIG = TrainConfig(steps=STEPS, batch_size=2, log_every=2, eval_every=3, eval_batches=0, max_consecutive_nonfinite=2)
+
+
+def line_of(trial, metrics):
+    """What a training leaves in runs.jsonl."""
+    return summarise_run(
+        metrics,
+        id=trial.name,
+        model=trial.model,
+        schedule=trial.schedule,
+        seq_len=16,
+        batch_size=CONFIG.batch_size,
+        steps=STEPS,
+        seed=trial.seed,
+        config={"seed": trial.seed},
+    )
 
 
 @pytest.mark.parametrize("method", ["map", "vmap"])
@@ -198,7 +199,11 @@ def test_the_files_are_those_of_trainings_by_the_loop(by_rate, tmp_path, method)
             assert our.keys() >= names - timed
             for name in names - timed:
                 assert our[name] == pytest.approx(their[name], rel=1e-5), (trial.name, name)
-        assert result.status == "done"
+        of_own, of_program = (config_to_dict(line_of(trial, rows)) for rows in (theirs, ours))
+        assert of_program.pop("loss") == pytest.approx(of_own.pop("loss"), rel=1e-5)
+        assert of_program.pop("seconds") > 0 < of_own.pop("seconds")
+        assert of_program == of_own
+        assert result.status == of_own["status"] == "done"
         assert result.steps == STEPS
         assert result.eval_loss == pytest.approx(theirs[-1]["eval/loss"], rel=1e-5)
         assert result.losses[-1] == pytest.approx(theirs[-2]["loss"], rel=1e-5)
@@ -228,6 +233,7 @@ def test_a_diverged_trial_ends_where_its_own_training_would(by_rate, tmp_path):
     ours = read_metrics(tmp_path / "stacked" / "bad" / METRICS_FILE)[-1]
     assert results[0].steps == last["step"] == ours["step"] < STEPS
     assert ours["loss"] is None
+    assert line_of(bad, [ours]).status == line_of(bad, [last]).status == "diverged"
     assert ours["nonfinite_run"] == last["nonfinite_run"] == 2
 
 
@@ -266,12 +272,21 @@ def test_what_shares_a_program(by_everything):
     assert program_key(wider) != program_key(by_everything[0])
 
 
-def test_the_method_follows_the_size(tiny_config):
-    assert choose_method(tiny_config) == "vmap"
-    assert choose_method(dataclasses.replace(tiny_config, d_model=512, num_heads=8, d_ff=2048)) == "map"
+def test_the_method_follows_size_and_platform(small, tiny_config):
+    large = dataclasses.replace(tiny_config, d_model=512, num_heads=8, d_ff=2048)
+    assert [choose_method(model, "cpu") for model in (small, large)] == ["vmap", "map"]
+    assert choose_method(large, "tpu") == "vmap"
 
 
-def test_what_needs_checkpoints_is_refused(by_rate, tmp_path):
-    config = dataclasses.replace(CONFIG, average_last=2)
-    with pytest.raises(ConfigError, match=r"TrainConfig.average_last = 2"):
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"average_last": 2}, "TrainConfig.average_last = 2, profile_start = None: must be 0 and None"),
+        ({"profile_start": 1}, "TrainConfig.average_last = 0, profile_start = 1: must be 0 and None"),
+        ({"num_microbatches": 4}, "batch_size = 2: must be a multiple of num_microbatches"),
+    ],
+)
+def test_what_trials_cannot_do_is_refused(by_rate, tmp_path, change, words):
+    config = dataclasses.replace(CONFIG, **change)
+    with pytest.raises(ConfigError, match=re.escape(words)):
         train_stacked(config, trials=by_rate, loss=LOSS, data=data, workdir=tmp_path)
