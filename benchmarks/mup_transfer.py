@@ -26,7 +26,7 @@ from cpm_jax.common.figures import COLORS
 from cpm_jax.common.files import write_json
 from cpm_jax.modeling.config import ModelConfig
 from cpm_jax.scaling.mup import at_width, standard
-from cpm_jax.scaling.stacked import StackedProgram, Trial
+from cpm_jax.scaling.stacked_program import StackedProgram, Trial
 from cpm_jax.training.losses import Batch, LossConfig
 from cpm_jax.training.optimizer import OptimizerConfig
 from cpm_jax.training.schedules import wsd
@@ -93,7 +93,10 @@ def model_of(study: Study, parametrization: str, width: int, depth: int) -> Mode
         dtype="float32",
     )
     model = at_width(base, width)
-    return model if parametrization == "µP" else standard(model)
+    if parametrization == "µP":
+        return model
+    # Without a rule for depth either, branches are as at the base depth.
+    return dataclasses.replace(standard(model), scale_depth=model.scale_depth * math.sqrt(depth / study.depths[0]))
 
 
 def read_text() -> dict[bool, np.ndarray]:
@@ -146,39 +149,50 @@ def run_cell(study: Study, parametrization: str, width: int, depth: int, seed: i
     return {"losses": losses, "seconds": time.perf_counter() - begin}
 
 
-def best_rate(losses: Sequence[Sequence[float | None]]) -> int:
-    """Which learning rate of the grid has the least loss, averaged over seeds."""
-    means = [
-        float("inf") if any(loss is None for loss in of_rate) else float(np.mean([loss for loss in of_rate if loss]))
-        for of_rate in zip(*losses, strict=True)
-    ]
-    return int(np.argmin(means))
-
-
 def record(name: str, found: dict[tuple[str, int, int, int], dict[str, Any]]) -> None:
-    """Writes down how far the best learning rate moves, and draws the curves."""
+    """Writes down how far the best learning rate moves, and draws the curves.
+
+    Raises:
+        ValueError: a model diverges with every learning rate.
+    """
     study, bench = STUDIES[name], Benchmark("mup_transfer", f"python -m benchmarks.mup_transfer --size {name}")
     sizes = list(dict.fromkeys(cell[1:3] for cell in found))
-    canvas = Figure(figsize=(8.6, 3.6), layout="constrained")
+    at_base = sizes.index((study.base_width, study.depths[0]))
+    canvas = Figure(figsize=(8.6, 3.8), layout="constrained")
     axes = canvas.subplots(1, 2, sharey=True)
     for axis, parametrization in zip(axes, PARAMETRIZATIONS, strict=True):
-        best = {}
-        for color, (width, depth) in zip(COLORS * 2, sizes, strict=False):
-            losses = [found[parametrization, width, depth, seed]["losses"] for seed in study.seeds]
-            best[width, depth] = best_rate(losses)
-            table = np.array([[np.nan if loss is None else loss for loss in of_seed] for of_seed in losses])
-            axis.fill_between(study.learning_rates, table.min(axis=0), table.max(axis=0), color=color, alpha=0.2)
-            axis.plot(study.learning_rates, table.mean(axis=0), "o-", color=color, label=f"d {width}, {depth} layers")
+        # [sizes, seeds, learning rates]; what diverges is worse than all else.
+        losses = np.array([[found[parametrization, *size, s]["losses"] for s in study.seeds] for size in sizes], float)
+        means = np.nan_to_num(losses.mean(axis=1), nan=np.inf)
+        if np.isinf(means.min(axis=1)).any():
+            raise ValueError(f"{parametrization}: a size of {sizes} has no learning rate with a finite loss")
+        best = means.argmin(axis=1)
+        for i, (width, depth) in enumerate(sizes):
+            color, label = COLORS[i % len(COLORS)], f"d {width}, {depth} layers"
+            axis.fill_between(study.learning_rates, losses[i].min(0), losses[i].max(0), color=color, alpha=0.2)
+            axis.plot(study.learning_rates, losses[i].mean(0), "o-", color=color, label=label, markersize=3)
+            edge = ", an end of the grid" if best[i] in (0, len(study.learning_rates) - 1) else ""
+            spread = np.ptp(losses[i, :, best[i]])
+            if np.isfinite(means[i, best[at_base]]):
+                bench.add(
+                    f"{parametrization}, {label}, best at {study.learning_rates[best[i]]:g}{edge} (seeds differ by "
+                    f"{spread:.3f}): loss at the base's best",
+                    "nats a byte",
+                    float(means[i, best[at_base]]),
+                    larger_is_better=False,
+                    baseline_name="at its own best",
+                    baseline=float(means[i].min()),
+                )
         axis.set(xscale="log", xlabel="learning rate", title=parametrization)
-        base = best[study.base_width, study.depths[0]]
-        for what, moved in (
-            ("widths", [abs(best[width, study.depths[0]] - base) for width in study.widths]),
-            ("depths", [abs(best[study.base_width, depth] - base) for depth in study.depths]),
+        moves = np.abs(best - best[at_base])
+        for what, of_these in (
+            ("widths", [depth == study.depths[0] for _, depth in sizes]),
+            ("depths", [width == study.base_width for width, _ in sizes]),
         ):
             bench.add(
                 f"{parametrization}: best learning rate moves over {what} by",
                 "steps of the grid (a factor of 2 each)",
-                max(moved),
+                float(moves[of_these].max()),
                 larger_is_better=False,
                 baseline_name="at most",
                 baseline=1.0,
