@@ -4,10 +4,11 @@ Field names follow the Hugging Face configs where the papers' own notation does 
 values are in `gin_configs/arch/` and `gin_configs/size/`.
 """
 
+import dataclasses
 import functools
 import logging
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -23,6 +24,23 @@ RopeScaling = Literal["none", "linear", "dynamic", "yarn", "llama3"]
 @functools.cache
 def _warn_once(message: str) -> None:
     logger.warning(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class Multipliers:
+    """Factors in the forward pass that change no shape.
+
+    Numbers of a `ModelConfig`; or traced scalars, where models that differ in nothing else share a program.
+
+    Attributes:
+        embedding: on the embeddings.
+        residual: on each residual branch.
+        width: divides the head's input, µP's relative width.
+    """
+
+    embedding: Any
+    residual: Any
+    width: Any
 
 
 @config_dataclass
@@ -304,3 +322,8 @@ class ModelConfig:
     def width_multiplier(self) -> float:
         """µP's relative width, d_model / dim_model_base; 1 under standard parametrisation."""
         return self.d_model / self.dim_model_base if self.dim_model_base else 1.0
+
+    @property
+    def multipliers(self) -> Multipliers:
+        """The factors of the forward pass."""
+        return Multipliers(self.scale_emb, self.residual_multiplier, self.width_multiplier)
