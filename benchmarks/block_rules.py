@@ -18,14 +18,16 @@ from cpm_jax.modeling.config import ModelConfig, SparseConfig
 from cpm_jax.modeling.decoder import Params, bind
 from cpm_jax.modeling.sparse_attention import compress
 from kernels_pallas.attention.api import dot_product_attention
-from kernels_pallas.block_selection.api import select_blocks
+from kernels_pallas.block_selection.api import block_scores, select_blocks
 from kernels_pallas.block_selection.topk_blocks import topk_blocks, visible_blocks
 from kernels_pallas.block_sparse_attention.api import block_sparse_attention
 
 # "lse" and "exact" are InfLLM v2 with its approximate and with the exact normaliser; "window" is the first block and
 # the last ones; "random" draws blocks anew for every query, key/value head and layer; "oracle" ranks by the attention
-# itself.
-Rule = Literal["dense", "lse", "exact", "window", "random", "oracle"]
+# itself. "tile16" and "tile64" are "lse" where so many neighbours share a choice: all rank by the scores of the first
+# of them, the only ones that look at nothing after a query.
+Rule = Literal["dense", "lse", "exact", "window", "random", "oracle", "tile16", "tile64"]
+TILES: dict[Rule, int] = {"tile16": 16, "tile64": 64}
 
 
 def sparse_config(rule: Rule, num_blocks: int) -> SparseConfig:
@@ -88,7 +90,7 @@ def choose(
         rule: any but "dense".
         sparse: from `sparse_config`.
         selectors: the queries [B, R, N, H], and all keys [B, S, K, H].
-        positions: where the queries lie among the keys.
+        positions: where the queries lie among the keys; for "tile16" and "tile64" all from 0 on.
         key: what "random" draws by.
         masses: what "oracle" ranks by, added over the heads that share keys.
     """
@@ -101,6 +103,19 @@ def choose(
             q, *kernels, selection=sparse.selection, query_positions=positions, segment_ids=segment_ids
         )
     starts, num_blocks = jnp.zeros_like(positions), math.ceil(length / sparse.block_size)
+    if rule in TILES:
+        # Scores of whole blocks before the tile: what lies in it is local to all of its queries.
+        first = positions[:, :: TILES[rule]]
+        kernels = compress(k, sparse)
+        scores = block_scores(
+            q[:, :: TILES[rule]],
+            *kernels,
+            selection=sparse.selection,
+            query_positions=first,
+            segment_ids=jnp.ones((batch, length), jnp.int32),
+        )
+        scores = jnp.repeat(scores, TILES[rule], axis=2)[:, :, : positions.shape[1]]
+        return topk_blocks(scores, sparse.selection, positions, starts)
     shape = batch, kv_heads, positions.shape[1], num_blocks
     if rule == "oracle":
         if masses is None:

@@ -69,10 +69,11 @@ def hidden_states(
 
     def body(carry: tuple[Array, Any], block: Block, index: Any) -> tuple[Array, Any]:
         x, kept = carry
-        x, new = block(x, angles, functools.partial(attend, index))
+        x, new = block(x, angles, functools.partial(attend, index), model.multipliers.residual)
         return x, jax.tree.map(lambda layers, one: layers.at[index].set(one), kept, new)
 
-    x, kept = run_layers(model.config, model.layers, body, (model.embed_tokens(tokens), kept))
+    embedded = model.embed_tokens(tokens, model.multipliers.embedding)
+    x, kept = run_layers(model.config, model.layers, body, (embedded, kept))
     return model.norm(x), kept
 
 

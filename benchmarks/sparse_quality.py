@@ -4,8 +4,8 @@
     python -m benchmarks.sparse_quality_report --work DIR   # writes the results
 
 1. The loss of every token of rows of 8,192 tokens (and of 16,384 with YaRN): dense, by InfLLM v2's selection, by a
-   window with the first block, and by random blocks, for several numbers of visible blocks. Attention is causal, so
-   that the first 2,048 tokens of a row are a row of 2,048.
+   window with the first block, and by random blocks, for several numbers of visible blocks; and by a selection that
+   16 or 64 neighbours share. Attention is causal, so that the first 2,048 tokens of a row are a row of 2,048.
 2. The share of dense attention that the chosen blocks hold, for every layer and head, in the same dense pass.
 3. The same weights trained further for some steps, sparse and, as a control, dense, on other texts; the losses after.
 
@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.block_rules import Rule, attend_and_weigh, attend_by, sparse_config, token_losses
+from benchmarks.block_rules import TILES, Rule, attend_and_weigh, attend_by, sparse_config, token_losses
 from benchmarks.compile_ahead import CompileAhead
 from benchmarks.custom_attention import plain_on_gpu
 from benchmarks.pretrained import smollm2_path
@@ -42,6 +42,7 @@ from cpm_jax.modeling.config import ModelConfig, RopeConfig
 from cpm_jax.modeling.decoder import Params
 
 BUDGETS = (16, 8, 32, 64)  # visible blocks; the first one is that of every table over lengths
+TILE_BUDGETS = (16, 8)  # where neighbours share a choice
 # What chooses how many blocks for the shares of attention, and for which queries: the second half of a row, at a
 # distance that brings every place within a block.
 WEIGHED: tuple[Rule, ...] = ("lse", "exact", "window", "random", "oracle")
@@ -58,6 +59,7 @@ def cells(part: Part) -> Iterator[Cell]:
     if part == "rows":
         yield Cell("published", "dense", 0, LENGTH, "plain")
         yield from (Cell("published", rule, budget, LENGTH, "plain") for budget in BUDGETS for rule in rules)
+        yield from (Cell("published", rule, budget, LENGTH, "plain") for budget in TILE_BUDGETS for rule in TILES)
     elif part == "training":
         for weights in ("trained_sparse", "trained_dense"):
             yield Cell(weights, "dense", 0, LENGTH, "plain")

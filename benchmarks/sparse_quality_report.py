@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import scipy.stats
 
-from benchmarks.block_rules import Rule
+from benchmarks.block_rules import TILES, Rule
 from benchmarks.results import RESULTS_DIR, Benchmark
 from benchmarks.sparse_quality import BUDGETS, WEIGHED, WEIGHED_BUDGETS
 from benchmarks.sparse_quality_cells import Cell, Measured, Weights
@@ -29,10 +30,11 @@ NAMES: dict[Rule, str] = {
     "window": "window + first block",
     "random": "random blocks",
     "oracle": "best blocks by dense attention",
+    "tile16": "InfLLM v2, shared by 16 queries",
+    "tile64": "InfLLM v2, shared by 64 queries",
 }
 RIVALS: tuple[Rule, ...] = ("window", "random")
-# Of the difference to a rival in its standard errors: below it, chance would do.
-CLEARLY = 2.0
+LEVEL = 0.05  # of the one-sided t-test that a rival's loss is the larger one
 BIN = 512  # tokens of a point of the drawing over positions
 
 
@@ -101,17 +103,18 @@ class Losses:
 
 
 def _add_loss(bench: Benchmark, losses: Losses, title: str, cell: Cell, base: Cell, begin: int, end: int) -> None:
-    """A row of the table: a loss beside the dense one."""
+    """A row of the table: a loss beside another one."""
     rows = losses.rows(cell, base)
     loss, more = losses.loss(cell, begin, end, rows), losses.beyond(cell, base, begin, end, rows)
     blocks = f", {cell.blocks} blocks" if cell.blocks else ""
     bench.add(
-        f"{title}, {NAMES[cell.rule]}{blocks}: ± {loss.error:.3f}, {more.value:+.4f} ± {more.error:.4f} to dense, "
+        f"{title}, {NAMES[cell.rule]}{blocks}: ± {loss.error:.3f}, "
+        f"{more.value:+.4f} ± {more.error:.4f} to {NAMES[base.rule]}, "
         f"{losses.bits_per_byte(cell, begin, end, rows):.4f} bits/byte, n = {len(rows)}",
         "nats/token",
         loss.value,
         larger_is_better=False,
-        baseline_name="dense",
+        baseline_name=NAMES[base.rule],
         baseline=losses.loss(base, begin, end, rows).value,
     )
 
@@ -124,12 +127,13 @@ def _add_wins(bench: Benchmark, losses: Losses, title: str, cell: Cell, begin: i
         more = losses.beyond(other, cell, begin, end, rows) if len(rows) > 1 else None
         if more and more.error:  # none where both see all blocks
             bench.add(
-                f"{title}, {cell.blocks} blocks: {NAMES[rival]} {more.value:+.4f} ± {more.error:.4f} nats to InfLLM v2",
+                f"{title}, {cell.blocks} blocks: {NAMES[rival]} {more.value:+.4f} ± {more.error:.4f} nats to InfLLM "
+                f"v2, n = {len(rows)}",
                 "standard errors",
                 max(more.value / more.error, 0.0),
                 larger_is_better=True,
-                baseline_name="at least",
-                baseline=CLEARLY,
+                baseline_name=f"{LEVEL:.0%} by chance",
+                baseline=float(scipy.stats.t.ppf(1 - LEVEL, len(rows) - 1)),
                 goal=1.0,
             )
 
@@ -144,6 +148,9 @@ def _loss_rows(bench: Benchmark, losses: Losses, length: int, main: int) -> None
                 # Where every token sees all blocks, there is nothing to choose.
                 if cell.blocks in (0, main) or (prefix == length and begin):
                     _add_loss(bench, losses, title, cell, dense, begin, prefix)
+                    own = cell._replace(rule="lse")
+                    if cell.rule in TILES and losses.rows(cell, own):
+                        _add_loss(bench, losses, title, cell, own, begin, prefix)
             for cell in cells:
                 if begin and cell.rule == "lse" and (cell.blocks == main or prefix == length):
                     _add_wins(bench, losses, title, cell, begin, prefix)
@@ -319,10 +326,11 @@ def _training_curves(bench: Benchmark, work: Path, plan: Plan, directory: Path) 
 
 def markdown(losses: Losses, plan: Plan) -> str:
     """Tables for the page: over lengths at the main number of blocks, and over numbers of blocks."""
-    rules: tuple[Rule, ...] = ("lse", "exact", *RIVALS)
+    rules: tuple[Rule, ...] = ("lse", *TILES, "exact", *RIVALS)
     places = [(plan.length, "plain", end) for end in (plan.length // 4, plan.length // 2, plan.length)]
     places.append((plan.long, "yarn", plan.long))
-    lines = ["| perplexity | " + " | ".join(f"{end // 1024}K" for *_, end in places) + " |", "|---" * 5 + "|"]
+    lines = ["| perplexity | " + " | ".join(f"{end // 1024}K" for *_, end in places) + " |"]
+    lines.append("|---" * (len(places) + 1) + "|")
     for rule in ("dense", *rules):
         shown = []
         for length, rope, end in places:
@@ -335,7 +343,7 @@ def markdown(losses: Losses, plan: Plan) -> str:
             more = losses.beyond(cell, dense, 0, end, rows)
             shown.append(f"{perplexity:.2f}" + ("" if rule == "dense" else f" ({more.value:+.3f} ± {more.error:.3f})"))
         lines.append(f"| {NAMES[rule]} | " + " | ".join(shown) + " |")
-    lines += ["", "| blocks | " + " | ".join(NAMES[rule] for rule in rules) + " |", "|---" * 5 + "|"]
+    lines += ["", "| blocks | " + " | ".join(NAMES[rule] for rule in rules) + " |", "|---" * (len(rules) + 1) + "|"]
     dense = Cell("published", "dense", 0, plan.length, "plain")
     for blocks in plan.budgets:
         shown = []

@@ -56,6 +56,10 @@ def spread(values: Sequence[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+def _mean_and_spread(values: Sequence[float]) -> str:
+    return f"{statistics.mean(values):.1f}" + (f" ± {spread(values):.1f}" if len(values) > 1 else "")
+
+
 def markdown(accuracies: Accuracies) -> str:
     """The table of the page: mean ± standard deviation over seeds, by variant, length and task."""
     columns = sorted({(length, task) for length, task, _ in accuracies}, key=lambda c: (c[0], list(TASKS).index(c[1])))
@@ -63,7 +67,7 @@ def markdown(accuracies: Accuracies) -> str:
     lines.append("|---" * (len(columns) + 1) + "|")
     for variant in VARIANTS:
         cells = [accuracies.get((length, task, variant)) for length, task in columns]
-        shown = ["" if x is None else f"{statistics.mean(x):.1f} ± {spread(x):.1f}" for x in cells]
+        shown = ["" if x is None else _mean_and_spread(x) for x in cells]
         if any(shown):
             lines.append(f"| {variant} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
@@ -79,7 +83,8 @@ def add_rows(bench: Benchmark, accuracies: Accuracies) -> None:
         goal = {"baseline_name": "at least", "baseline": 95.0, "goal": 1.0} if variant == FULL else {}
         against = {"baseline_name": FULL, "baseline": full} if variant != FULL else {}
         bench.add(name, "%", mean, larger_is_better=True, **goal, **against)  # type: ignore[arg-type]
-        bench.add(f"{name}: their standard deviation", "points", spread(values), larger_is_better=False)
+        if len(values) > 1:
+            bench.add(f"{name}: their standard deviation", "points", spread(values), larger_is_better=False)
         if variant == INFLLM:
             bench.add(
                 f"{length} tokens, {task}: {INFLLM} below {FULL}",

@@ -104,10 +104,12 @@ def overlaps(
                     dot_product_attention(q, k, v),
                     jnp.stack([overlap(q, k, b) for b in budgets], axis=1),
                 ),
+                model.multipliers.residual,
             )
             return x, overlaps.at[index].set(found)
 
-        start = model.embed_tokens(ids), jnp.zeros((config.num_layers, 2, len(budgets)))
+        embedded = model.embed_tokens(ids, model.multipliers.embedding)
+        start = embedded, jnp.zeros((config.num_layers, 2, len(budgets)))
         return run_layers(config, model.layers, layer, start)[1]
 
     ratios, shares = np.moveaxis(np.asarray(run(loaded.params)), 1, 0)

@@ -221,9 +221,12 @@ def params_sharding(axes: Any, params: Any, mesh: Mesh | AbstractMesh) -> Any:
 
 
 def is_divided() -> bool:
-    """Whether the mesh in scope has more than one device, so that activations may lie in parts."""
+    """Whether the mesh in scope divides a training over devices, so that activations may lie in parts.
+
+    Other axes than MESH_AXES do not: along them lie trainings that know nothing of each other.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    return not mesh.empty and math.prod(mesh.shape.values()) > 1
+    return math.prod(size for axis, size in mesh.shape.items() if axis in MESH_AXES) > 1
 
 
 def activation_spec(axes: tuple[str | None, ...], shape: tuple[int, ...]) -> PartitionSpec | None:

@@ -99,7 +99,7 @@ def start(
         seed: of the random keys.
         indices: index of each sequence among all prompts of the run, for its random key.
         prefill_chunks: sizes of chunks, from large to small: a call takes the largest that is more than half filled,
-            else the last.
+            else the last. None is larger than the cache.
 
     Returns:
         The state from which `extend` goes on with the last token of each prompt.
@@ -113,7 +113,7 @@ def start(
     cache = init_cache(config, len(prompts), slots)
     first, end = 0, int(lengths.max()) - 1
     while first < end:
-        size = next((size for size in prefill_chunks if size < 2 * (end - first)), prefill_chunks[-1])
+        size = min(next((size for size in prefill_chunks if size < 2 * (end - first)), prefill_chunks[-1]), slots)
         cache = _prefill(params, tokens[:, first : first + size], np.int32(first), cache, config=config)
         first += size
     seen = None

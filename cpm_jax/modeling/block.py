@@ -12,7 +12,7 @@ from cpm_jax.common.sharding import activation_spec, constrain
 from cpm_jax.modeling.attention import Attend, Attention, Selectors
 from cpm_jax.modeling.config import ModelConfig
 from cpm_jax.modeling.feed_forward import FeedForward
-from cpm_jax.modeling.layers import RMSNorm
+from cpm_jax.modeling.layers import RMSNorm, factor
 from cpm_jax.modeling.rotary import Rotation
 from cpm_jax.modeling.sparse_attention import BLOCK_IDS, sparse_attention
 from kernels_pallas.attention.api import dot_product_attention
@@ -22,20 +22,36 @@ CarryT = TypeVar("CarryT")
 
 
 class Block(nnx.Module):
-    """A pre-norm transformer layer whose two branches are scaled by `config.residual_multiplier`."""
+    """A pre-norm transformer layer."""
 
     def __init__(self, config: ModelConfig):
-        self.residual_multiplier = config.residual_multiplier
         self.input_layernorm = RMSNorm(config)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = RMSNorm(config)
         self.mlp = FeedForward(config)
 
-    def __call__(self, x: Float[Array, "B T D"], angles: Rotation, attend: Attend) -> tuple[Float[Array, "B T D"], Any]:
-        """Applies the layer; returns the new residual stream and what `attend` returned beside its output."""
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        angles: Rotation,
+        attend: Attend,
+        residual_multiplier: float | jax.Array,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Applies the layer.
+
+        Args:
+            x: residual stream.
+            angles: rotation of each position.
+            attend: the softmax.
+            residual_multiplier: factor on both branches, `multipliers.residual` of the decoder.
+
+        Returns:
+            The new residual stream, and what `attend` returned beside its output.
+        """
         attended, cache = self.self_attn(self.input_layernorm(x), angles, attend)
-        x = constrain(x + attended * self.residual_multiplier, ("batch", "length", "embed"))
-        x = x + self.mlp(self.post_attention_layernorm(x)) * self.residual_multiplier
+        residual_multiplier = factor(residual_multiplier, x.dtype)
+        x = constrain(x + attended * residual_multiplier, ("batch", "length", "embed"))
+        x = x + self.mlp(self.post_attention_layernorm(x)) * residual_multiplier
         return constrain(x, ("batch", "length", "embed")), cache
 
 

@@ -4,16 +4,43 @@ Field names follow the Hugging Face configs where the papers' own notation does 
 values are in `gin_configs/arch/` and `gin_configs/size/`.
 """
 
+import dataclasses
+import functools
+import logging
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from cpm_jax.common.config import ConfigError, config_dataclass
 from kernels_pallas.block_selection.selection import BlockSelection, Variant
 
+logger = logging.getLogger(__name__)
+
 DType = Literal["float32", "bfloat16"]
 RopeScaling = Literal["none", "linear", "dynamic", "yarn", "llama3"]
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logger.warning(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class Multipliers:
+    """Factors in the forward pass that change no shape.
+
+    Numbers of a `ModelConfig`; or traced scalars, where models that differ in nothing else share a program.
+
+    Attributes:
+        embedding: on the embeddings.
+        residual: on each residual branch.
+        width: divides the head's input, µP's relative width.
+    """
+
+    embedding: Any
+    residual: Any
+    width: Any
 
 
 @config_dataclass
@@ -261,7 +288,12 @@ class ModelConfig:
                 field="RopeConfig.short_factor",
             )
         sparse = self.sparse_config
-        if sparse is not None and sparse.applies(self.max_position_embeddings):
+        if sparse is not None and not sparse.applies(self.max_position_embeddings):
+            _warn_once(
+                f"SparseConfig.dense_len = {sparse.dense_len} and ModelConfig.max_position_embeddings = "
+                f"{self.max_position_embeddings}: attention is dense at every length; dense_len = -1 is always sparse"
+            )
+        elif sparse is not None:
             blocks = math.ceil(self.max_position_embeddings / sparse.block_size)
             if sparse.topk > blocks:
                 raise ConfigError(
@@ -290,3 +322,8 @@ class ModelConfig:
     def width_multiplier(self) -> float:
         """µP's relative width, d_model / dim_model_base; 1 under standard parametrisation."""
         return self.d_model / self.dim_model_base if self.dim_model_base else 1.0
+
+    @property
+    def multipliers(self) -> Multipliers:
+        """The factors of the forward pass."""
+        return Multipliers(self.scale_emb, self.residual_multiplier, self.width_multiplier)

@@ -19,9 +19,9 @@ from cpm_jax.common.config import ConfigError
 from cpm_jax.common.sharding import constrain, params_sharding
 from cpm_jax.modeling.attention import Selectors
 from cpm_jax.modeling.block import Block, causal_attend, run_layers, select, stack
-from cpm_jax.modeling.config import ModelConfig
+from cpm_jax.modeling.config import ModelConfig, Multipliers
 from cpm_jax.modeling.kv_cache import Cache, attend_to_cache
-from cpm_jax.modeling.layers import Embed, Head, RMSNorm
+from cpm_jax.modeling.layers import Embed, Head, RMSNorm, factor
 from cpm_jax.modeling.mtp import MtpLayer
 from cpm_jax.modeling.rotary import rotation
 from cpm_jax.modeling.sparse_cache import SparseKVCache, attend_to_sparse_cache
@@ -34,6 +34,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: ModelConfig):
         self.config = config
+        self.multipliers = config.multipliers
         self.embed_tokens = Embed(config)
         self.layers = stack(Block(config), config.num_layers)
         self.norm = RMSNorm(config)
@@ -56,7 +57,7 @@ class Decoder(nnx.Module):
         attend = causal_attend(self.config, segment_ids)
 
         def body(x: jax.Array, block: Block, _: Any) -> jax.Array:
-            return block(x, angles, attend)[0]
+            return block(x, angles, attend, self.multipliers.residual)[0]
 
         return self.norm(run_layers(self.config, self.layers, body, self._embed(tokens)))
 
@@ -87,7 +88,8 @@ class Decoder(nnx.Module):
             )
         with jax.named_scope(f"mtp_{depth}"):
             angles = rotation(self.config, positions, length=hidden.shape[1])
-            return select(self.mtp_layers, depth).predict(hidden, self._embed(next_tokens), angles, segment_ids)
+            layer, embedded = select(self.mtp_layers, depth), self._embed(next_tokens)
+            return layer.predict(hidden, embedded, angles, segment_ids, self.multipliers.residual)
 
     def decode(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: Cache
@@ -101,6 +103,9 @@ class Decoder(nnx.Module):
 
         Returns:
             Hidden states after the final norm, and the cache with the new tokens.
+
+        Raises:
+            ValueError: more new tokens than the cache has slots.
         """
         angles = rotation(self.config, positions, length=cache.length)
 
@@ -112,7 +117,7 @@ class Decoder(nnx.Module):
                     return attend_to_sparse_cache(q, k, v, selectors, positions, cache, index)
                 return attend_to_cache(q, k, v, positions, cache, index)
 
-            return block(x, angles, attend)
+            return block(x, angles, attend, self.multipliers.residual)
 
         # The cache is carried whole, not scanned over, so that XLA can update it in place.
         x, cache = run_layers(self.config, self.layers, body, (self._embed(tokens), cache))
@@ -120,7 +125,7 @@ class Decoder(nnx.Module):
 
     def head_inputs(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Hidden states as the head takes them: times µP's dim_model_base / d_model."""
-        return hidden / self.config.width_multiplier
+        return hidden / factor(self.multipliers.width, hidden.dtype)
 
     def lm_head_kernel(self) -> Float[Array, "D V"]:
         """The head's matrix in the type it is stored in; the transposed embedding where they are tied."""
@@ -135,7 +140,7 @@ class Decoder(nnx.Module):
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         with jax.named_scope("embed_tokens"):
-            return constrain(self.embed_tokens(tokens), ("batch", "length", "embed"))
+            return constrain(self.embed_tokens(tokens, self.multipliers.embedding), ("batch", "length", "embed"))
 
 
 @functools.lru_cache
@@ -192,6 +197,15 @@ def init_params(config: ModelConfig, key: jax.Array) -> Params:
     return _map_declared(config, draw)
 
 
-def bind(config: ModelConfig, params: Params) -> Decoder:
-    """The model that computes with `params`, which has the structure of `abstract_params(config)`."""
-    return nnx.merge(_declared(config)[0], params)
+def bind(config: ModelConfig, params: Params, multipliers: Multipliers | None = None) -> Decoder:
+    """The model that computes with `params`.
+
+    Args:
+        config: of the model.
+        params: with the structure of `abstract_params(config)`.
+        multipliers: in place of the config's.
+    """
+    model = nnx.merge(_declared(config)[0], params)
+    if multipliers is not None:
+        model.multipliers = multipliers
+    return model

@@ -6,14 +6,15 @@ that position before any token can see it.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from cpm_jax.common.sharding import constrain
+from cpm_jax.common.sharding import activation_spec
 from cpm_jax.modeling.config import ModelConfig
-from cpm_jax.modeling.sparse_cache import SparseKVCache, init_sparse_cache
+from cpm_jax.modeling.sparse_cache import SparseKVCache, check_new_tokens, init_sparse_cache, sparse_cache_specs
 
 # Slots that are scored together: bounds the scores to [B, N, T, 512].
 KEY_BLOCK = 512
@@ -64,9 +65,20 @@ def init_cache(config: ModelConfig, batch_size: int, length: int, dtype: jnp.dty
     return make()
 
 
+def cache_specs(cache: Cache) -> Any:
+    """A tree of how a cache lies on a mesh in scope: divided by sequences and, as far as they go round, heads.
+
+    None outside a mesh, as `activation_spec`.
+    """
+    if isinstance(cache, SparseKVCache):
+        return sparse_cache_specs(cache)
+    spec = activation_spec((None, "batch", "kv_heads", None, None), cache.keys.shape)
+    return None if spec is None else KVCache(spec, spec)  # type: ignore[arg-type]
+
+
 def _constrain(cache: KVCache) -> KVCache:
-    """Divides the cache over a mesh in scope by sequences and, as far as they go round, heads."""
-    return jax.tree.map(lambda x: constrain(x, (None, "batch", "kv_heads", None, None)), cache)
+    specs = cache_specs(cache)
+    return cache if specs is None else jax.tree.map(jax.lax.with_sharding_constraint, cache, specs)
 
 
 def attend_to_cache(
@@ -82,7 +94,11 @@ def attend_to_cache(
     Positions beyond the cache are not written. Softmax and sums are in float32. Several
     queries read slots a block at a time and only as far as any of them sees, with the running softmax of flash
     attention (arXiv 2205.14135): a prompt in a cache that is mostly empty costs no more than what is in it.
+
+    Raises:
+        ValueError: more new tokens than the cache has slots.
     """
+    check_new_tokens(q.shape[1], cache.length)
     rows = jnp.arange(q.shape[0])[:, None]
     cache = _constrain(
         KVCache(

@@ -5,6 +5,8 @@ its logical axes and the mean and standard deviation of its initial values. `dec
 draw, describe and bind the parameter tree, so that no array is ever made by building a module.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -22,6 +24,11 @@ def declare_param(
 ) -> nnx.Param:
     """Declares a parameter whose initial values are normal with the given mean and standard deviation."""
     return nnx.Param(jax.ShapeDtypeStruct(shape, jnp.dtype(config.param_dtype)), axes=axes, mean=mean, std=std)
+
+
+def factor(value: float | jax.Array, dtype: Any) -> float | jax.Array:
+    """A multiplier for activations of a dtype: a number as it is, which compilers see; a traced scalar converted."""
+    return value if isinstance(value, (int, float)) else value.astype(dtype)
 
 
 def hidden_std(config: ModelConfig) -> float:
@@ -87,24 +94,29 @@ class RMSNorm(nnx.Module):
 
 
 class Embed(nnx.Module):
-    """The token embedding, multiplied by `scale_emb`.
+    """The token embedding.
 
     Parameters: embedding [V, D].
     """
 
     def __init__(self, config: ModelConfig):
         self.dtype = config.dtype
-        self.scale = config.scale_emb
         self.embedding = declare_param(
             config, (config.vocab_size, config.d_model), ("vocab", "embed"), std=config.initializer_range
         )
 
-    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Looks up tokens; the result has the compute dtype."""
+    def __call__(self, tokens: Int[Array, "B T"], scale: float | jax.Array) -> Float[Array, "B T D"]:
+        """Looks up tokens; the result has the compute dtype.
+
+        Args:
+            tokens: token ids.
+            scale: factor on the result, `multipliers.embedding` of the decoder.
+        """
         table = self.embedding[...]
+        scale = factor(scale, self.dtype)
         rows = activation_spec(("batch", "length"), tokens.shape)
         if rows is None or not any(rows):
-            return table[tokens].astype(self.dtype) * self.scale
+            return table[tokens].astype(self.dtype) * scale
         token_axes = axis_names(rows[0]) + axis_names(rows[1])
         parts = axis_names(activation_spec(("vocab", "embed"), table.shape)[1])  # type: ignore[index]
 
@@ -113,7 +125,7 @@ class Embed(nnx.Module):
         def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
             if parts:
                 table = gather_parameter(parts, 1, jnp.dtype(self.dtype), table)
-            return table[tokens].astype(self.dtype) * self.scale
+            return table[tokens].astype(self.dtype) * scale
 
         return jax.shard_map(
             look_up,

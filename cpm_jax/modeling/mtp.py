@@ -31,8 +31,9 @@ class MtpLayer(Block):
         next_embeddings: Float[Array, "B T D"],
         angles: Rotation,
         segment_ids: jax.Array,
+        residual_multiplier: float | jax.Array,
     ) -> Float[Array, "B T D"]:
         """Combines hidden states with the embeddings of the tokens that follow them; returns the head's input."""
         both = jnp.concatenate([self.hidden_layernorm(hidden), self.token_layernorm(next_embeddings)], axis=-1)
-        x, _ = self(self.input_proj(both), angles, causal_attend(self.config, segment_ids))
+        x, _ = self(self.input_proj(both), angles, causal_attend(self.config, segment_ids), residual_multiplier)
         return self.final_layernorm(x)

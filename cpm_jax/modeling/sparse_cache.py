@@ -6,6 +6,7 @@ chunks of any length and token by token therefore give the same kernels, and wit
 """
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -80,14 +81,36 @@ def init_sparse_cache(
             else None,
             sparse=sparse,
         )
-        specs = _cache_specs(cache)
+        specs = sparse_cache_specs(cache)
         return cache if specs is None else jax.tree.map(jax.lax.with_sharding_constraint, cache, specs)
 
     return make()
 
 
-def _cache_specs(cache: SparseKVCache) -> Any:
-    """A tree of how the cache lies on a mesh in scope: divided by sequences and, as far as they go round, heads."""
+def check_new_tokens(number: int, length: int) -> None:
+    """Refuses to write more tokens of a sequence at once than a cache has slots.
+
+    Single positions beyond the cache are not looked at: padding may have them, and they are not written.
+
+    Args:
+        number: T, new tokens of each sequence.
+        length: S, slots of the cache.
+
+    Raises:
+        ValueError: the cache is too short; names both.
+    """
+    if number > length:
+        raise ValueError(
+            f"{number} new tokens in a cache of {length} slots: at most {length} fit; make the cache longer "
+            "(init_cache), or read fewer tokens at once"
+        )
+
+
+def sparse_cache_specs(cache: SparseKVCache) -> Any:
+    """A tree of how the cache lies on a mesh in scope: divided by sequences and, as far as they go round, heads.
+
+    None outside a mesh, as `activation_spec`.
+    """
     spec = activation_spec(("batch", "kv_heads"), cache.keys.shape[1:3])
     if spec is None:
         return None
@@ -119,7 +142,11 @@ def attend_to_sparse_cache(
         positions: position of each token, consecutive within a row. Tokens beyond the cache are not written.
         cache: of all layers.
         layer: which one.
+
+    Raises:
+        ValueError: more new tokens than the cache has slots.
     """
+    check_new_tokens(q.shape[1], cache.length)
     sparse = cache.sparse
 
     def attend(
@@ -131,6 +158,8 @@ def attend_to_sparse_cache(
             selectors[0], cache.kernels[layer], coarse, selection=sparse.selection, query_positions=positions
         )
         size = sparse.block_size
+        # It tells the number of slots by that of kernels, which is the same for a few of them.
+        block_ids = block_ids[..., : math.ceil(cache.length / size)]
         if q.shape[1] < SHARING_QUERIES:
             return sparse_decode_attention(
                 q, cache.keys, cache.values, block_ids, positions, block_size=size, layer=layer
@@ -138,7 +167,7 @@ def attend_to_sparse_cache(
         keys, values = (jnp.swapaxes(x[layer], 1, 2).astype(q.dtype) for x in (cache.keys, cache.values))
         return block_sparse_attention(q, keys, values, block_ids, block_size=size, query_positions=positions), cache
 
-    specs = _cache_specs(cache)
+    specs = sparse_cache_specs(cache)
     if specs is not None:
         _, rows, heads = specs.keys
         new, tokens = PartitionSpec(rows, None, heads), PartitionSpec(rows, None)

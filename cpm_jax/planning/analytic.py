@@ -14,9 +14,11 @@ from cpm_jax.planning.workload import Candidate, Remat, Workload
 from kernels_pallas.attention import costs as dense_costs
 from kernels_pallas.attention.arg_specs import ArgSpec as DenseSpec
 from kernels_pallas.block_selection.arg_specs import ArgSpec as SelectionSpec
-from kernels_pallas.block_selection.costs import scores_cost
+from kernels_pallas.block_selection.costs import scores_cost, tile_queries
 from kernels_pallas.block_sparse_attention import costs as sparse_costs
 from kernels_pallas.block_sparse_attention.arg_specs import ArgSpec as SparseSpec
+from kernels_pallas.sparse_decode_attention.arg_specs import ArgSpec as DecodeSpec
+from kernels_pallas.sparse_decode_attention.costs import decode_cost
 
 # Of the chip's memory, what a candidate may fill by the formulas: they leave out fragmentation and small buffers.
 FILL = 0.9
@@ -156,18 +158,34 @@ def _train_guess(workload: Workload, candidate: Candidate, topology: Topology) -
     return Guess(candidate, memory, beside + scattered + reduced + exchanged / topology.bandwidth(context))
 
 
+def _cache_bytes(model: ModelConfig, seq_len: int) -> tuple[float, float]:
+    """Of one sequence, all layers and heads: what its full cache takes, and what a token reads of it."""
+    keys = 2.0 * model.num_layers * model.num_kv_heads * seq_len * model.head_size
+    sparse = model.sparse_config
+    if sparse is None or not sparse.applies(seq_len):
+        return 2 * keys, 2 * keys
+    chosen, shape = sparse.selection, (1, seq_len, model.num_heads, model.num_kv_heads, model.head_size, model.dtype)
+    copies = 2 + sparse.use_nope + 1 / chosen.kernel_stride
+    copies += 1 / chosen.coarse_kernel_stride if sparse.lse_approximation else 0
+    attending = decode_cost(DecodeSpec(*shape, block_size=sparse.block_size, num_selected=chosen.num_selected))
+    # A single query fills up a tile.
+    tile = tile_queries(model.num_heads // model.num_kv_heads)
+    choosing = scores_cost(SelectionSpec(*shape, chosen), tile, lse_approximation=sparse.lse_approximation)
+    return copies * keys, model.num_layers * float(attending.bytes_accessed + choosing.bytes_accessed)
+
+
 def _decode_guess(workload: Workload, candidate: Candidate, topology: Topology) -> Guess:
     model, chip = workload.model, topology.chip
     data, fsdp, tensor, _ = candidate.mesh.sizes
     rows = candidate.batch_size / (data * fsdp)
     weights = 2.0 * count_params(model).total / tensor
     heads = model.num_kv_heads / (tensor if model.num_kv_heads % tensor == 0 else 1)
-    cache = 2 * 2.0 * model.num_layers * rows * heads * workload.seq_len * model.head_size
+    held, read = (rows * heads / model.num_kv_heads * size for size in _cache_bytes(model, workload.seq_len))
     flops = 2 * rows * count_params(model).non_embedding / tensor
-    time = max((weights + cache) / chip.hbm_bandwidth, flops / chip.peak_flops)
+    time = max((weights + read) / chip.hbm_bandwidth, flops / chip.peak_flops)
     reduced = 4 * model.num_layers * rows * model.d_model * 2 * (1 - 1 / tensor) / topology.bandwidth(tensor)
     gathered = weights * (1 - 1 / fsdp) / topology.bandwidth(fsdp)
-    return Guess(candidate, weights / fsdp + cache * 1.5, time + reduced + gathered)
+    return Guess(candidate, weights / fsdp + held * 1.5, time + reduced + gathered)
 
 
 def guess(workload: Workload, candidate: Candidate, topology: Topology) -> Guess:

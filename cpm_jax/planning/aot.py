@@ -143,9 +143,18 @@ def compile_candidate(
     return _read(json.loads(result.read_text(encoding="utf-8")), result, program, topology, cached)
 
 
-def _run(request: Path, result: Path, program: Path, libtpu: str, timeout: float) -> None:
+def compiler_environment(libtpu: str) -> dict[str, str]:
+    """The environment of a process that compiles for TPUs that are not there.
+
+    Args:
+        libtpu: where libtpu is, from `libtpu_path`.
+    """
     search = [libtpu, str(_ROOT), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | _ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(part for part in search if part)}
+    return os.environ | _ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(part for part in search if part)}
+
+
+def _run(request: Path, result: Path, program: Path, libtpu: str, timeout: float) -> None:
+    environment = compiler_environment(libtpu)
     command = [sys.executable, "-m", "cpm_jax.planning.compile_process", *map(str, (request, result, program))]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout, check=False)

@@ -5,14 +5,14 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from pydantic import PositiveInt
 
 from cpm_jax.common.config import ConfigError, config_dataclass
 from cpm_jax.common.sharding import MeshConfig, logical_sharding, make_abstract_mesh, make_mesh
 from cpm_jax.modeling import decoder
 from cpm_jax.modeling.config import ModelConfig
-from cpm_jax.modeling.kv_cache import Cache, init_cache
+from cpm_jax.modeling.kv_cache import Cache, cache_specs, init_cache
 from cpm_jax.training.losses import LossConfig
 from cpm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from cpm_jax.training.schedules import Phase, ScheduleConfig
@@ -22,8 +22,6 @@ from cpm_jax.training.train_step import batch_sharding, check_batch_size, make_t
 Remat = Literal["none", "dots", "full"]
 # Tokens of each sequence that one call gives: what the call does before and after its loop is shared by them.
 DECODE_STEPS = 32
-# [L, B, K, S, H]
-_CACHE_AXES = ("layers", "batch", "kv_heads", None, "head_dim")
 
 
 @config_dataclass
@@ -156,15 +154,15 @@ def _optimizer(workload: Workload, model: ModelConfig) -> Any:
     return make_optimizer(workload.optimizer, ScheduleConfig(phases=(Phase(steps=1, end=1e-3),)), model)
 
 
-def _abstract_cache(workload: Workload, candidate: Candidate, model: ModelConfig, mesh: Any) -> Any:
+def _abstract_cache(workload: Workload, candidate: Candidate, model: ModelConfig, mesh: Mesh | AbstractMesh) -> Any:
     cache = jax.eval_shape(lambda: init_cache(model, candidate.batch_size, workload.seq_len))
-    return _with_shardings(
-        cache, jax.tree.map(lambda leaf: logical_sharding(_CACHE_AXES, mesh, leaf.shape, "cache"), cache)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        specs = cache_specs(cache)
+    if specs is None:
+        specs = jax.tree.map(lambda _: PartitionSpec(), cache)
+    return jax.tree.map(
+        lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)), cache, specs
     )
-
-
-def _with_shardings(tree: Any, shardings: Any) -> Any:
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
 def _bytes_per_chip(tree: Any) -> int:

@@ -317,6 +317,7 @@ def _check_same_everywhere(settings: Any) -> None:
 
 # They decide how the arithmetic is laid out, not what it is.
 _FREE_MODEL_FIELDS = ("remat", "scan_layers")
+_SETTINGS = {"model": ModelConfig, "optimizer": OptimizerConfig, "loss": LossConfig}
 
 
 def _check_unchanged(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
@@ -331,8 +332,11 @@ def _check_unchanged(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """
 
     def settings(meta: Mapping[str, Any]) -> dict[str, Any]:
-        model = {name: value for name, value in meta["model"].items() if name not in _FREE_MODEL_FIELDS}
-        return meta["fixed"] | {"model": model}
+        found = meta["fixed"] | {"model": meta["model"]}
+        for name, cls in _SETTINGS.items():
+            if name in found:  # a field that is younger than the checkpoint had its default
+                found[name] = config_to_dict(config_from_dict(cls, found[name]))
+        return found | {"model": {k: v for k, v in found["model"].items() if k not in _FREE_MODEL_FIELDS}}
 
     changed = [
         f"  {name}: {was!r} at the last start, now {now!r}"

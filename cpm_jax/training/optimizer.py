@@ -1,6 +1,6 @@
-"""AdamW with µP parameter groups; docs/optimizer.md has the table of what happens to which tensor and why."""
+"""AdamW with µP parameter groups; docs/mup.md has the table of what happens to which tensor and why."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, cast
 
 import jax
@@ -29,6 +29,9 @@ class OptimizerConfig:
             biases have none.
         max_grad_norm: gradients of a larger global L2 norm are scaled down to it; None does not clip.
         decay_embeddings: whether the embedding decays too; OLMo 2 (arXiv:2501.00656 §3.4) leaves it out.
+        width_independent_decay: under µP, whether hidden matrices lose the same share of themselves in a step at every
+            width. Their weight decay is then multiplied by the width multiplier, which undoes the division of their
+            learning rate (as the `mup` package does; docs/mup.md). Under standard parametrisation both are the same.
     """
 
     b1: Beta = 0.9
@@ -37,6 +40,7 @@ class OptimizerConfig:
     weight_decay: NonNegativeFloat = 0.1
     max_grad_norm: PositiveFloat | None = 1.0
     decay_embeddings: bool = True
+    width_independent_decay: bool = False
 
 
 class Optimizer(NamedTuple):
@@ -71,11 +75,13 @@ def parameter_groups(optimizer: OptimizerConfig, model: ModelConfig) -> dict[Gro
     Hidden matrices, whose both sides grow with width, learn at 1/m of the learning rate and start at 1/sqrt(m) of
     the standard deviation. Embedding, head, norms and biases are as at the base width: the width of the head is
     accounted for by the factor 1/m on its input, which also is what allows it to share the embedding's matrix
-    (Tensor Programs V, arXiv:2203.03466, Table 8; MiniCPM, arXiv:2404.06395, Table 7).
+    (Tensor Programs V, arXiv:2203.03466, Table 8; MiniCPM, arXiv:2404.06395, Table 7). docs/mup.md has it by tensor.
     """
     m, std, decay = model.width_multiplier, model.initializer_range, optimizer.weight_decay
     return {
-        "matrix": ParameterGroup(init_std=std / m**0.5, lr=1 / m, decay=decay),
+        "matrix": ParameterGroup(
+            init_std=std / m**0.5, lr=1 / m, decay=decay * m if optimizer.width_independent_decay else decay
+        ),
         "embedding": ParameterGroup(init_std=std, lr=1.0, decay=decay if optimizer.decay_embeddings else 0.0),
         "head": ParameterGroup(init_std=std, lr=1.0, decay=decay),
         "norm": ParameterGroup(init_std=0.0, lr=1.0, decay=0.0),
@@ -110,8 +116,35 @@ def make_optimizer(optimizer: OptimizerConfig, schedule: ScheduleConfig, model: 
         schedule: learning rate by global step.
         model: gives the width multiplier.
     """
-    table = parameter_groups(optimizer, model)
-    learning_rate = make_schedule(schedule)
+    return adamw(
+        parameter_groups(optimizer, model),
+        make_schedule(schedule),
+        b1=optimizer.b1,
+        b2=optimizer.b2,
+        eps=optimizer.eps,
+        max_grad_norm=optimizer.max_grad_norm,
+    )
+
+
+def adamw(
+    table: Mapping[Group, ParameterGroup],
+    learning_rate: Schedule,
+    *,
+    b1: Any,
+    b2: Any,
+    eps: Any,
+    max_grad_norm: float | None,
+) -> Optimizer:
+    """The optimizer of `make_optimizer`, from numbers or, where trainings share a program, traced scalars.
+
+    Args:
+        table: factor on the learning rate and decay of each group.
+        learning_rate: by global step.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the square root of the second moment.
+        max_grad_norm: see `OptimizerConfig`.
+    """
 
     def add_weight_decay(updates: Any, params: Any) -> Any:
         return jax.tree.map(
@@ -123,8 +156,8 @@ def make_optimizer(optimizer: OptimizerConfig, schedule: ScheduleConfig, model: 
         return jax.tree.map(lambda u, group: -lr * table[cast(Group, group)].lr * u, updates, _group_tree(updates))
 
     tx = optax.chain(
-        optax.identity() if optimizer.max_grad_norm is None else optax.clip_by_global_norm(optimizer.max_grad_norm),
-        optax.scale_by_adam(optimizer.b1, optimizer.b2, optimizer.eps),
+        optax.identity() if max_grad_norm is None else optax.clip_by_global_norm(max_grad_norm),
+        optax.scale_by_adam(b1, b2, eps),
         optax.stateless(add_weight_decay),
     )
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 from cpm_jax.common.config import ConfigError
 from cpm_jax.common.sharding import constrain, data_shard, logical_sharding
 from cpm_jax.modeling import decoder
-from cpm_jax.modeling.config import ModelConfig
+from cpm_jax.modeling.config import ModelConfig, Multipliers
 from cpm_jax.training.losses import Batch, LossConfig, LossSums, loss_sums, loss_weights, mean, mtp_weight
 from cpm_jax.training.optimizer import Optimizer, global_norm
 from cpm_jax.training.train_state import TrainState, state_sharding
@@ -82,13 +82,14 @@ def _loss_and_grads(
     num_sources: int,
     num_microbatches: int,
     mtp_factor: Float[Array, ""],
+    multipliers: Multipliers | None,
 ) -> tuple[LossSums, Float[Array, ""], Float[Array, " M"], Any]:
     """Loss sums, the two total weights, and float32 gradients of the weighted mean loss of the whole batch."""
     num_mtp = config.num_nextn_predict_layers
     weight, mtp_weights = loss_weights(batch, num_mtp)
 
     def loss(params: Any, batch: Batch) -> tuple[Float[Array, ""], LossSums]:
-        sums = loss_sums(decoder.bind(config, params), batch, num_sources)
+        sums = loss_sums(decoder.bind(config, params, multipliers), batch, num_sources)
         # Divided by the weights of the whole batch, micro-batches with different numbers of loss tokens add up to
         # the loss and the gradient of the batch taken at once.
         mtp = jnp.sum(mean(sums.mtp_nll, mtp_weights)) / max(num_mtp, 1)
@@ -143,11 +144,42 @@ def make_train_step(
         nonfinite_run, nonfinite_total; and [S] arrays source_loss (NaN where a source has no token in the batch) and
         source_tokens.
     """
+    step = train_step(config, optimizer, loss=loss, num_sources=num_sources, num_microbatches=num_microbatches)
+    if mesh is None:
+        return jax.jit(step, donate_argnums=0)
+    states, everywhere = state_sharding(config, optimizer, mesh), NamedSharding(mesh, PartitionSpec())
+    return jax.jit(
+        _in_mesh(step, mesh),
+        donate_argnums=0,
+        in_shardings=(states, batch_sharding(mesh)),
+        out_shardings=(states, everywhere),
+    )
+
+
+def train_step(
+    config: ModelConfig,
+    optimizer: Optimizer,
+    *,
+    loss: LossConfig = _PAPER_LOSS,
+    num_sources: int = 1,
+    num_microbatches: int = 1,
+    multipliers: Multipliers | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The function that `make_train_step` compiles, for programs that hold more than one training.
+
+    Args:
+        config: the model.
+        optimizer: from `make_optimizer` or `optimizer.adamw`.
+        loss: weights of the losses.
+        num_sources: S, the number of mixture components.
+        num_microbatches: parts of the batch whose gradients are accumulated one after the other.
+        multipliers: in place of the model's.
+    """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         mtp_factor = mtp_weight(loss, state.step)
         sums, weight, mtp_weights, grads = _loss_and_grads(
-            config, state.params, batch, num_sources, num_microbatches, mtp_factor
+            config, state.params, batch, num_sources, num_microbatches, mtp_factor, multipliers
         )
         ntp_loss = mean(sums.nll, weight)
         total_loss, metrics = ntp_loss, {}
@@ -184,15 +216,7 @@ def make_train_step(
         }
         return new_state, {key: value.astype(jnp.float32) for key, value in metrics.items()}
 
-    if mesh is None:
-        return jax.jit(step, donate_argnums=0)
-    states, everywhere = state_sharding(config, optimizer, mesh), NamedSharding(mesh, PartitionSpec())
-    return jax.jit(
-        _in_mesh(step, mesh),
-        donate_argnums=0,
-        in_shardings=(states, batch_sharding(mesh)),
-        out_shardings=(states, everywhere),
-    )
+    return step
 
 
 def make_eval_step(

@@ -52,7 +52,8 @@ def select_blocks(
 
     Returns:
         Block numbers in ascending order, -1 at the end where a query has fewer. I is `selection.num_selected`, or the
-        number of blocks C if that is smaller. C is ceil(S / block_size); where S is not known from the arguments, the
+        number of blocks C if that is smaller: a `topk` beyond the blocks of a short row is meant to choose them all, as
+        one model reads rows of any length. C is ceil(S / block_size); where S is not known from the arguments, the
         largest S that has J kernels.
 
     Raises:
@@ -78,7 +79,7 @@ def block_scores(
     Arguments and errors are those of `select_blocks`.
 
     Returns:
-        The largest score of the kernels that touch each block, summed (or averaged) over the heads of the group, in
+        The largest score of the kernels that touch each block, summed over the heads of the group, in
         float32; 0 where no such kernel is visible, -inf for blocks after the query or of another document. Initial and
         local blocks have their scores like the others.
     """

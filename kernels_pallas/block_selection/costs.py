@@ -15,6 +15,33 @@ def tile_queries(group: int) -> int:
     return min(2 ** int(math.log2(TILE_ROWS // group)), MAX_TILE)
 
 
+def scores_vmem_bytes(
+    group: int, num_fine: int, num_normalising: int, width: int, itemsize: int, kernels_per_block: int
+) -> int:
+    """Vector memory that the kernel of block scores needs, rather a little more than the compiler says.
+
+    Compressed keys of a head, block scores of a tile and its queries are there twice, as one comes while the other is
+    used; rows are 128 wide at least. Beside them are the scores of a chunk of kernels, before and after they are added
+    over the heads; products of float32 split them once more. Held against what the compiler for v4 reported: 16.1 MiB
+    for 128K tokens of MiniCPM4-8B in float32, 18.2 for 320K in bfloat16, and for 256K 21.0 with groups of 3 and 19.4
+    with groups of 1; and against what it accepted.
+
+    Args:
+        group: query heads to a key head.
+        num_fine: semantic kernels.
+        num_normalising: kernels that the softmax is normalised by.
+        width: of a head.
+        itemsize: bytes of a number.
+        kernels_per_block: strides of kernels in a block.
+    """
+    tile, chunk = tile_queries(group), CHUNK_BLOCKS * kernels_per_block
+    fine, normalising = int(_rounded_up(num_fine, chunk)), int(_rounded_up(num_normalising, COARSE_CHUNK))
+    row = int(_rounded_up(width, CHUNK_BLOCKS)) * itemsize
+    twice = (fine + normalising + group * tile) * row + tile * fine // kernels_per_block * 4
+    scores = 4 * chunk * tile * (group * (itemsize // 2) + 1)
+    return 2 * twice + scores + 3 * 2**18
+
+
 def scores_cost(spec: ArgSpec, num_queries: int, *, lse_approximation: bool = True) -> pl.CostEstimate:
     """Costs of one call of the kernel of block scores, for queries spread evenly over a row.
 

@@ -253,8 +253,6 @@ def _scores_kernel(
             probabilities = jnp.where(visible, jnp.exp2(scores - normaliser), 0.0)
             grouped = probabilities.reshape(tiles.tile, tiles.heads_of_query, chunk).sum(axis=1)
             pooled = jnp.maximum(pooled, grouped)
-        if selection.group_reduction == "mean":
-            pooled = pooled / tiles.group
         out_ref[:, pl.ds(i * chunk, chunk)] = pooled
 
     begin, end = jnp.maximum(begins[b, m], split * per_split), jnp.minimum(ends[b, m], (split + 1) * per_split)

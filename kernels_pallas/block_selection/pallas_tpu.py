@@ -24,13 +24,13 @@ from jax.sharding import AxisType
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.block_selection.arg_specs import ArgSpec
-from kernels_pallas.block_selection.costs import scores_cost, tile_queries
+from kernels_pallas.block_selection.costs import scores_cost, scores_vmem_bytes, tile_queries
 from kernels_pallas.block_selection.selection import BlockSelection
 from kernels_pallas.block_selection.topk_blocks import select_by_spans, topk_blocks, visible_blocks
 from kernels_pallas.block_selection.tuned_block_sizes import (
     CHUNK_BLOCKS,
     COARSE_CHUNK,
-    MAX_KERNEL_BYTES,
+    MAX_VMEM_BYTES,
     SPAN,
     TILE_ROWS,
 )
@@ -52,10 +52,14 @@ def unsupported_reason(
         return f"{q.shape[2] // k_compressed.shape[2]} query heads to a key head: must be at most {TILE_ROWS // 8}"
     if selection.pool_padding >= CHUNK_BLOCKS * selection.kernels_per_block:
         return f"kernel_size = {selection.kernel_size}: must be at most {CHUNK_BLOCKS} blocks long"
-    number = k_compressed.shape[1] + (k_compressed if k_coarse is None else k_coarse).shape[1]
-    held = number * q.shape[3] * q.dtype.itemsize
-    if held > MAX_KERNEL_BYTES:
-        return f"{number} compressed keys of a head take {held} bytes: must be at most {MAX_KERNEL_BYTES}"
+    group, normalising = q.shape[2] // k_compressed.shape[2], k_compressed if k_coarse is None else k_coarse
+    numbers = k_compressed.shape[1], normalising.shape[1]
+    needed = scores_vmem_bytes(group, *numbers, q.shape[3], q.dtype.itemsize, selection.kernels_per_block)
+    if needed > MAX_VMEM_BYTES:
+        return (
+            f"{sum(numbers)} compressed keys of a head in {q.dtype} need {needed} bytes of vector memory: must be at "
+            f"most {MAX_VMEM_BYTES}"
+        )
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.size > 1 and any(axis != AxisType.Manual for axis in mesh.axis_types):
         return (
@@ -228,8 +232,6 @@ def _kernel(
     def pool(i: Array, before: tuple[Array, ...]) -> tuple[Array, ...]:
         probabilities = jnp.exp(multiply(fine_ref[i]) - normaliser).reshape(group, tile, -1)
         grouped = probabilities.sum(axis=0)
-        if selection.group_reduction == "mean":
-            grouped /= group
         kernel = i * (CHUNK_BLOCKS * per_block) + place
         grouped = jnp.where((first_fine <= kernel) & (kernel < end_fine), grouped, 0.0)  # [t, r·c]
         places = [grouped[:, y * CHUNK_BLOCKS : (y + 1) * CHUNK_BLOCKS] for y in range(per_block)]

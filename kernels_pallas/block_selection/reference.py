@@ -36,7 +36,7 @@ def block_scores(
     # A query that sees nothing to normalise by has no scores: its normaliser is -inf, and exp(s + inf) is not one.
     visible &= normaliser > -jnp.inf
     probabilities = jnp.where(visible, jnp.exp(scores - normaliser), 0.0)
-    grouped = probabilities.sum(axis=2) if selection.group_reduction == "sum" else probabilities.mean(axis=2)
+    grouped = probabilities.sum(axis=2)
     blocks = []
     for c in range(num_blocks):
         first = selection.kernels_per_block * c - selection.pool_padding

@@ -7,7 +7,6 @@ from typing import Literal, get_args
 from kernels_pallas.dispatch import UnsupportedError
 
 Variant = Literal["paper", "huggingface", "cpm_cu"]
-GroupReduction = Literal["sum", "mean"]
 # The kernels that approximate the softmax's normaliser are four times as long and a quarter as many (128/64 beside
 # 32/16; InfLLM-V2, section 3.3).
 COARSENING = 4
@@ -20,18 +19,20 @@ class BlockSelection:
     A query at position t sees `num_selected` = |I| blocks at most (96 at the defaults): the first `init_blocks` of its
     document, the last `num_local` (its own is one of them), and of the others those with the largest scores.
 
+    The scores of the heads that share a key/value head are added, as in InfLLM-V2; their mean, of which MiniCPM4's
+    report speaks in section 2.1, ranks alike.
+
     Attributes:
         kernel_size: keys in one semantic kernel, whose mean stands for them.
         kernel_stride: keys from one semantic kernel's start to the next one's.
         init_blocks: blocks at the document's beginning that every query sees.
         block_size: keys in a block; a multiple of `kernel_stride`.
         window_size: recent keys that every query sees, a multiple of `block_size`.
-        topk: blocks chosen by score, the initial ones included, the local ones not.
+        topk: blocks chosen by score, the initial ones included, the local ones not; all that there are where a row has
+            fewer.
         variant: "paper" sees `window_size / block_size` local blocks (InfLLM-V2: 1 initial + 63 chosen + 32 local);
             "huggingface" one more and one fewer by score, out of the same number; "cpm_cu" never ranks local blocks
             and adds them to the top-k, which gives the blocks of "paper".
-        group_reduction: whether the scores of the G heads that share a key/value head are added (InfLLM-V2) or
-            averaged (MiniCPM4, section 2.1). It scales the scores and leaves their order.
 
     Raises:
         ValueError: a field cannot work; names it, its value and what is accepted.
@@ -44,7 +45,6 @@ class BlockSelection:
     window_size: int = 2048
     topk: int = 64
     variant: Variant = "paper"
-    group_reduction: GroupReduction = "sum"
 
     def __post_init__(self) -> None:
         def refuse(field: str, accepted: str) -> None:
@@ -64,8 +64,6 @@ class BlockSelection:
             refuse("topk", f"at least 1 and init_blocks = {self.init_blocks}, which are among them")
         if self.variant not in get_args(Variant):
             refuse("variant", f"one of {', '.join(map(repr, get_args(Variant)))}")
-        if self.group_reduction not in get_args(GroupReduction):
-            refuse("group_reduction", f"one of {', '.join(map(repr, get_args(GroupReduction)))}")
 
     @property
     def num_local(self) -> int:

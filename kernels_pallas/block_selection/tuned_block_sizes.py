@@ -10,9 +10,8 @@ MAX_TILE = 256
 CHUNK_BLOCKS = 128
 # Coarse kernels whose scores exist at once.
 COARSE_CHUNK = 256
-# Compressed keys of one key/value head that may be held in vector memory, in bytes: 160K tokens at a head width of 128
-# in bfloat16, 64K in float32.
-MAX_KERNEL_BYTES = 5 * 2**20
+# Vector memory that the compiler gives to the kernel on v4, in bytes.
+MAX_VMEM_BYTES = 16 * 2**20
 # Queries whose block scores are ranked at once: at 128K keys 16 MiB of scores for each key/value head.
 SPAN = 2048
 

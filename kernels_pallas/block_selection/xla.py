@@ -220,4 +220,4 @@ def _pooled(
     here, *next_ones = lax.fori_loop(*_chunks_of(first, end, per_block * chunk), meet, start)
     for s, reaching in enumerate(next_ones, start=1):
         here = jnp.maximum(here, jnp.pad(reaching, ((0, 0), (0, 0), (0, 0), (s, 0)))[..., : here.shape[-1]])
-    return here / group if selection.group_reduction == "mean" else here
+    return here

@@ -3,6 +3,7 @@
 import math
 from typing import Literal, get_args
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.dispatch import UnsupportedError, choose_implementation
@@ -41,8 +42,9 @@ def sparse_decode_attention(
             pages [K, P, page_size, H], which are dealt out to sequences.
         v_cache: values, laid out as the keys.
         block_ids: the blocks of each query, as `select_blocks` returns them: distinct numbers, -1 for none. A block
-            begins at position block_size · number.
-        query_positions: position of each query, the last one that it sees. A negative one sees nothing.
+            begins at position block_size · number. Blocks that the cache, or the page table, does not have add nothing.
+        query_positions: position of each query, the last one that it sees. A negative one sees nothing, one beyond the
+            cache what its last key sees.
         block_size: keys in a block.
         scale: factor on the scores; None takes 1/sqrt(H).
         layer: with it both caches are those of all layers, with a leading axis, and this one is read in place.
@@ -56,10 +58,14 @@ def sparse_decode_attention(
         The attended values, in the type of `q`; zeros for a query that sees no key.
 
     Raises:
-        ValueError: for shapes that do not fit together, pages that do not hold whole blocks, and an `implementation`
-            that does not exist or cannot run.
+        ValueError: for shapes that do not fit together, pages that do not hold whole blocks, more block numbers than
+            blocks of the cache or of the pages of a sequence, and an `implementation` that does not exist or cannot
+            run.
     """
-    _check_arguments(q, k_cache, v_cache, block_ids, query_positions, block_size, layer, page_table)
+    slots = _check_arguments(q, k_cache, v_cache, block_ids, query_positions, block_size, layer, page_table)
+    # Else a kernel would read behind the cache, or by the table of another sequence.
+    block_ids = jnp.where(block_ids * block_size < slots, block_ids, -1)
+    query_positions = jnp.minimum(query_positions, slots - 1)
     unsupported = {
         "pallas_tpu": pallas_tpu.unsupported_reason(q, block_ids, block_size),
         "pallas_gpu": pallas_gpu.unsupported_reason(q, k_cache, block_size),
@@ -81,7 +87,9 @@ def _check_arguments(
     block_size: int,
     layer: int | Array | None,
     page_table: Array | None,
-) -> None:
+) -> int:
+    """Checks the arguments; returns how many keys a sequence has room for."""
+
     def refuse(what: str) -> None:
         raise UnsupportedError(f"sparse_decode_attention: {what}")
 
@@ -109,3 +117,13 @@ def _check_arguments(
         refuse(f"page_table has shape {page_table.shape}: must be [B, M], with B = {batch}")
     if page_table is not None and k_cache.shape[-2] % block_size:
         refuse(f"pages of {k_cache.shape[-2]} keys: must be a multiple of block_size = {block_size}")
+    slots = k_cache.shape[-2] * (1 if page_table is None else page_table.shape[1])
+    num_blocks = math.ceil(slots / block_size)
+    # The length of a cache that `select_blocks` infers from its kernels may be a block more than there is.
+    if block_ids.shape[3] > num_blocks + 1:
+        held = f"{slots} keys" if page_table is None else f"the {page_table.shape[1]} pages of page_table"
+        refuse(
+            f"block_ids has shape {block_ids.shape}: I must be at most {num_blocks + 1}, one more than the blocks of "
+            f"{block_size} keys in {held}"
+        )
+    return slots

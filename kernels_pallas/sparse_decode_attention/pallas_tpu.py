@@ -19,7 +19,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.sparse_decode_attention.tuned_block_sizes import MAX_BLOCK_IDS, STEP_KEYS
+from kernels_pallas.sparse_decode_attention.arg_specs import ArgSpec
+from kernels_pallas.sparse_decode_attention.costs import blocks_per_step, decode_cost
+from kernels_pallas.sparse_decode_attention.tuned_block_sizes import MAX_BLOCK_IDS
 
 # Width of a row of vector memory; softmax's statistics are repeated over it.
 LANES = 128
@@ -61,7 +63,11 @@ def sparse_decode_attention(
     batch, length, heads, size = q.shape
     kv_heads, rows = block_ids.shape[1], k_cache.shape[-2]
     group, keys = heads // kv_heads, min(block_size, rows)
-    per_step = max(1, min(STEP_KEYS // block_size, block_ids.shape[3]))
+    slots = rows if page_table is None else rows * page_table.shape[1]
+    spec = ArgSpec(
+        batch, slots, heads, kv_heads, size, str(k_cache.dtype), length, block_size, num_selected=block_ids.shape[3]
+    )
+    per_step = blocks_per_step(block_size, block_ids.shape[3])
     steps = math.ceil(block_ids.shape[3] / per_step)
     padding = steps * per_step - block_ids.shape[3]
     block_ids = jnp.pad(block_ids, ((0, 0), (0, 0), (0, 0), (0, padding)), constant_values=-1)
@@ -143,6 +149,7 @@ def sparse_decode_attention(
             ],
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "parallel", "arbitrary")),
+        cost_estimate=decode_cost(spec),
         interpret=interpret,
         name="sparse_decode_attention",
     )(

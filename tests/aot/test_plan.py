@@ -17,6 +17,8 @@ from cpm_jax.planning.hlo_costs import count_costs
 from cpm_jax.planning.search import evaluate
 from cpm_jax.planning.workload import Candidate, Workload, state_bytes
 from experiments import run
+from kernels_pallas.sparse_decode_attention.arg_specs import ArgSpec as DecodeSpec
+from kernels_pallas.sparse_decode_attention.costs import decode_cost
 
 pytestmark = pytest.mark.aot
 
@@ -111,6 +113,23 @@ def test_decoding(cache):
     least = sum(held.values()) / TOPOLOGY.chip.hbm_bandwidth
     assert least * 0.5 < evaluation.time.total < least * 20
     assert evaluation.tokens_per_step == 64
+
+
+def test_sparse_decoding_costs_what_its_kernel_declares(cache):
+    """In every layer and step each sequence and key head reads its blocks: no kernel is left uncounted."""
+    sparse = SparseConfig(topk=8, window_size=512, dense_len=-1)
+    model = dataclasses.replace(MODEL, head_dim=128, sparse_config=sparse, max_position_embeddings=8192)
+    workload, candidate = Workload("decode", model, 8192), Candidate(MeshConfig(data=8, fsdp=1, tensor=2), 64)
+    result = compiled(cache, workload, candidate)
+    costs = count_costs(result.program)
+    assert costs.uncounted == ()
+    held = state_bytes(workload, candidate)
+    assert result.memory["argument"] == pytest.approx(sum(held.values()), rel=0.05)
+    # A chip has 8 sequences and one of two key heads: the cache is not read whole.
+    attending = decode_cost(DecodeSpec(8, 8192, 2, 1, 128, num_selected=16))
+    kernels = [o for o in costs.operations if o.flops == attending.flops]
+    assert sum(o.executions for o in kernels) == workload.steps_per_call * model.num_layers
+    assert costs.hbm_bytes / workload.steps_per_call < sum(held.values())
 
 
 def test_a_program_that_is_too_large_is_told_with_the_compilers_figure(cache):

@@ -1,7 +1,7 @@
 """The kernels of InfLLM v2 through the TPU compiler: do they fit the memories of every chip at the real shapes?
 
-Compiles for TPUs that are not there, by libtpu alone. `benchmarks/sparse_roofline.py` compiles the whole grid of chips,
-shapes and lengths; here every chip, shape and length is met once at least.
+Compiles for TPUs that are not there, by libtpu alone. Every chip, shape and length is met once at least, not every
+combination: the whole grid is `benchmarks/sparse_compile.py`'s.
 """
 
 import importlib.util

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.block_rules import (
+    TILES,
     attend_and_weigh,
     attend_by,
     block_masses,
@@ -94,6 +95,17 @@ def test_all_rules_see_as_many_blocks_the_first_and_the_last_ones_among_them(num
                 assert blocks[-1] == last, rule
                 if rule == "window" and last >= num_blocks:
                     assert blocks == [0, *range(last - num_blocks + 2, last + 1)]
+
+
+@pytest.mark.parametrize("rule", TILES)
+def test_a_tile_ranks_by_the_scores_of_its_first_query(rule, qkv):
+    everywhere = jnp.arange(LENGTH)[None]
+    alone, shared = (np.asarray(chosen(name, 5, qkv, everywhere, None))[0] for name in ("lse", rule))
+    np.testing.assert_array_equal(shared[:, :: TILES[rule]], alone[:, :: TILES[rule]])
+    assert (shared != alone).any()
+    for position in range(LENGTH):
+        # Of a tile that does not reach into a next block, all choose the same.
+        np.testing.assert_array_equal(shared[:, position], alone[:, position - position % TILES[rule]])
 
 
 def test_random_blocks_differ_between_queries_heads_and_keys(qkv, positions, masses):

@@ -175,7 +175,7 @@ def test_the_report_says_where_selection_does_not_win(tmp_path):
     for row in rows:
         losses = 3 + rng.random(2048).astype(np.float32)
         Measured(losses, ORIGIN, shares).save(work, DENSE, row)
-        for rule, more in (("lse", 0.1), ("window", 0.5), ("random", 0.0)):
+        for rule, more in (("lse", 0.1), ("tile16", 0.2), ("window", 0.5), ("random", 0.0)):
             drift = more + 0.05 * rng.random() if more else 0.1 * rng.random()
             Measured(losses + np.float32(drift), ORIGIN).save(work, OURS._replace(rule=rule), row)
     plan = Plan(2048, 4096, (4, 8), 4, rules, 2048, 8)
@@ -194,6 +194,8 @@ def test_the_report_says_where_selection_does_not_win(tmp_path):
     assert ours.ratio < 1
     assert "+0.1" in ours.metric
     assert "n = 4" in ours.metric
+    shared = [row for row in result["rows"] if row.metric.startswith("2K tokens, all, InfLLM v2, shared by 16")]
+    assert [("+0.2" in row.metric, row.baseline_name) for row in shared] == [(True, "dense"), (False, "InfLLM v2")]
     gaps = [row.metric for row in result["rows"] if row.metric.startswith("held-out")]
     assert [("+0.5000" in gap, "+0.1000" in gap, "+0.3000" in gap) for gap in gaps] == [
         (True, False, False),

@@ -1,12 +1,15 @@
 """What the TPU kernels are declared to cost, against closed forms and a loop over tiles."""
 
+import json
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
 from jax.extend.core import jaxprs_in_params
 
+from benchmarks.results import RESULTS_DIR
 from kernels_pallas.attention import costs as dense
 from kernels_pallas.attention.arg_specs import ARG_SPECS as DENSE_SPECS
 from kernels_pallas.block_selection import costs as selecting
@@ -16,6 +19,10 @@ from kernels_pallas.block_selection.selection import BlockSelection
 from kernels_pallas.block_sparse_attention import costs as sparse
 from kernels_pallas.block_sparse_attention import pallas_tpu as sparse_tpu
 from kernels_pallas.block_sparse_attention.arg_specs import ARG_SPECS, ArgSpec
+from kernels_pallas.block_sparse_attention.tuned_block_sizes import TILE
+from kernels_pallas.sparse_decode_attention import costs as decoding
+from kernels_pallas.sparse_decode_attention import pallas_tpu as decoding_tpu
+from kernels_pallas.sparse_decode_attention.arg_specs import ARG_SPECS as DECODE_SPECS
 
 LONG = ARG_SPECS["minicpm4_8b_128k"]
 # Of 128K tokens and 32 heads of 128: one product of all queries with the keys before them.
@@ -81,10 +88,16 @@ def test_sparse_attention_reads_each_union_in_whole_groups(ratio):
 
 
 def test_union_ratios_are_those_measured():
-    assert sparse.union_ratio(96, 512) == 1.8  # 32K tokens
-    assert sparse.union_ratio(96, 1024) == sparse.union_ratio(96, 2048) == sparse.union_ratio(96, 4096) == 2.2
-    assert sparse.union_ratio(96, 128) == 1.8
-    assert sparse.forward_cost(LONG) == sparse.forward_cost(LONG, 2.2)
+    """On SmolLM2, to a digit after the point, at the shares of blocks that 32K and 128K tokens have."""
+    rows = json.loads((RESULTS_DIR / "sparse_roofline.json").read_text("utf-8"))["rows"]
+    form = rf"union of {TILE} queries over one query's blocks, SmolLM2, (\d+) of (\d+) blocks"
+    found = ((re.match(form, row["metric"]), row["ours"]) for row in rows)
+    measured = {int(match[1]) / int(match[2]): round(ratio, 1) for match, ratio in found if match}
+    assert dict(sparse.UNION_RATIOS) == measured
+    at_32k, at_128k = measured[96 / 512], measured[96 / 2048]
+    assert sparse.union_ratio(96, 512) == sparse.union_ratio(96, 128) == at_32k
+    assert sparse.union_ratio(96, 1024) == sparse.union_ratio(96, 2048) == sparse.union_ratio(96, 4096) == at_128k
+    assert sparse.forward_cost(LONG) == sparse.forward_cost(LONG, at_128k)
 
 
 def declared(function, *args) -> dict[str, tuple[int, int]]:
@@ -152,3 +165,27 @@ def test_selection_is_declared_with_its_cost_for_each_span():
     costs = declared(select, q, fine, coarse, positions, positions)
     one = selecting.scores_cost(spec, 2048)
     assert costs["block_selection_scores"] == (one.flops, one.bytes_accessed)
+
+
+def test_decoding_reads_the_blocks_of_each_key_head_once():
+    """96 blocks of 64 for each of two heads, in whole steps of 8: however long the cache is."""
+    cost = decoding.decode_cost(DECODE_SPECS["minicpm4_8b_128k"])
+    assert cost == decoding.decode_cost(DECODE_SPECS["minicpm4_8b_32k"])
+    keys = 96 * 64
+    assert cost.flops == 2 * 2 * 32 * 128 * keys
+    assert cost.bytes_accessed == 2 * (2 * 128 * 2 * keys + 4 * 96) + 2 * 32 * 128 * 2
+    # 24 blocks in three steps; 5 blocks of 16 in one, though it could hold more.
+    assert decoding.decode_cost(DECODE_SPECS["smollm2_135m_8k"]).flops == 4 * 4 * 9 * 64 * (24 * 64)
+    assert decoding.blocks_per_step(16, 5) == 5
+
+
+@pytest.mark.parametrize("name", ["minicpm4_8b_32k", "minicpm4_8b_32k_paged", "odd_tiny"])
+def test_decoding_is_declared_with_its_cost(name):
+    spec = DECODE_SPECS[name]
+
+    def attend(q, k, v, ids, positions, table=None):
+        args = q, k[None], v[None], ids, positions, 0, table, spec.block_size, 1.0
+        return decoding_tpu.sparse_decode_attention(*args)
+
+    cost = decoding.decode_cost(spec)
+    assert declared(attend, *spec.abstract_args())["sparse_decode_attention"] == (cost.flops, cost.bytes_accessed)

@@ -112,6 +112,17 @@ def test_tokens_beyond_the_cache_are_dropped(tiny_config: ModelConfig) -> None:
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), cache, empty)))
 
 
+def test_more_tokens_than_slots_are_refused(tiny_config: ModelConfig) -> None:
+    params, tokens, _ = make(tiny_config)
+    cache, positions = init_cache(tiny_config, 2, 4), np.broadcast_to(np.arange(5), (2, 5))
+    message = "5 new tokens in a cache of 4 slots: at most 4 fit"
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(bind(tiny_config, params).decode, tokens[:, :5], positions, cache)
+    q, k = (jnp.zeros((2, 5, n, tiny_config.head_size)) for n in (tiny_config.num_heads, tiny_config.num_kv_heads))
+    with pytest.raises(ValueError, match=message):
+        kv_cache.attend_to_cache(q, k, k, positions, cache, 0)
+
+
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_a_step_updates_the_cache_in_place(tiny_config: ModelConfig, scan_layers: bool) -> None:
     config = dataclasses.replace(tiny_config, num_layers=8, scan_layers=scan_layers)

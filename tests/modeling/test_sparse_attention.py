@@ -88,6 +88,15 @@ def test_more_blocks_than_the_longest_sequence_has(tiny_config: ModelConfig) -> 
     assert with_sparse(tiny_config, topk=65, dense_len=256).sparse_config is not None  # never sparse
 
 
+def test_a_model_that_is_never_sparse_says_so(tiny_config: ModelConfig, caplog: pytest.LogCaptureFixture) -> None:
+    with_sparse(tiny_config, dense_len=255)
+    assert not caplog.records
+    with_sparse(tiny_config, dense_len=271)
+    with_sparse(tiny_config, dense_len=271)
+    (record,) = caplog.records
+    assert "dense_len = 271 and ModelConfig.max_position_embeddings = 256" in record.getMessage()
+
+
 def test_the_published_numbers_see_96_blocks() -> None:
     assert SparseConfig().selection.num_selected == 96
 

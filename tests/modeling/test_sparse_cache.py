@@ -203,6 +203,26 @@ def test_tokens_beyond_the_cache_are_dropped(config: ModelConfig) -> None:
     assert all(jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), cache, empty)))
 
 
+def test_more_tokens_than_slots_are_refused(config: ModelConfig) -> None:
+    """While tracing, by the decoder and by attention itself."""
+    params, tokens, _ = make(config)
+    cache = init_cache(config, 2, 12)
+    message = "13 new tokens in a cache of 12 slots: at most 12 fit"
+    positions = np.broadcast_to(np.arange(13), (2, 13))
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(bind(config, params).decode, tokens[:, :13], positions, cache)
+    q, k = (jnp.zeros((2, 13, heads, config.head_size)) for heads in (config.num_heads, config.num_kv_heads))
+    with pytest.raises(ValueError, match=message):
+        sparse_cache.attend_to_sparse_cache(q, k, k, (q, k), positions, cache, 0)
+
+
+@pytest.mark.parametrize("chunks", [[5], [1] * 5], ids=str)
+def test_a_cache_that_is_shorter_than_a_kernel(tiny_config: ModelConfig, chunks: list[int]) -> None:
+    config = dataclasses.replace(tiny_config, sparse_config=dataclasses.replace(SMALL, kernel_size=24))
+    hidden, _ = read(config, chunks, 5)
+    close(hidden, make(config)[2][:, :5])
+
+
 @pytest.mark.parametrize("scan_layers", [True, False])
 def test_a_step_updates_the_cache_in_place(tiny_config: ModelConfig, scan_layers: bool) -> None:
     """And holds beside it less than one layer of it."""

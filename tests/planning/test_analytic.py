@@ -62,6 +62,13 @@ def test_short_rows_of_a_sparse_model_are_dense():
     assert attention_flops(SPARSE_8B, 131_072).forward < attention_flops(dense, 131_072).forward / 4
 
 
+def test_short_caches_of_a_sparse_model_are_dense():
+    candidate = Candidate(MeshConfig(data=256, fsdp=1), 256)
+    dense = dataclasses.replace(SPARSE_8B, sparse_config=None)
+    short = [guess(Workload("decode", model, 8192), candidate, V6E) for model in (SPARSE_8B, dense)]
+    assert short[0] == short[1]
+
+
 def test_remat_repeats_no_selection():
     attention = attention_flops(SPARSE_8B, 131_072)
     none, dots = (train_flops(SPARSE_8B, 131_072, 1, remat) for remat in ("none", "dots"))
@@ -113,6 +120,20 @@ def test_chosen_blocks_are_kept():
     )
     assert sparse.memory - dense.memory == pytest.approx(33 * 16_384 * 2 * 96 * 4)
     assert sparse.seconds < dense.seconds
+
+
+def test_a_sparse_decoder_reads_its_blocks_and_the_kernels_to_choose_them_by():
+    """Of 128K slots 96 blocks of 64; it holds the kernels beside keys and values."""
+    candidate = Candidate(MeshConfig(data=256, fsdp=1), 256)
+    dense, sparse = (
+        guess(Workload("decode", model, 131_072), candidate, V6E)
+        for model in (dataclasses.replace(SPARSE_8B, sparse_config=None), SPARSE_8B)
+    )
+    key = 32 * 2 * 128 * 2  # bytes of a token's keys in all layers
+    saved = (dense.seconds - sparse.seconds) * V6E.chip.hbm_bandwidth / key
+    # Kernels are read in whole chunks; block scores of a tile of queries are written.
+    assert saved == pytest.approx(2 * (131_072 - 96 * 64) - 131_072 * (1 / 16 + 1 / 64), rel=0.02)
+    assert sparse.memory - dense.memory == pytest.approx(1.5 * key * 131_072 * (1 / 16 + 1 / 64))
 
 
 def test_candidates_fit_and_come_in_order_of_speed():

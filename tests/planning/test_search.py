@@ -166,6 +166,16 @@ def test_decoding_state_by_hand():
     )  # bfloat16 keys and values: layers, rows, heads, slots, width
 
 
+@pytest.mark.parametrize("use_nope", [False, True])
+def test_sparse_decoding_state_by_hand(use_nope):
+    """Kernels are divided by heads as keys are, not along the sequence, whatever their number."""
+    model = dataclasses.replace(MODEL, sparse_config=SparseConfig(dense_len=-1, use_nope=use_nope))
+    held = state_bytes(Workload("decode", model, 320), Candidate(MeshConfig(data=2, fsdp=1, tensor=2), 8))
+    # 19 kernels of 32 at a stride of 16, and 4 of 128 at a stride of 64.
+    slots = (2 + use_nope) * 320 + (320 - 32) // 16 + 1 + (320 - 128) // 64 + 1
+    assert held["cache"] == 2 * 2 * 4 * 1 * slots * 32  # bfloat16: layers, rows, heads, slots and kernels, width
+
+
 def test_rows_longer_than_the_model_allows_are_named():
     with pytest.raises(ConfigError, match=r"seq_len = 5000: must be at most ModelConfig\.max.* = 4096"):
         Workload("train", MODEL, 5000)

@@ -17,7 +17,7 @@ from cpm_jax.checkpoints.manager import (
     restore_state,
 )
 from cpm_jax.common import exit_codes
-from cpm_jax.common.config import ConfigError, InputError
+from cpm_jax.common.config import ConfigError, InputError, config_to_dict
 from cpm_jax.common.metrics import read_metrics
 from cpm_jax.common.sharding import MeshConfig, make_mesh
 from cpm_jax.training import loop
@@ -173,6 +173,18 @@ def test_other_settings_are_refused(tmp_path, tiny_config, change, message):
     model = dataclasses.replace(tiny_config, **{k: change.pop(k) for k in ("d_model",) if k in change})
     with pytest.raises(ConfigError, match=message):
         run(tmp_path, model, **change)
+
+
+def test_a_setting_that_is_younger_than_the_checkpoint_had_its_default(tmp_path, tiny_config):
+    def fixed(**fields):
+        return {"optimizer": config_to_dict(OptimizerConfig(**fields))}
+
+    older = fixed()
+    del older["optimizer"]["width_independent_decay"]
+    run(tmp_path, tiny_config, steps=4, fixed=older)
+    assert run(tmp_path, tiny_config, steps=5, fixed=fixed()) == 1
+    with pytest.raises(ConfigError, match=r"optimizer.width_independent_decay: False at the last start, now True"):
+        run(tmp_path, tiny_config, steps=6, fixed=fixed(width_independent_decay=True))
 
 
 def test_the_future_may_change(tmp_path, tiny_config):

@@ -5,7 +5,7 @@ import numpy as np
 NEVER = -np.inf
 
 
-def scores_by_hand(q, k, settings, segment_ids=None, positions=None, coarse=True, mean=False):
+def scores_by_hand(q, k, settings, segment_ids=None, positions=None, coarse=True):
     """Scores of all blocks, [B, K, T, C] in float64: -inf where a block holds no key that the query may see.
 
     Args:
@@ -15,7 +15,6 @@ def scores_by_hand(q, k, settings, segment_ids=None, positions=None, coarse=True
         segment_ids: [B, S].
         positions: [B, T]; None for query t at t.
         coarse: whether the normaliser is that of kernels four times as long and as far apart.
-        mean: whether heads are averaged instead of added.
     """
     q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
     batch, length, heads, width = q.shape
@@ -39,7 +38,7 @@ def scores_by_hand(q, k, settings, segment_ids=None, positions=None, coarse=True
                             total[start] += np.exp(q[b, t, n] @ x / np.sqrt(width)) / weight
                 for c in {s // block for s in mine}:
                     touching = [total[start] for start in total if start < (c + 1) * block and start + size > c * block]
-                    out[b, g, t, c] = max(touching, default=0.0) / (len(group) if mean else 1)
+                    out[b, g, t, c] = max(touching, default=0.0)
     return out
 
 

@@ -7,14 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 
 from kernels_pallas.block_selection import api, costs, pallas_tpu, reference
-from kernels_pallas.block_selection.arg_specs import ARG_SPECS
+from kernels_pallas.block_selection.arg_specs import ARG_SPECS, ArgSpec
 from kernels_pallas.block_selection.selection import BlockSelection
 from kernels_pallas.compress_keys.api import compress_keys
-from kernels_pallas.dispatch import UnsupportedError
+from kernels_pallas.dispatch import UnsupportedError, log_choice
+from tests.kernels_pallas.races import DETECT_RACES, races
 
 SMALL = BlockSelection(kernel_size=4, kernel_stride=2, init_blocks=1, block_size=8, window_size=16, topk=3)
 
@@ -52,7 +52,7 @@ def assert_equals_reference(args, interpret, kernels=pallas_tpu):
     [
         (333, 2, 3, 64, "float32", True, {}),
         (200, 1, 16, 128, "bfloat16", False, {"variant": "huggingface"}),
-        (150, 2, 1, 64, "float32", True, {"kernel_size": 12, "kernel_stride": 4, "group_reduction": "mean"}),
+        (150, 2, 1, 64, "float32", True, {"kernel_size": 12, "kernel_stride": 4}),
         (90, 1, 2, 16, "float32", False, {"kernel_size": 8, "kernel_stride": 8, "variant": "cpm_cu"}),
         (1, 1, 4, 16, "float32", True, {}),
     ],
@@ -71,9 +71,8 @@ def test_several_chunks_spans_and_tiles(monkeypatch):
     assert_equals_reference(example(900, 1, 4, 16, selection, documents=False), interpret=True)
 
 
-def test_no_races():
-    params = pltpu.InterpretParams(detect_races=True)
-    assert_equals_reference(example(300, 2, 8, 16, SMALL), interpret=params)
+def test_no_races(capfd):
+    assert not races(capfd, lambda: assert_equals_reference(example(300, 2, 8, 16, SMALL), interpret=DETECT_RACES))
 
 
 @pytest.mark.parametrize("name", ARG_SPECS)
@@ -104,10 +103,35 @@ def test_what_the_kernel_cannot_serve_is_refused():
         pytest.raises(UnsupportedError, match="on a mesh of 2 devices: call it inside shard_map"),
     ):
         call(q, fine, coarse)
-    long = jax.ShapeDtypeStruct((1, 2**20, 2, 128), "bfloat16")
-    kernels = (
-        jax.ShapeDtypeStruct((1, (2**20 - size) // stride + 1, 1, 128), "bfloat16")
-        for size, stride in ((32, 16), (128, 64))
-    )
-    with pytest.raises(UnsupportedError, match="81918 compressed keys of a head take 20971008 bytes: must be at most"):
-        jax.eval_shape(functools.partial(call, selection=BlockSelection()), long, *kernels)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "dtype", "coarse", "fits"),
+    # What the compiler for v4 accepts, and what it refuses.
+    [
+        (2**16, "float32", True, True),
+        (3 * 2**15, "float32", True, True),
+        (2**17, "float32", True, False),
+        (2**17, "bfloat16", False, True),
+        (2**18, "bfloat16", True, True),
+        (5 * 2**16, "bfloat16", True, False),
+    ],
+)
+def test_rows_that_do_not_fit_vector_memory(tokens, dtype, coarse, fits, caplog):
+    """Fall back with a log line; named explicitly, the kernel says why it cannot."""
+    spec = ArgSpec(1, tokens, 32, 2, 128, dtype)
+    q, fine, normalising, _ = spec.abstract_args()
+    normalising = normalising if coarse else None
+    reason = pallas_tpu.unsupported_reason(q, fine, normalising, spec.selection)
+    assert (reason is None) == fits
+    if fits:
+        return
+    select = functools.partial(api.select_blocks, selection=spec.selection)
+    with pytest.raises(UnsupportedError, match=f"keys of a head in {dtype} need .* must be at most 16777216"):
+        jax.eval_shape(functools.partial(select, implementation="pallas_tpu"), q, fine, normalising)
+    log_choice.cache_clear()
+    device = jax.sharding.AbstractDevice("TPU v4", 1, "tpu")
+    mesh = jax.sharding.AbstractMesh((1,), ("data",), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh), caplog.at_level("INFO", logger="kernels_pallas"):
+        jax.eval_shape(select, q, fine, normalising)
+    assert f"block_selection: using implementation='xla' ({reason})" in caplog.text

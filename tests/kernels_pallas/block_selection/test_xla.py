@@ -66,7 +66,7 @@ def test_several_tiles_and_chunks(monkeypatch, variant, coarse, dtype, group, wi
     for name, value in (("TILE_ROWS", 16 * group), ("CHUNK", 32), ("COARSE_CHUNK", 8)):
         monkeypatch.setattr(xla, name, value)
     jax.clear_caches()  # of programs with other sizes
-    selection = dataclasses.replace(SMALL, variant=variant, group_reduction="mean" if coarse else "sum")
+    selection = dataclasses.replace(SMALL, variant=variant)
     q, k = example(0, 2, 213, 2, group, width, dtype)
     segments = jnp.asarray(np.repeat([1, 2, 1, 0], [70, 50, 64, 29])[None].repeat(2, 0))
     assert_equals_reference(q, k, segments, selection=selection, coarse=coarse)

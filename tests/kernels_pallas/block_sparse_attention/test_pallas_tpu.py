@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType, PartitionSpec
 
 from kernels_pallas.attention import reference as dense
@@ -16,6 +14,7 @@ from kernels_pallas.block_sparse_attention.arg_specs import ARG_SPECS
 from kernels_pallas.block_sparse_attention.tile_unions import range_starts, tile_unions
 from kernels_pallas.dispatch import UnsupportedError
 from tests.kernels_pallas.block_sparse_attention.test_block_sparse_attention import new_tokens_of_a_cache
+from tests.kernels_pallas.races import DETECT_RACES, races
 
 
 def random_lists(rng, batch_size, num_kv_heads, length, num_blocks, longest):
@@ -124,40 +123,18 @@ def test_all_blocks_are_dense_attention():
         np.testing.assert_allclose(a, b, atol=tolerance(b), rtol=0)
 
 
-def races(capfd, function):
-    jax.block_until_ready(function())
-    return "RACE DETECTED" in capfd.readouterr().out
-
-
 def test_copies_do_not_race(capfd, monkeypatch):
-    interpret = pltpu.InterpretParams(detect_races=True)
     args = example((1, 140, 2, 2, 16), 16, 3, "float32")
-    assert not races(capfd, lambda: value_and_gradients(interpreted(interpret), 16, *args))
+    assert not races(capfd, lambda: value_and_gradients(interpreted(DETECT_RACES), 16, *args))
     # Ranges of five, three and one step, in each of which dq is fetched and written.
     monkeypatch.setattr(costs, "RANGE_BYTES", 2 * 256 * 2 * 16 * 4)
     args = example((1, 600, 2, 1, 16), 32, 4, "float32")
-    in_ranges = functools.partial(pallas_tpu.block_sparse_attention, interpret=interpret)
+    in_ranges = functools.partial(pallas_tpu.block_sparse_attention, interpret=DETECT_RACES)
     got = []
     assert not races(capfd, lambda: got.extend(value_and_gradients(in_ranges, 32, *args)))
     want = value_and_gradients(reference.block_sparse_attention, 32, *args)
     for name, a, b in zip(NAMES, got, want, strict=True):
         np.testing.assert_allclose(a, b, atol=tolerance(b), rtol=0, err_msg=name)
-
-    def reads_too_early(x_hbm, out_ref, buffer, semaphore):
-        copy = pltpu.make_async_copy(x_hbm, buffer, semaphore)
-        copy.start()
-        out_ref[...] = buffer[...]
-        copy.wait()
-
-    x = jnp.zeros((8, 128))
-    call = pl.pallas_call(
-        reads_too_early,
-        in_specs=[pl.BlockSpec(memory_space=pl.ANY)],
-        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
-        scratch_shapes=[pltpu.VMEM(x.shape, x.dtype), pltpu.SemaphoreType.DMA],
-        interpret=interpret,
-    )
-    assert races(capfd, lambda: call(x)), "the detector sees nothing"
 
 
 def test_unions_and_ranges_of_lists():

@@ -1,16 +1,18 @@
-"""Sparse decoding's TPU kernel: values by interpretation, and whether its program lowers for TPU."""
+"""Sparse decoding's TPU kernel: values by interpretation, races, and whether its program lowers for TPU."""
 
+import dataclasses
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.sparse_decode_attention import api, pallas_tpu, reference
 from kernels_pallas.sparse_decode_attention.arg_specs import ARG_SPECS, ArgSpec
+from tests.kernels_pallas.races import DETECT_RACES, races
 from tests.kernels_pallas.sparse_decode_attention.test_sparse_decode_attention import make
 
 SPECS = {
@@ -29,15 +31,23 @@ def call(run, spec: ArgSpec, args: tuple, **options):
     return run(q, k, v, ids, positions, 1, page_table, spec.block_size, spec.head_dim**-0.5, **options)
 
 
-@pytest.mark.parametrize("interpret", [True, pltpu.InterpretParams(detect_races=True)], ids=["steps", "memory"])
-@pytest.mark.parametrize("name", SPECS)
-def test_values(name: str, interpret) -> None:
+def assert_equals_reference(name: str, interpret: Any) -> None:
     for seed in range(2):
         args = make(SPECS[name], seed)
         args[3][0, 0, 0] = -1  # a query that sees nothing
         ours = call(functools.partial(pallas_tpu.sparse_decode_attention, interpret=interpret), SPECS[name], args)
         expected = call(reference.sparse_decode_attention, SPECS[name], args)
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_values(name: str) -> None:
+    assert_equals_reference(name, True)
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_values_without_races(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert not races(capfd, lambda: assert_equals_reference(name, DETECT_RACES))
 
 
 def test_bfloat16() -> None:
@@ -74,6 +84,6 @@ def test_what_it_cannot_serve_is_named() -> None:
         attend(args, block_size=24)
     with pytest.raises(ValueError, match="q has dtype float16: must be float32 or bfloat16"):
         attend((args[0].astype("float16"), *args[1:]), block_size=16)
-    many = np.zeros((2, 2, 3, 2**14), np.int32)
-    with pytest.raises(ValueError, match=re.escape("block_ids has 196608 numbers: at most 131072 fit")):
-        attend((*args[:3], many, args[4]), block_size=16)
+    many = dataclasses.replace(spec, num_queries=2**13, num_selected=5).abstract_args()
+    with pytest.raises(ValueError, match=re.escape("block_ids has 163840 numbers: at most 131072 fit")):
+        attend([np.zeros(x.shape, x.dtype) for x in many], block_size=16)

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kernels_pallas.sparse_decode_attention import xla
 from kernels_pallas.sparse_decode_attention.api import sparse_decode_attention
@@ -84,6 +86,32 @@ def test_values(name: str, implementation: str) -> None:
         np.testing.assert_allclose(ours, expected(SPECS[name], args), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
+@settings(max_examples=12, deadline=None)
+@given(st.data())
+def test_values_of_any_shape(data: st.DataObject) -> None:
+    """Ratios of heads from 1 to 16, lengths that no block divides, more entries than blocks, and pages."""
+    draw = data.draw
+    block_size, kv_heads, paged = draw(st.sampled_from([4, 8, 16])), draw(st.integers(1, 3)), draw(st.booleans())
+    length = block_size * draw(st.integers(2, 6)) if paged else draw(st.integers(9, 90))
+    spec = ArgSpec(
+        batch_size=draw(st.integers(1, 3)),
+        cache_len=length,
+        num_heads=kv_heads * draw(st.integers(1, 16)),
+        num_kv_heads=kv_heads,
+        head_dim=draw(st.sampled_from([4, 24, 64])),
+        dtype="float32",
+        num_queries=draw(st.integers(1, min(4, length - 1))),
+        block_size=block_size,
+        num_selected=draw(st.integers(1, -(-length // block_size))),
+        page_size=block_size if paged else None,
+    )
+    args = make(spec, draw(st.integers(0, 1000)))
+    want = expected(spec, args)
+    for implementation in ("reference", "xla"):
+        np.testing.assert_allclose(call(spec, args, implementation), want, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["odd", "odd_paged"])
 def test_bfloat16(name: str) -> None:
     """Of the values all but a few are within two roundings of float64 sums over the same bfloat16 inputs."""
@@ -119,7 +147,10 @@ def test_one_layer_of_many(name: str, implementation: str) -> None:
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 def test_what_is_not_chosen_is_not_seen(implementation: str) -> None:
-    """Neither other blocks, nor later slots, even where they hold NaN; and an empty list gives zeros."""
+    """Neither other blocks nor later slots, whatever numbers they hold; and an empty list gives zeros.
+
+    Blocks that are not chosen are not even read but for the first, which stands for -1: they may hold NaN.
+    """
     spec = SPECS["one_query_mha"]
     q, k, v, ids, positions = make(spec)
     ids[0, 0], positions[1] = -1, -1
@@ -130,6 +161,10 @@ def test_what_is_not_chosen_is_not_seen(implementation: str) -> None:
     slots = np.arange(spec.cache_len)
     seen = (ids[:, :, 0, None, :] == (slots // spec.block_size)[:, None]).any(-1) & (slots <= positions[:, :, None])
     other = [np.where(seen[..., None], x, 1e6).astype(np.float32) for x in (k, v)]
+    if implementation == "xla":
+        read = (np.maximum(ids, 0)[:, :, 0, None, :] == (slots // spec.block_size)[:, None]).any(-1)
+        assert not read.all()
+        other = [np.where(read[..., None], x, np.float32(np.nan)) for x in other]
     np.testing.assert_array_equal(call(spec, (q, *other, ids, positions), implementation), before)
 
 
@@ -152,6 +187,10 @@ def test_reads_no_more_than_the_chosen_blocks() -> None:
         ({"q": (2, 3, 5, 16)}, "N a multiple of K"),
         ({"v_cache": (2, 2, 70, 16)}, "must be [B, T, N, H], [B, K, S, H] and the shape of k_cache"),
         ({"block_ids": (2, 1, 3, 3)}, "block_ids has shape (2, 1, 3, 3): must be [B, K, T, I] = (2, 2, 3) and I"),
+        (
+            {"block_ids": (2, 2, 3, 7)},
+            "block_ids has shape (2, 2, 3, 7): I must be at most 6, one more than the blocks of 16 keys in 77 keys",
+        ),
         ({"query_positions": (2,)}, "query_positions has shape (2,): must be [B, T] = (2, 3)"),
         ({"block_size": 0}, "block_size = 0: must be at least 1"),
         ({"implementation": "cuda"}, "implementation = 'cuda': must be None or one of 'reference', 'xla'"),
@@ -173,3 +212,23 @@ def test_pages_hold_whole_blocks() -> None:
         sparse_decode_attention(*args[:5], block_size=12, page_table=args[5])
     with pytest.raises(ValueError, match=r"page_table has shape \(1, 5\): must be \[B, M\], with B = 2"):
         sparse_decode_attention(*args[:5], block_size=8, page_table=args[5][:1])
+    ids = np.zeros((*args[3].shape[:3], 6), np.int32)
+    with pytest.raises(ValueError, match=r"I must be at most 5, .* blocks of 8 keys in the 2 pages of page_table"):
+        sparse_decode_attention(*args[:3], ids, args[4], block_size=8, page_table=args[5][:, :2])
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("name", ["odd", "odd_paged"])
+def test_what_the_cache_does_not_have_adds_nothing(name: str, implementation: str) -> None:
+    """A page table that ends before a query's blocks do gives no key of another page, nor of another sequence."""
+    spec = SPECS[name]
+    args = make(spec)
+    args[3][..., 1:], args[4][...] = -1, spec.cache_len + 100
+    args[3][..., 0] = 1
+    if name == "odd_paged":
+        args = (*args[:5], args[5][:, :2])
+    before = call(spec, args, implementation)
+    assert np.asarray(before).all()
+    slots = 77 if name == "odd" else 32
+    args[3][..., 1] = -(-slots // spec.block_size)
+    np.testing.assert_array_equal(call(spec, args, implementation), before)
