@@ -65,10 +65,10 @@ class Trial:
 
 def program_key(trial: Trial) -> Hashable:
     """What two trials must agree in to share a program: all but scalars, schedule and seed."""
-    optimizer = {field.name: field.default for field in dataclasses.fields(OptimizerConfig)}
+    defaults: dict[str, Any] = {name: getattr(OptimizerConfig(), name) for name in _OPTIMIZER_SCALARS}
     return (
         dataclasses.replace(trial.model, scale_emb=1.0, scale_depth=0.0, dim_model_base=0, initializer_range=1.0),
-        dataclasses.replace(trial.optimizer, **{name: optimizer[name] for name in _OPTIMIZER_SCALARS}),
+        dataclasses.replace(trial.optimizer, **defaults),
     )
 
 
