@@ -1,9 +1,9 @@
 """Many trainings as one program: throughput against one after another, from tiny models to 5M parameters.
 
 `python -m benchmarks.stacked_trials [--cells DIR]`: the trials differ in learning rate. Each size is measured in a
-process of its own with two host devices, in turns of all ways, so that other load meets all; what is measured stays in
-`--cells`, and a second call goes on. `--tpu` adds what the compiler for TPUs says of the same programs (needs libtpu,
-`make aot`).
+process of its own with two host devices, in turns of all ways, so that other load meets all: a ratio is the median of
+those of each turn, and again of `--repeats` processes. What is measured stays in `--cells`, and a second call goes on.
+`--tpu` adds what the compiler for TPUs says of the same programs (needs libtpu, `make aot`).
 """
 
 import argparse
@@ -48,7 +48,7 @@ class Case:
     """A size of model, and how many trainings of it.
 
     Attributes:
-        d_model: width; heads of 16, d_ff 4 · d_model.
+        d_model: width; heads of 16, of 64 from a width of 256 on; d_ff 4 · d_model.
         num_layers: depth.
         vocab_size: number of token ids.
         trials: N.
@@ -68,12 +68,13 @@ class Case:
     @property
     def model(self) -> ModelConfig:
         """The model, µP's multipliers with it."""
+        num_heads = self.d_model // (64 if self.d_model >= 256 else 16)
         return ModelConfig(
             vocab_size=self.vocab_size,
             num_layers=self.num_layers,
             d_model=self.d_model,
-            num_heads=self.d_model // (64 if self.d_model == 256 else 16),
-            num_kv_heads=2,
+            num_heads=num_heads,
+            num_kv_heads=min(2, num_heads),
             d_ff=4 * self.d_model,
             tie_word_embeddings=True,
             scale_emb=12.0,
@@ -85,8 +86,10 @@ class Case:
 
 
 CASES = {
+    "d16": Case(16, 2, 256, 16, 4, 64, goal=2.0),
     "d32": Case(32, 2, 256, 16, 4, 64, goal=2.0),
     "d64": Case(64, 2, 256, 16, 4, 64),
+    "d96": Case(96, 2, 1024, 8, 4, 128),
     "d128": Case(128, 3, 2048, 8, 8, 128),
     "5m": Case(256, 5, 8192, 4, 4, 128, goal=1.0),  # size/5m.gin
 }
@@ -161,7 +164,7 @@ def as_one(trials: Sequence[Trial], batch: Batch, method: Method, devices: int) 
 
 
 def measure(case: Case, seconds: float) -> dict[str, Any]:
-    """Seconds of a step of all trainings, and of compiling, by way."""
+    """Seconds of a step of all trainings one after another, the ratio of each way to that, and seconds of compiling."""
     trials, batch = make_trials(case), make_batch(case)
     ways = {"one after another": one_after_another(trials, batch)}
     ways |= {name: as_one(trials, batch, *way) for name, way in WAYS.items()}
@@ -172,10 +175,12 @@ def measure(case: Case, seconds: float) -> dict[str, Any]:
             begin = time.perf_counter()
             jax.block_until_ready(run())
             times[name].append(time.perf_counter() - begin)
+    alone = np.array(times["one after another"])
     return {
-        "step": {name: float(np.median(of)) for name, of in times.items()},
+        "step": float(np.median(alone)),
+        "ratio": {name: float(np.median(alone / np.array(times[name]))) for name in WAYS},
         "compile": {name: compiled for name, (_, compiled) in ways.items()},
-        "turns": len(times["one after another"]),
+        "turns": len(alone),
     }
 
 
@@ -218,32 +223,34 @@ def run_cell(name: str, kind: str, path: Path, seconds: float) -> None:
     subprocess.run([*command, "--path", str(path), "--seconds", str(seconds)], env=environment, check=True)
 
 
-def record(found: dict[str, dict[str, Any]], tpu: dict[str, dict[str, Any]], command: str) -> None:
-    """Writes the figures down."""
+def record(found: dict[str, list[dict[str, Any]]], tpu: dict[str, dict[str, Any]], command: str) -> None:
+    """Writes the figures down: the median of the repeats, and their range."""
     bench = Benchmark("stacked_trials", command)
-    for name, cell in found.items():
+    for name, repeats in found.items():
         case = CASES[name]
         tokens = case.trials * case.rows * case.seq_len
         size = f"{count_params(case.model).non_embedding / 1e6:.2g}M parameters, {case.trials} trials"
-        alone, best = cell["step"]["one after another"], min(WAYS, key=lambda way: cell["step"][way])
-        for way in WAYS:
+        alone = float(np.median([cell["step"] for cell in repeats]))
+        ratios = {way: [cell["ratio"][way] for cell in repeats] for way in WAYS}
+        best = max(WAYS, key=lambda way: np.median(ratios[way]))
+        for way, of_way in ratios.items():
             bench.add(
-                f"{name} ({size}): {way}",
+                f"{name} ({size}): {way} ({min(of_way):.2f} to {max(of_way):.2f} times)",
                 "tokens/s",
-                tokens / cell["step"][way],
+                tokens / alone * float(np.median(of_way)),
                 larger_is_better=True,
                 baseline_name="one after another",
                 baseline=tokens / alone,
                 goal=case.goal if way == best else None,
             )
-        totals = {way: cell["compile"][way] + STEPS * cell["step"][way] for way in cell["step"]}
+        compiled = {way: float(np.median([c["compile"][way] for c in repeats])) for way in repeats[0]["compile"]}
         bench.add(
-            f"{name}: {STEPS} steps of all, compiling too, {best}",
+            f"{name}: {STEPS} steps of all and compiling, {best}; alone as often as there are trainings",
             "s",
-            totals[best],
+            compiled[best] + STEPS * alone / float(np.median(ratios[best])),
             larger_is_better=False,
             baseline_name="one after another",
-            baseline=totals["one after another"],
+            baseline=compiled["one after another"] + STEPS * alone,
         )
     for name, cell in tpu.items():
         for way in ("map", "vmap"):
@@ -270,7 +277,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measures all sizes and writes `results/stacked_trials.json`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cells", type=Path, default=Path("runs/stacked_trials"), help="what is measured already")
-    parser.add_argument("--seconds", type=float, default=15.0, help="of each size, compiling aside")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of each size and repeat, compiling aside")
+    parser.add_argument("--repeats", type=int, default=3, help="processes that measure each size")
     parser.add_argument("--sizes", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--tpu", action="store_true", help="add the estimates for a TPU")
     parser.add_argument("--no-results", action="store_true", help="print the cells only")
@@ -282,16 +290,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_json(Path(args.path), estimate_tpu(case) if args.kind == "tpu" else measure(case, args.seconds))
         return
     args.cells.mkdir(parents=True, exist_ok=True)
-    found: dict[str, dict[str, dict[str, Any]]] = {"cpu": {}, "tpu": {}}
-    for kind in ("cpu", "tpu") if args.tpu else ("cpu",):
-        for name in args.sizes:
-            path = args.cells / f"{name}_{kind}.json"
-            if not path.exists():
-                run_cell(name, kind, path, args.seconds)
-            found[kind][name] = json.loads(path.read_text("utf-8"))
-            print(name, kind, json.dumps(found[kind][name], indent=1), flush=True)
+
+    def cell(name: str, kind: str, file: str) -> dict[str, Any]:
+        path = args.cells / file
+        if not path.exists():
+            run_cell(name, kind, path, args.seconds)
+        found = json.loads(path.read_text("utf-8"))
+        print(name, kind, json.dumps(found), flush=True)
+        return found
+
+    cpu = [{name: cell(name, "cpu", f"{name}_{i}.json") for name in args.sizes} for i in range(args.repeats)]
+    tpu = {name: cell(name, "tpu", f"{name}_tpu.json") for name in args.sizes} if args.tpu else {}
     if not args.no_results:
-        record(found["cpu"], found["tpu"], "python -m benchmarks.stacked_trials" + (" --tpu" if args.tpu else ""))
+        measured = {name: [repeat[name] for repeat in cpu] for name in args.sizes}
+        record(measured, tpu, "python -m benchmarks.stacked_trials" + (" --tpu" if args.tpu else ""))
 
 
 if __name__ == "__main__":

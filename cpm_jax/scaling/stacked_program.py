@@ -2,8 +2,8 @@
 
 What all trials share stays a constant of the program; what differs (learning rates by step, weight decay, betas,
 epsilon, µP's multipliers) is an argument with an axis of trials, and so are parameters and moments. Trials run side
-by side (`vmap`), which small models gain by, or after each other within the program (`map`), which computes what a
-training of its own does; on several devices each takes its part. No operation crosses from one trial to another.
+by side (`vmap`), or after each other within the program (`map`), which computes what a training of its own does; on
+several devices each takes its part. No operation crosses from one trial to another.
 """
 
 import dataclasses
@@ -39,8 +39,8 @@ TRIALS = "trials"  # name of the mesh axis
 
 _MODEL_SCALARS = ("scale_emb", "scale_depth", "dim_model_base", "initializer_range")
 _OPTIMIZER_SCALARS = ("b1", "b2", "eps", "weight_decay", "decay_embeddings", "width_independent_decay")
-# Non-embedding parameters up to which CPUs take `vmap`: it loses at 230,000 (results/batched_cells.json);
-# benchmarks/stacked_trials.py measures where it begins to.
+# Non-embedding parameters up to which CPUs take `vmap`. It loses at 230,000 (results/batched_cells.json); where it
+# begins to is not recorded yet (benchmarks/stacked_trials.py).
 _CPU_VMAP_PARAMS = 100_000
 
 
@@ -65,10 +65,10 @@ class Trial:
 
 def program_key(trial: Trial) -> Hashable:
     """What two trials must agree in to share a program: all but scalars, schedule and seed."""
-    optimizer = {field.name: field.default for field in dataclasses.fields(OptimizerConfig)}
+    defaults: dict[str, Any] = {name: getattr(OptimizerConfig(), name) for name in _OPTIMIZER_SCALARS}
     return (
         dataclasses.replace(trial.model, scale_emb=1.0, scale_depth=0.0, dim_model_base=0, initializer_range=1.0),
-        dataclasses.replace(trial.optimizer, **{name: optimizer[name] for name in _OPTIMIZER_SCALARS}),
+        dataclasses.replace(trial.optimizer, **defaults),
     )
 
 
