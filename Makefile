@@ -32,7 +32,7 @@ $(VENV)/.run: setup.cfg $(CONSTRAINTS)
 
 dev: $(VENV)/.dev ## the same, with what tests and lint need
 $(VENV)/.dev: $(VENV)/.run $(VENV)/.no_deps
-	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS),curate,spark,eval,gguf,dev]'
+	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS),curate,spark,eval,gguf,sweep,dev]'
 	@touch $@
 
 $(VENV)/.no_deps: constraints/no_deps.txt $(VENV)/.run
