@@ -196,9 +196,8 @@ def next_trial(
             trial.set_user_attr(ID, identify(bindings))
             trial.set_user_attr(BINDINGS, repr(bindings))
             trial.set_user_attr(STATUS, "running")
-            known = _tell_if_known(study, trial, trials, state)
             trial.set_user_attr(CLAIMED, trial.number)
-            if not known:
+            if not _tell_if_known(study, trial, trials, state):
                 return Claim(trial, bindings)
         study.set_user_attr(EXHAUSTED, True)
     logger.warning("%s proposals in a row were trials that were there already: ending", _MOST_DUPLICATES)

@@ -1,4 +1,4 @@
-"""Who trains what: real processes that race, workers that die, proposals that were there before, databases that fail."""
+"""Who trains what: processes that race, workers that die, proposals that were there before, databases that fail."""
 
 import contextlib
 import json
@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import optuna
 import pytest
@@ -56,10 +57,9 @@ def test_a_grid_is_handed_out_in_order_and_is_not_put_in_twice(tmp_path):
 
 
 _RACER = """
-import sys, json, time
-sys.path.insert(0, {tests!r})
+import sys, json
 from pathlib import Path
-import test_study as t
+from tests.scaling import test_study as t
 folder, grace = Path(sys.argv[1]), int(sys.argv[2])
 study = t.make(folder, t.StudyConfig(), t.GRID, url=sys.argv[3], grace=grace)
 print("ready", flush=True)
@@ -73,17 +73,18 @@ while True:
 """
 
 
-def race(folder, count, tests, url="", grace=60):
-    """What each of several processes got, all started at the same moment."""
-    program = _RACER.format(tests=str(tests))
+def race(folder, count, url="", grace=60):
+    """What each of several processes got, all started at the same moment; `folder` may be one for each."""
+    folders = folder if isinstance(folder, list) else [folder] * count
     racers = [
         subprocess.Popen(
-            [sys.executable, "-c", program, str(folder), str(grace), url],
+            [sys.executable, "-c", _RACER, str(folders[index]), str(grace), url],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            cwd=Path(__file__).parents[2],
         )
-        for _ in range(count)
+        for index in range(count)
     ]
     for racer in racers:
         assert racer.stdout.readline() == "ready\n"
@@ -95,12 +96,12 @@ def race(folder, count, tests, url="", grace=60):
     return got
 
 
-def check_race(folder, tests, url=""):
+def check_race(folder, url=""):
     """Three processes share a grid, one trial of which belongs to a worker that is gone."""
     study = make(folder, StudyConfig(), GRID, url=url)
     lost = next_trial(study, StudyConfig(), GRID, folder, identify)
     time.sleep(3.5)  # beyond the grace of its heartbeat
-    got = race(folder, 3, tests, url, grace=2)
+    got = race(folder, 3, url, grace=2)
     everything = [bindings for part in got for _, bindings in part]
     assert sorted(map(identify, everything)) == sorted(identify({"A": a, "B": b}) for a in range(5) for b in "xyz")
     trials = study.get_trials()
@@ -110,8 +111,8 @@ def check_race(folder, tests, url=""):
     assert trials[lost.trial.number].state == optuna.trial.TrialState.FAIL
 
 
-def test_racing_workers_take_each_trial_once_and_a_dead_ones_trial_once(tmp_path, request):
-    check_race(tmp_path, request.path.parent)
+def test_racing_workers_take_each_trial_once_and_a_dead_ones_trial_once(tmp_path):
+    check_race(tmp_path)
 
 
 def test_a_worker_that_dies_while_it_takes_a_trial_loses_none(tmp_path):
@@ -246,7 +247,7 @@ def test_dead_and_foreign_databases_are_named(tmp_path):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     url = storage_url(f"postgresql://me:secret@127.0.0.1:{port}/none", tmp_path)
-    with pytest.raises(StorageError, match="cannot be used: .*refused") as caught:
+    with pytest.raises(StorageError, match=r"cannot be used: .*refused") as caught:
         open_storage(url, heartbeat_seconds=1, grace_seconds=2, patience=0.5)
     assert "secret" not in str(caught.value)
     assert shown(url) == f"postgresql+psycopg://me:***@127.0.0.1:{port}/none"
