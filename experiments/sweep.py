@@ -27,7 +27,7 @@ from experiments import sweep_report, sweep_trials
 SETTINGS_FILE = "sweep.txt"  # within a workdir: what its workers read
 WORKERS_DIR = "workers"  # within a workdir: their logs
 _MOST_CHECKED = 1000  # points of a space that are resolved before anything is trained
-_TICK_SECONDS = 1.0
+_TICK_SECONDS = 2.0
 
 
 @config_dataclass
@@ -123,6 +123,7 @@ def run(config: SweepConfig, workdir: Path) -> None:
     )
     study, url = opened(fixed, base, workdir, plan)
     write_text(workdir / SETTINGS_FILE, _settings_text(fixed))
+    patiently(lambda: study.set_user_attr(studies.EXHAUSTED, False), url, config.patience_seconds)
     if config.study.sampler == "grid":
         patiently(
             lambda: studies.enqueue_grid(study, base.space, config.study.num_trials), url, config.patience_seconds
@@ -144,17 +145,19 @@ def run(config: SweepConfig, workdir: Path) -> None:
     print(f"{view.conclusion()}\nreport: {report}")
 
 
-def make_plan(config: SweepConfig, base: sweep_trials.Base) -> Plan:
+def make_plan(config: SweepConfig, base: sweep_trials.Base, most: int = _MOST_CHECKED) -> Plan:
     """Resolves the points of the space, or some of them, so that what is wrong is said before anything is trained.
+
+    Args:
+        config: of the sweep.
+        base: of the sweep.
+        most: points that are resolved at most.
 
     Raises:
         ConfigError: see `run`.
     """
     space = base.space
-    if space.size is not None and space.size <= _MOST_CHECKED:
-        chosen = points(space)
-    else:
-        chosen = points(sample(space, 30))
+    chosen = points(space if space.size is not None and space.size <= most else sample(space, min(most, 30)))
     resolved = [sweep_trials.resolve(base, bindings) for bindings in chosen]
     tokens = tuple(sorted({trial.tokens for trial in resolved}))
     measured = tuple(sorted({trial.evaluated_at for trial in resolved}))
@@ -186,7 +189,7 @@ def opened(config: SweepConfig, base: sweep_trials.Base, workdir: Path, plan: Pl
         ConfigError: the study has another space.
         StorageError: the database cannot be used.
     """
-    plan = plan or make_plan(config, base)
+    plan = plan or make_plan(config, base, 1)
     url = storage_url(config.storage, workdir)
     storage = open_storage(
         url,
@@ -204,6 +207,7 @@ def opened(config: SweepConfig, base: sweep_trials.Base, workdir: Path, plan: Pl
             base.space,
             min_tokens=least,
             max_tokens=most,
+            shared={"gin_files": list(base.gin_files)} | {name: repr(value) for name, value in base.bindings.items()},
             about=_settings_text(config),
         ),
         url,

@@ -32,6 +32,7 @@ class View:
         self._full_flops = full_flops
         self._resolved: dict[str, sweep_trials.Resolved] = {}
         self._frozen: list[Any] = []
+        self._ended: dict[int, Trial] = {}
         self.trials: list[Trial] = []
 
     def refresh(self) -> bool:
@@ -39,7 +40,10 @@ class View:
         optuna = import_extra("optuna")
         state = optuna.trial.TrialState
         self._frozen = self._study.get_trials(deepcopy=False)
-        self.trials = [self._read(frozen, state) for frozen in self._frozen]
+        for frozen in self._frozen:
+            if frozen.state.is_finished() and frozen.number not in self._ended:
+                self._ended[frozen.number] = self._read(frozen, state)
+        self.trials = [self._ended.get(frozen.number) or self._read(frozen, state) for frozen in self._frozen]
         if any(not frozen.state.is_finished() for frozen in self._frozen):
             return False
         return studies.is_over(self._study, self._config.study, self._base.space, self._frozen)

@@ -262,8 +262,11 @@ def _attempt(
             time.sleep(_POLL_SECONDS)
     if code == exit_codes.OK:
         loss = final_loss(trial, folder)
-        return Outcome("failed", error="it ended without a held-out loss") if loss is None else Outcome("done", loss)
-    if code == exit_codes.NON_FINITE:
+        if loss is not None:
+            return Outcome("done", loss)
+        if trial.tokens not in dict(evaluations(trial, folder)):
+            return Outcome("failed", error="it ended without a held-out loss")
+    if code in (exit_codes.OK, exit_codes.NON_FINITE):
         return Outcome("diverged", error="its loss is not finite")
     if ending is not None:
         return Outcome("pruned" if ending == "pruned" else "stopped")

@@ -107,11 +107,14 @@ class Worker:
                 self._patiently(lambda: self._study._storage.record_heartbeat(trial._trial_id))
                 beaten[0] = time.monotonic()
 
+        # Of an attempt before this one.
+        known = self._study._storage.get_trial(trial._trial_id).intermediate_values
         prunes = self._sweep.study.pruner != "none" and studies.PROMOTED not in trial.user_attrs
 
         def report(tokens: int, loss: float) -> bool:
             def tell() -> bool:
-                trial.report(loss, tokens)
+                if tokens not in known:
+                    trial.report(loss, tokens)
                 return prunes and trial.should_prune()
 
             return self._patiently(tell)

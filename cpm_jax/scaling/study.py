@@ -93,7 +93,15 @@ def check_space(config: StudyConfig, space: Space) -> None:
 
 
 def open_study(
-    storage: Any, name: str, config: StudyConfig, space: Space, *, min_tokens: int, max_tokens: int, about: str
+    storage: Any,
+    name: str,
+    config: StudyConfig,
+    space: Space,
+    *,
+    min_tokens: int,
+    max_tokens: int,
+    shared: Mapping[str, Any],
+    about: str,
 ) -> Any:
     """Makes a study, or goes on with it.
 
@@ -104,10 +112,11 @@ def open_study(
         space: of the trials.
         min_tokens: before which none is ended.
         max_tokens: of a whole trial.
-        about: kept with a new study: what its workers need to know.
+        shared: what all trials have in common, as JSON; it must be the same at each start.
+        about: kept with the study: what its workers need to know.
 
     Raises:
-        ConfigError: the study was made with another space; says what differs.
+        ConfigError: the study was made with another space, or other common settings; says what differs.
     """
     optuna = import_extra("optuna")
     study = optuna.create_study(
@@ -118,12 +127,14 @@ def open_study(
         sampler=_sampler(config, 0),
         pruner=_pruner(config, min_tokens, max_tokens),
     )
-    dimensions = space.dimensions()
-    before = study.user_attrs.get("space")
+    dimensions = {**{f"base {name}": value for name, value in shared.items()}, **space.dimensions()}
+    attributes = study.user_attrs
+    before = attributes.get("space")
     if before is None:
         study.set_user_attr("space", dimensions)
+    if attributes.get("about") != about:
         study.set_user_attr("about", about)
-    elif before != dimensions:
+    if before is not None and before != dimensions:
         said = "; ".join(
             f"{label}: {was!r} then, {now!r} now"
             for label, (was, now) in config_differences(before, dimensions).items()

@@ -57,7 +57,7 @@ def make(data):
             "CHECKPOINT_EVERY": 10,
             "LOG_EVERY": 1,
         }
-        fast = {"heartbeat_seconds": 1, "grace_seconds": 4, "report_seconds": 1.0}
+        fast = {"heartbeat_seconds": 1, "grace_seconds": 15, "report_seconds": 1.0}
         return SweepConfig(gin_files=FILES, bindings=base | (bindings or {}), space=space, **(fast | settings))
 
     return make

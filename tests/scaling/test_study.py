@@ -1,6 +1,7 @@
 """Who trains what: processes that race, workers that die, proposals that were there before, databases that fail."""
 
 import contextlib
+import datetime
 import json
 import socket
 import sqlite3
@@ -21,9 +22,9 @@ from cpm_jax.scaling.study import Claim, StudyConfig, next_trial
 GRID = product(values("A", *range(5)), values("B", "x", "y", "z"))
 
 
-def make(folder, config, space, *, url="", grace=2):
+def make(folder, config, space, *, url="", grace=60, shared=None):
     storage = open_storage(storage_url(url, folder), heartbeat_seconds=1, grace_seconds=grace, patience=10)
-    study = studies.open_study(storage, "s", config, space, min_tokens=10, max_tokens=90, about="")
+    study = studies.open_study(storage, "s", config, space, min_tokens=10, max_tokens=90, shared=shared or {}, about="")
     if config.sampler == "grid":
         studies.enqueue_grid(study, space, config.num_trials)
     return study
@@ -73,7 +74,7 @@ while True:
 """
 
 
-def race(folder, count, url="", grace=60):
+def race(folder, count, url="", grace=60, shared=None):
     """What each of several processes got, all started at the same moment; `folder` may be one for each."""
     folders = folder if isinstance(folder, list) else [folder] * count
     racers = [
@@ -96,12 +97,21 @@ def race(folder, count, url="", grace=60):
     return got
 
 
+def fall_silent(study):
+    """Makes the last heartbeat of all workers an old one."""
+    import sqlalchemy
+
+    with study._storage._backend.engine.begin() as connection:
+        then = {"then": datetime.datetime(2020, 1, 1)}
+        connection.execute(sqlalchemy.text("UPDATE trial_heartbeats SET heartbeat = :then"), then)
+
+
 def check_race(folder, url=""):
     """Three processes share a grid, one trial of which belongs to a worker that is gone."""
     study = make(folder, StudyConfig(), GRID, url=url)
     lost = next_trial(study, StudyConfig(), GRID, folder, identify)
-    time.sleep(3.5)  # beyond the grace of its heartbeat
-    got = race(folder, 3, url, grace=2)
+    fall_silent(study)
+    got = race(folder, 3, url)
     everything = [bindings for part in got for _, bindings in part]
     assert sorted(map(identify, everything)) == sorted(identify({"A": a, "B": b}) for a in range(5) for b in "xyz")
     trials = study.get_trials()
@@ -214,6 +224,8 @@ def test_a_study_of_another_space_is_refused_with_what_differs(tmp_path):
     make(tmp_path, StudyConfig(), values("A", 1, 2))
     with pytest.raises(ConfigError, match=r"made with another space: A: \[1, 2\] then, \[1, 2, 3\] now"):
         make(tmp_path, StudyConfig(), values("A", 1, 2, 3))
+    with pytest.raises(ConfigError, match="another space: base TRAIN_STEPS: None then, '30' now"):
+        make(tmp_path, StudyConfig(), values("A", 1, 2), shared={"TRAIN_STEPS": "30"})
 
 
 def test_settings_that_cannot_work_are_named():
