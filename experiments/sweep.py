@@ -6,6 +6,7 @@ recommendation and the bill. docs/sweep.md.
 
 import ast
 import dataclasses
+import signal
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from typing import Any, Literal
 
 from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
+from cpm_jax.common import exit_codes
 from cpm_jax.common.config import ConfigError, InputError, config_dataclass
 from cpm_jax.common.files import write_text
 from cpm_jax.scaling import study as studies
@@ -110,6 +112,7 @@ def run(config: SweepConfig, workdir: Path) -> None:
         ConfigError: the space is empty, a binding is unknown, a sampler cannot draw from the space, trials of unequal
             tokens would have to be compared while they run, or the workdir's study has another space.
         InputError: the database cannot be used, or workers ended with trials left.
+        exit_codes.Stop: it was told to stop, and so were the workers that it had started.
     """
     base = config.base()
     studies.check_space(config.study, base.space)
@@ -136,9 +139,15 @@ def run(config: SweepConfig, workdir: Path) -> None:
     )
     view = sweep_report.View(fixed, base, study, workdir, plan.full_flops)
     crew = _Crew(config, workdir)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         _watch(config, study, url, view, crew)
+    except KeyboardInterrupt as error:
+        raise exit_codes.Stop(
+            exit_codes.PREEMPTED, "stopped; trials are saved, and the same command goes on"
+        ) from error
     finally:
+        signal.signal(signal.SIGTERM, before)
         crew.stop()
     report = view.write(finished=True)
     write_runs(workdir / RUNS_FILE, view.runs())
