@@ -107,7 +107,7 @@ def make_base(gin_files: tuple[str, ...], bindings: Mapping[str, Any], space: st
         names = runpy.run_path(space.strip())
     except OSError as error:
         raise ConfigError(f"SweepConfig.space = {space!r}: {error.strerror}", field="SweepConfig.space") from error
-    found = names.get("SPACE")
+    found: Any = names.get("SPACE")
     if isinstance(found, str):
         found = parse_space(found)
     if not isinstance(found, Points | Range) and not hasattr(found, "parts"):

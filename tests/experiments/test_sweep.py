@@ -218,7 +218,7 @@ def test_slurm_starts_workers(make, tmp_path, monkeypatch):
 def test_two_spellings_of_a_trial_share_an_id(make, data, tmp_path):
     base = make().base()
     plain = sweep_trials.resolve(base, {"PEAK_LR": 0.01})
-    spelled = sweep_trials.resolve(base, {"wsd.peak_lr": 0.01, "ModelConfig.d_model": 32})
+    spelled = sweep_trials.resolve(base, {"wsd.peak_lr": 0.01, "INIT": "params"})
     assert plain.id == spelled.id
     moved = tmp_path / "set"
     moved.symlink_to(data)
