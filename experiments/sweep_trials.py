@@ -320,7 +320,7 @@ def as_run(trial: Resolved, folder: Path) -> Run | None:
     if about.get("status") not in ("done", "pruned", "diverged", "failed"):
         return None
     config = trial.config
-    return summarise_run(
+    line = summarise_run(
         read_metrics(folder / METRICS_FILE),
         id=trial.id,
         model=config.model,
@@ -332,6 +332,8 @@ def as_run(trial: Resolved, folder: Path) -> Run | None:
         config=trial.bindings,
         error=about["status"] == "failed",
     )
+    # Its last logged loss may have been finite, where the gradient was not.
+    return dataclasses.replace(line, status="diverged", loss=None) if about["status"] == "diverged" else line
 
 
 def _report_new(trial: Resolved, folder: Path, report: Callable[[int, float], bool], reported: set[int]) -> bool:
