@@ -12,7 +12,6 @@ import resource
 import tempfile
 import time
 import unicodedata
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -94,7 +93,7 @@ def published(texts: Sequence[str], tokenizer: Tokenizer) -> list[str]:
 def measure(bench: Benchmark, task: str, texts: Texts, bucket: int, folder: Path) -> None:
     """Trains on two pools and adds what was measured."""
     positive, negative = (
-        Pool(name, [Document(text, id=str(i)) for i, text in enumerate(dict.fromkeys(pool)) if text], Counter())
+        Pool(name, [Document(text, id=str(i)) for i, text in enumerate(dict.fromkeys(pool)) if text])
         for name, pool in zip(("positive", "negative"), texts, strict=True)
     )
     config = ClassifierConfig(scorer=FastTextConfig(bucket=bucket, cutoff=_CUTOFF))

@@ -1,6 +1,5 @@
 """What `benchmarks.curate` measures, each in a process of its own: stages beside datatrove's, and whole runs."""
 
-import collections
 import dataclasses
 import itertools
 import json
@@ -136,7 +135,7 @@ def train(folder: Path) -> dict[str, Any]:
     It learns faster than the paper's, from thousands of times less text: else all scores would be 0.5.
     """
     positive, negative = (
-        Pool(name, [d for d in documents_of(folder) if (d.metadata["pool"] == 0) == first], collections.Counter())
+        Pool(name, [d for d in documents_of(folder) if (d.metadata["pool"] == 0) == first])
         for name, first in (("positive", True), ("negative", False))
     )
     config = ClassifierConfig(scorer=FastTextConfig(bucket=200_000, lr=0.5, epoch=5))

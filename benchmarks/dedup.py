@@ -103,6 +103,12 @@ def keys_of(documents: Sequence[Document]) -> np.ndarray:
     return np.stack([dedup.document_keys(document, CONFIG) for document in documents], axis=1)
 
 
+def _occurred_before(texts: Sequence[str]) -> np.ndarray:
+    """Of each text whether it is equal to one before it."""
+    first: dict[str, int] = {}
+    return np.array([first.setdefault(text, number) != number for number, text in enumerate(texts)])
+
+
 def measure_documents(benchmark: Benchmark, originals: Sequence[Document]) -> None:
     """Recall by kind of copy, and precision over all that is dropped."""
     draw = random.Random(0)
@@ -126,6 +132,9 @@ def measure_documents(benchmark: Benchmark, originals: Sequence[Document]) -> No
             expected = 100 * float(np.mean(1 - (1 - similarities**CONFIG.rows) ** CONFIG.bands))
         metric = f"recall, {kind} ({len(found)} copies)"
         benchmark.add(metric, "%", share, larger_is_better=True, baseline_name=name, baseline=expected)
+    occurred = _occurred_before([document.text for document in documents])
+    right = 100 * float(np.mean(occurred[fates == dedup.EXACT]))
+    benchmark.add("precision: exact duplicates whose very text occurred before", "%", right, larger_is_better=True)
     is_near, similar_to = fates == dedup.NEAR, np.array(similarity)
     for least in (SIMILAR, 0.5):
         right = 100 * float(np.mean(similar_to[is_near] >= least))
@@ -142,24 +151,51 @@ def measure_documents(benchmark: Benchmark, originals: Sequence[Document]) -> No
     benchmark.add("dropped though no earlier document is of similarity 0.3", "%", wrong, larger_is_better=False)
 
 
-def measure_paragraphs(benchmark: Benchmark, originals: Sequence[Document]) -> None:
-    """Paragraphs of other documents, put into documents."""
-    least = CONFIG.min_paragraph or 1
-    draw = random.Random(1)
-    texts = [document.text for document in originals]
-    pieces = [text[begin:end] for text in texts for begin, end in dedup.paragraphs(text, least)]
-    hosts = draw.sample(range(len(texts)), min(300, len(texts)))
-    planted = {}
-    for host in hosts:
-        piece = draw.choice(pieces)
-        texts.append(f"{texts[host][:1000]} and so on\n\n{piece.upper()}\n\nThe end.")
-        planted[len(texts) - 1] = piece
+def as_a_paragraph(host: str, piece: str) -> str:
+    """A document with a paragraph of another one."""
+    return f"{host[:1000]} and so on\n\n{piece}\n\nThe end."
+
+
+def within_a_paragraph(host: str, piece: str) -> str:
+    """A document with the same words in the middle of a paragraph of its own."""
+    own = " ".join(host.split())
+    return f"{host[:1000]} and so on\n\n{own[:300]} {piece} {own[-300:]}\n\nThe end."
+
+
+PASSAGES: dict[str, Callable[[str, str], str]] = {
+    "paragraphs": as_a_paragraph,
+    "a passage within another paragraph": within_a_paragraph,
+}
+
+
+def _without_duplicate_paragraphs(texts: Sequence[str], least: int) -> tuple[list[np.ndarray], list[str]]:
+    """Which paragraphs of documents go, and what is left of these."""
     keys = [dedup.paragraph_keys(text, least)[None] for text in texts]
     counts = [np.array([found.shape[1]]) for found in keys]
     goes = dedup.find_duplicate_paragraphs(keys, counts, np.zeros(len(texts), np.uint8))
-    removed = {number: dedup.without_paragraphs(texts[number], least, goes[number]) for number in range(len(texts))}
-    found = 100 * float(np.mean([piece.upper() not in removed[number] for number, piece in planted.items()]))
-    benchmark.add(f"recall, paragraphs ({len(planted)} planted)", "%", found, larger_is_better=True)
+    return goes, [dedup.without_paragraphs(text, least, gone) for text, gone in zip(texts, goes, strict=True)]
+
+
+def measure_paragraphs(benchmark: Benchmark, originals: Sequence[Document]) -> None:
+    """Paragraphs of other documents, put into documents: as paragraphs of their own, and within others."""
+    for kind, plant in PASSAGES.items():
+        _measure_passages(benchmark, [document.text for document in originals], kind, plant)
+
+
+def _measure_passages(benchmark: Benchmark, texts: list[str], kind: str, plant: Callable[[str, str], str]) -> None:
+    least = CONFIG.min_paragraph or 1
+    draw = random.Random(1)
+    pieces = [text[begin:end] for text in texts for begin, end in dedup.paragraphs(text, least)]
+    planted = {}
+    for host in draw.sample(range(len(texts)), min(300, len(texts))):
+        piece = draw.choice(pieces).upper()
+        planted[len(texts)] = piece
+        texts.append(plant(texts[host], piece))
+    goes, removed = _without_duplicate_paragraphs(texts, least)
+    found = 100 * float(np.mean([piece not in removed[number] for number, piece in planted.items()]))
+    benchmark.add(f"recall, {kind} ({len(planted)} planted)", "%", found, larger_is_better=True)
+    if plant is not as_a_paragraph:
+        return
     seen: set[str] = set()
     right = wrong = 0
     for text, gone in zip(texts, goes, strict=True):

@@ -139,7 +139,7 @@ def torch_side(which: str, args: tuple[jax.Array, ...]) -> Callable[[], object]:
 
 def report(cases: dict[tuple[str, int, str], dict[str, float]], directory: Path) -> None:
     """Writes `sparse_attention.json` and, for each layer and pass, a figure of the time over the length."""
-    bench = Benchmark("sparse_attention")
+    bench = Benchmark("sparse_attention", "python -m benchmarks.sparse_attention --work DIR --repeats 1")
     for (layer, length, which), case in sorted(cases.items()):
         name = f"{layer}, {length // 1024}K, {which}"
         ours = case["selection"] + case["attention"]

@@ -294,12 +294,19 @@ def _training_curves(bench: Benchmark, work: Path, plan: Plan, directory: Path) 
         for how, losses in zip(("run dense", "run sparse"), runs, strict=True):
             means = [float(np.mean(rows)) for rows in losses]
             lines[f"trained {trained}, {how}"] = Series([float(step) for step in steps], means, markers=True)
-    for title, ours in (("trained sparse", curves["sparse"]), ("trained dense", curves["dense"])):
-        for (step, _, run), (_, dense, _) in ((ours[0], curves["dense"][0]), (ours[-1], curves["dense"][-1])):
+    run_sparse = f"run sparse with {plan.train_blocks} blocks"
+    for title, trained, sparse in (
+        (f"trained sparse, {run_sparse}", "sparse", True),
+        (f"trained dense, {run_sparse}", "dense", True),
+        ("trained sparse, run dense", "sparse", False),
+    ):
+        for at in (0, -1):
+            (step, runs_dense, runs_sparse), dense = curves[trained][at], curves["dense"][at][1]
+            run = runs_sparse if sparse else runs_dense
             more = Estimate.of((np.asarray(run) - np.asarray(dense)).tolist())
             bench.add(
-                f"held-out rows of {plan.train_length}, second half, after {step} steps: {title}, run sparse with "
-                f"{plan.train_blocks} blocks: {more.value:+.4f} ± {more.error:.4f} to trained dense, run dense",
+                f"held-out rows of {plan.train_length}, second half, after {step} steps: {title}: "
+                f"{more.value:+.4f} ± {more.error:.4f} to trained dense, run dense",
                 "nats/token",
                 float(np.mean(run)),
                 larger_is_better=False,

@@ -309,6 +309,7 @@ def train(cell: Cell, work: Path, programs: Programs, deadline: float = math.inf
     # Synchronous: a small state.
     with Checkpointer(folder / "checkpoints", CheckpointConfig(keep_last=1, asynchronous=False)) as checkpointer:
         restored = checkpointer.restore_latest(programs.states(cell))
+        kept = None if restored is None else restored.step
         if restored is not None:
             states, step, curve = restored.state, restored.step, restored.meta["curve"]
         elif cell.start:
@@ -318,7 +319,10 @@ def train(cell: Cell, work: Path, programs: Programs, deadline: float = math.inf
         run = programs.steps(cell).result()
 
         def save() -> None:
-            checkpointer.save(step, states, {"step": step, "curve": curve})
+            nonlocal kept, saved
+            if step != kept:  # a step is kept once, also where its time came at the end, or was before a kill
+                checkpointer.save(step, states, {"step": step, "curve": curve})
+            kept, saved = step, time.monotonic()
 
         with Progress(cell.name, cell.steps, initial=step, tokens_per_step=cell.rows * cell.task.seq_len) as progress:
             while step < cell.steps and (cell.stop_at is None or not curve or min(curve[-1][1]) < cell.stop_at):
@@ -332,7 +336,6 @@ def train(cell: Cell, work: Path, programs: Programs, deadline: float = math.inf
                 progress.update(step, loss=float(losses.mean()), accuracy=min(reached))
                 if time.monotonic() > saved + SAVE_EVERY:
                     save()
-                    saved = time.monotonic()
         save()
     seconds = time.monotonic() - begin
     result = {"steps": step, "seconds": seconds, "curve": curve, **origin()}

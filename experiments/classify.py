@@ -16,6 +16,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from cpm_jax.common.config import ConfigError, config_dataclass, config_differences
 from cpm_jax.common.files import sha256, write_json, write_text
+from cpm_jax.common.progress import Progress
 from cpm_jax.curation.classifier import (
     CLASSIFIER_FILE,
     ClassifierConfig,
@@ -25,7 +26,8 @@ from cpm_jax.curation.classifier import (
     train_classifier,
 )
 from cpm_jax.curation.document import Document
-from cpm_jax.curation.pools import read_pools, read_usable
+from cpm_jax.curation.pools import SetAside, SourceProgress, read_pools, read_usable
+from cpm_jax.curation.quality import SCORE
 from cpm_jax.data.errors import DataError
 from cpm_jax.data.workers import ordered_map
 from experiments.classify_report import write_scoring_report, write_training_report
@@ -33,7 +35,6 @@ from experiments.classify_report import write_scoring_report, write_training_rep
 CLASSIFIER_DIR = "classifier"
 SCORED_DIR = "scored"
 SUMMARY_FILE = "summary.json"
-SCORE = "classifier"  # the name of the score, and what a dropped document says
 _BATCH = 256  # documents that are scored together
 
 
@@ -123,35 +124,30 @@ def score(config: ClassifyConfig, workdir: Path) -> dict[str, Any]:
             "part_documents": config.part_documents,
         },
     )
-    rejects: collections.Counter[str] = collections.Counter()
-    documents = read_usable(_tuple(config.input), config.text_field, rejects)
+    set_aside, position = SetAside(), SourceProgress()
+    documents = read_usable(_tuple(config.input), config.text_field, set_aside, position)
     parts = _parts(folder)
     for part in parts:  # read again, as the sources have no index, but not scored
         for _ in itertools.islice(documents, _count_lines(part)):
             pass
     remote = about["kind"] != "fasttext"  # a server's replies are cached in one file, by one process
     num_workers = 0 if remote else (os.cpu_count() or 1) if config.num_workers is None else config.num_workers
-    scored = _score(documents, scorer_folder, threshold, num_workers)
-    done = len(parts) * config.part_documents
-    begin, before = time.monotonic(), done
-    for number in itertools.count(len(parts)):
-        lines = [json.dumps(dataclasses.asdict(d)) + "\n" for d in itertools.islice(scored, config.part_documents)]
-        if not lines:
-            break
-        write_text(folder / f"part-{number:05d}.jsonl", "".join(lines))
-        done += len(lines)
-        print(f"{done:,} documents scored, {(done - before) / (time.monotonic() - begin):,.0f} a second", flush=True)
-    summary = _summarise(folder, threshold, rejects)
+    with Progress("classify", position.total, initial=position.done, unit=position.unit, first_compiles=False) as bar:
+        scored = _shown(_score(documents, scorer_folder, threshold, num_workers), position, bar)
+        for number in itertools.count(len(parts)):
+            lines = [json.dumps(dataclasses.asdict(d)) + "\n" for d in itertools.islice(scored, config.part_documents)]
+            if not lines:
+                break
+            write_text(folder / f"part-{number:05d}.jsonl", "".join(lines))
+    summary = _summarise(folder, threshold) | set_aside.to_json()
     if not summary["documents"]:
-        raise DataError(
-            f"no document of {', '.join(_tuple(config.input))} can be used; set aside: {dict(rejects) or 'none'}"
-        )
+        raise DataError(f"no document of {', '.join(_tuple(config.input))} can be used; set aside: {set_aside}")
     write_json(workdir / SUMMARY_FILE, summary)
     report = write_scoring_report(workdir, summary)
     print(
         f"{summary['kept']:,} of {summary['documents']:,} documents are kept at {threshold:.3f} or more "
-        f"({summary['kept_bytes']:,} of {summary['bytes']:,} bytes), {sum(rejects.values()):,} could not be read\n"
-        f"report: {report}"
+        f"({summary['kept_bytes']:,} of {summary['bytes']:,} bytes), {sum(set_aside.rejects.values()):,} could not be "
+        f"read, {len(set_aside.quarantined):,} files are damaged and not used\nreport: {report}"
     )
     return summary
 
@@ -168,6 +164,20 @@ def _score(documents: Iterator[Document], folder: Path, threshold: float, num_wo
         for document, value in zip(batch, scores.tolist(), strict=True):
             document = document.with_score(SCORE, value)
             yield document if value >= threshold else document.drop(SCORE)
+
+
+def _shown(scored: Iterator[Document], position: SourceProgress, bar: Progress) -> Iterator[Document]:
+    """The same documents, with a look at the progress now and then."""
+    begin, number = time.monotonic(), 0
+
+    def rate() -> float:
+        return number / max(time.monotonic() - begin, 1e-9)
+
+    for number, document in enumerate(scored, 1):
+        if number % _BATCH == 0:
+            bar.update(position.done, **{"documents/s": rate()})
+        yield document
+    bar.update(position.total, **{"documents/s": rate()})
 
 
 def _tuple(sources: str | tuple[str, ...] | list[str]) -> tuple[str, ...]:
@@ -198,7 +208,7 @@ def _claim(workdir: Path, settings: dict[str, Any]) -> None:
         raise ConfigError(f"{workdir} holds documents that were scored in another way: {said}; take another --workdir")
 
 
-def _summarise(folder: Path, threshold: float, rejects: collections.Counter[str]) -> dict[str, Any]:
+def _summarise(folder: Path, threshold: float) -> dict[str, Any]:
     """Counts, histogram and examples of all parts, read one after the other."""
     histogram = np.zeros(20, np.int64)
     counts: collections.Counter[str] = collections.Counter()
@@ -217,7 +227,6 @@ def _summarise(folder: Path, threshold: float, rejects: collections.Counter[str]
     return {
         "threshold": threshold,
         **{name: counts[name] for name in names},
-        "set_aside": dict(rejects),
         "histogram": histogram.tolist(),
         "samples": samples,
     }

@@ -1,7 +1,7 @@
 """The pages that `classify` ends with."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +63,7 @@ def write_scoring_report(workdir: Path, summary: Mapping[str, Any]) -> Path:
     if summary["set_aside"]:
         rows = [[reason, f"{count:,}"] for reason, count in summary["set_aside"].items()]
         blocks.append(Table(["could not be read", "records"], rows, number_columns=(1,)))
+    blocks += _quarantined(summary["quarantined"])
     samples = [
         Section(
             f"Some that are {name}",
@@ -141,7 +142,15 @@ def _pools(result: Mapping[str, Any]) -> Section:
         ]
         for name, pool in result["pools"].items()
     ]
-    return Section("Pools", [Table(_SET_ASIDE, rows, number_columns=(1,))])
+    damaged = [reject for pool in result["pools"].values() for reject in pool["quarantined"]]
+    return Section("Pools", [Table(_SET_ASIDE, rows, number_columns=(1,)), *_quarantined(damaged)])
+
+
+def _quarantined(rejects: Sequence[Mapping[str, str]]) -> list[report.Block]:
+    """Files of many documents that are damaged; no table where there is none."""
+    rows = [[reject["source"], reject["id"], reject["reason"], reject["detail"]] for reject in rejects]
+    caption = "Files that break off: which documents they lost is not known, so nothing of them is used."
+    return [Table(["source", "quarantined", "why", "detail"], rows, caption)] if rows else []
 
 
 def _words(words: Mapping[str, list[Mapping[str, Any]]]) -> Section:

@@ -9,7 +9,7 @@ import heapq
 import importlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from cpm_jax.checkpoints.manager import CHECKPOINTS_DIR, CheckpointConfig
@@ -19,7 +19,7 @@ from cpm_jax.curation.extra import import_extra
 from cpm_jax.curation.pipeline import curate
 from cpm_jax.curation.places import DATA_DIR
 from cpm_jax.curation.pools import position
-from cpm_jax.curation.readers import Damage, Reading, plan_shards, read_shard
+from cpm_jax.curation.readers import Damage, Reading, plan_shards, read_whole_shard
 from cpm_jax.curation.writers import shard_writer
 from cpm_jax.data.errors import DataError
 from cpm_jax.data.prepare import PrepareConfig
@@ -67,17 +67,17 @@ def curated_text(config: "QuickstartConfig", workdir: Path) -> PrepareConfig:
 
 
 def read_usable(sources: Sequence[str], extensions: Sequence[str] | None, reading: Reading) -> Iterator[Document]:
-    """The documents of sources; of a damaged file what precedes the damage."""
+    """The documents of sources; of a damaged file none, as in `curate`."""
     for shard in plan_shards(sources, extensions)[0]:
         try:
-            yield from (found for found in read_shard(shard, reading) if isinstance(found, Document))
+            yield from (found for found in read_whole_shard(shard, reading) if isinstance(found, Document))
         except Damage:
             continue
 
 
 def place(document: Document) -> float:
-    """Where a document lies in [0, 1), whatever became of its text."""
-    return position(f"{document.source}\0{document.id}", seed=0)
+    """Where a document lies in [0, 1), whatever became of its text, and wherever its source lies."""
+    return position(f"{PurePath(document.source).name}\0{document.id}", seed=0)
 
 
 def divide(config: "QuickstartConfig", workdir: Path) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from cpm_jax.common import provenance
 from cpm_jax.common.config import ConfigError, config_dataclass, config_differences, config_to_dict
 from cpm_jax.common.files import sha256, write_json
 from cpm_jax.curation.classifier import CLASSIFIER_FILE, ClassifierConfig
-from cpm_jax.curation.pools import MIN_DOCUMENTS, PoolError
+from cpm_jax.curation.pools import MIN_DOCUMENTS, PoolError, check_pool
+from cpm_jax.curation.quality import SCORE
 from cpm_jax.curation.rounds import (
     DROPPED,
     KEPT,
@@ -139,15 +140,35 @@ def run_rounds(config: RoundsConfig, workdir: Path) -> list[dict[str, Any]]:
     """
     workdir = workdir.resolve()  # pools of later rounds lie in it, and are known by their paths
     verify.check(config.verification)
-    _claim(workdir, config)
     pools, manifests = config.pools, list[dict[str, Any]]()
+    _check_pools(config, workdir, 1, pools)
+    _claim(workdir, config)
     for number in range(1, config.num_rounds + 1):
         if manifests:
             pools = next_pools(
                 pools, Seeds(**_names(manifests[-1])), number - 1, manifests[-1]["counts"], _folder(workdir, number - 1)
             )
+            _check_pools(config, workdir, number, pools)
         manifests.append(run_round(config, workdir, number, pools))
     return manifests
+
+
+def _check_pools(config: RoundsConfig, workdir: Path, number: int, pools: Pools) -> None:
+    """Checks, before anything is annealed for a round, that each pool could be a seed, whichever will be chosen.
+
+    Random seeds are of all pools together, and nothing is annealed before the classifier counts those.
+
+    Raises:
+        PoolError: one is too small.
+        DataError: the source of one does not exist.
+    """
+    if config.seeds == "random" or (_folder(workdir, number) / MANIFEST_FILE).exists():
+        return
+    for name, source in pools.sources().items():
+        try:
+            check_pool(name, source, config.verification.text_field)
+        except PoolError as error:
+            raise PoolError(f"round {number}: {error}") from error
 
 
 def run_round(config: RoundsConfig, workdir: Path, number: int, pools: Pools) -> dict[str, Any]:
@@ -208,9 +229,12 @@ def run_round(config: RoundsConfig, workdir: Path, number: int, pools: Pools) ->
             "sha256": sha256(trained / CLASSIFIER_FILE),
             **{name: learned[name] for name in ("average_precision", "threshold", "examples", "held_out", "pools")},
         },
-        "counts": {name: scored[name] for name in ("documents", KEPT, DROPPED, "bytes", "kept_bytes", "set_aside")},
-        "change": compare_scored(before, folder / "score" / SCORED_DIR, classify.SCORE) if number > 1 else None,
-        "examples": sample_scored(folder / "score" / SCORED_DIR, classify.SCORE),
+        "counts": {
+            name: scored[name]
+            for name in ("documents", KEPT, DROPPED, "bytes", "kept_bytes", "set_aside", "quarantined")
+        },
+        "change": compare_scored(before, folder / "score" / SCORED_DIR, SCORE) if number > 1 else None,
+        "examples": sample_scored(folder / "score" / SCORED_DIR, SCORE),
         "files": {
             str(path.relative_to(folder)): sha256(path)
             for name in (KEPT, DROPPED)

@@ -55,6 +55,7 @@ VERBS = {
     ),
     "worker": Verb("take trials of the sweep in --workdir and train them", uses_devices=False, reads_runs=True),
     "quickstart": Verb("prepare, pretrain, evaluate, sample and export a small model; ends with report.html"),
+    "predict": Verb("what a family of small runs says about a large one, and the next run to make", uses_devices=False),
     "plan": Verb("what a TPU pod will do: memory, time and cost, compiled without the pod", uses_devices=False),
 }
 

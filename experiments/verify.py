@@ -32,12 +32,14 @@ from cpm_jax.curation.verification import (
     POINTS,
     Pair,
     Scores,
+    Unit,
     anneal_mixture,
     compare_pairs,
     more_tokens,
     sentence,
     verdict,
 )
+from cpm_jax.data.errors import DataError
 from cpm_jax.data.manifest import FILE_NAME, Manifest
 from cpm_jax.data.prepare import PrepareConfig, prepare
 from cpm_jax.data.tokenizer import Tokenizer
@@ -132,13 +134,15 @@ def run(config: VerifyConfig, workdir: Path) -> dict[str, Any]:
     """Trains and evaluates the cells that `workdir` lacks, compares, writes results.json and report.html.
 
     Raises:
-        ConfigError: the checkpoint is not in its stable phase, or the workdir holds cells of another budget or start.
+        ConfigError: the checkpoint is not in its stable phase, a data set has another tokenizer, or the workdir holds
+            cells of another budget or start.
         InputError: the checkpoint, a data set or a task cannot be used.
         exit_codes.Stop: it was told to stop; the same command goes on.
     """
     start = check(config)
-    _claim(workdir, config, start)
+    settings = _settings(workdir, config, start)
     folders = {DEFAULT: ""} | prepare_candidates(config, start, workdir)
+    write_json(workdir / SETTINGS_FILE, settings)  # not before: a candidate that cannot be used has claimed no name
     for seed in range(1, config.num_seeds + 1):  # seed by seed, so that there is something to compare early
         for name, folder in folders.items():
             run_cell(config, start, folder, seed, cell_folder(workdir, name, seed))
@@ -151,16 +155,40 @@ def run(config: VerifyConfig, workdir: Path) -> dict[str, Any]:
 
 
 def check(config: VerifyConfig) -> Start:
-    """Finds where the annealings start, and says before anything is trained that a task does not exist.
+    """Finds where the annealings start, and says before anything is trained which tasks cannot be measured on.
 
     Raises:
-        ConfigError: the checkpoint is not in its stable phase.
+        ConfigError: the checkpoint is not in its stable phase, or the tasks are of both kinds, or of neither.
         InputError: there is no such checkpoint or task.
     """
     from cpm_jax.evaluation.tasks import TaskOptions, make_tasks
 
-    make_tasks(_tuple(config.tasks), TaskOptions(0, config.limit))
+    tasks = make_tasks(_tuple(config.tasks), TaskOptions(0, config.limit))
+    for task in tasks:
+        if task.main_metric != "bits_per_byte" and not task.higher_is_better(task.main_metric):
+            raise ConfigError(
+                f"VerifyConfig.tasks has {task.name!r}, whose figure is {task.main_metric!r}: accepted are bits per "
+                "byte of texts, or shares of right answers",
+                field="VerifyConfig.tasks",
+            )
+    _unit({task.name: task.main_metric for task in tasks})
     return find_start(config.checkpoint)
+
+
+def _unit(metrics: Mapping[str, str]) -> Unit:
+    """The unit of tasks, by the metric of each.
+
+    Raises:
+        ConfigError: tasks of both kinds, whose figures have no common mean.
+    """
+    in_bits = {metric == "bits_per_byte" for metric in metrics.values()}
+    if len(in_bits) > 1:
+        raise ConfigError(
+            f"VerifyConfig.tasks = {list(metrics)}: bits per byte and right answers have no common mean; verify with "
+            "one kind at a time",
+            field="VerifyConfig.tasks",
+        )
+    return BITS_PER_BYTE if in_bits == {True} else POINTS
 
 
 def find_start(checkpoint: str) -> Start:
@@ -185,25 +213,41 @@ def find_start(checkpoint: str) -> Start:
 
 
 def prepare_candidates(config: VerifyConfig, start: Start, workdir: Path) -> dict[str, str]:
-    """The dataset folder of each candidate; those that are none yet are prepared with the checkpoint's tokenizer."""
+    """The dataset folder of each candidate; those that are none yet are prepared with the checkpoint's tokenizer.
+
+    Raises:
+        ConfigError: a dataset folder does not fit the default mix.
+        DataError: a candidate does not exist, or nothing of it can be used.
+    """
     tokenizer = find_tokenizer(start.path)
-    seq_len = Manifest.load(config.default_paths[0]).seq_len
-    folders = {}
+    default = Manifest.load(config.default_paths[0])
+    folders = {name: source for name, source in config.candidates.items() if (Path(source) / FILE_NAME).exists()}
+    for name, source in folders.items():
+        found = Manifest.load(source)
+        if (found.tokenizer_sha256, found.seq_len) != (default.tokenizer_sha256, default.seq_len):
+            raise ConfigError(
+                f"VerifyConfig.candidates: {name} ({source}) was prepared with another tokenizer than the checkpoint's "
+                f"or another seq_len ({found.seq_len}) than the default mix; prepare it with {tokenizer} and seq_len "
+                f"{default.seq_len}, or give its texts",
+                field="VerifyConfig.candidates",
+            )
     for name, source in config.candidates.items():
-        if (Path(source) / FILE_NAME).exists():
-            folders[name] = source
+        if name in folders:
             continue
         folders[name] = str(workdir / CANDIDATES_DIR / name)
         settings = PrepareConfig(
             sources=source,
-            seq_len=seq_len,
+            seq_len=default.seq_len,
             tokenizer=str(tokenizer),
             text_field=config.text_field,
             validation_fraction=0.0,
             num_workers=config.num_workers,
         )
-        prepare(settings, folders[name])
-    return folders
+        try:
+            prepare(settings, folders[name])
+        except DataError as error:
+            raise DataError(f"candidate {name}: {error}") from error
+    return {name: folders[name] for name in config.candidates}
 
 
 def cell_folder(workdir: Path, candidate: str, seed: int) -> Path:
@@ -271,21 +315,10 @@ def annealing(config: VerifyConfig, start: Start, candidate: str, seed: int) -> 
 
 
 def read_scores(workdir: Path, candidates: Sequence[str], num_seeds: int) -> Scores:
-    """The items of all cells, as arrays.
-
-    Raises:
-        ConfigError: tasks of both kinds, whose figures have no common mean.
-    """
+    """The items of all cells, as arrays."""
     from cpm_jax.evaluation.results import items_path, read_items
 
     about = _evaluation(workdir, candidates[0], 1)["tasks"]
-    kinds = {name: task["main_metric"] == "bits_per_byte" for name, task in about.items()}
-    if len(set(kinds.values())) > 1:
-        raise ConfigError(
-            f"VerifyConfig.tasks = {list(kinds)}: bits per byte and right answers have no common mean; verify with one "
-            "kind at a time",
-            field="VerifyConfig.tasks",
-        )
     weights: dict[str, np.ndarray] = {}
     values: dict[str, dict[str, np.ndarray]] = {name: {} for name in candidates}
     for task, summary in about.items():
@@ -297,7 +330,7 @@ def read_scores(workdir: Path, candidates: Sequence[str], num_seeds: int) -> Sco
                 rows.append([measured.value for measured in chosen])
                 weights[task] = np.array([measured.weight for measured in chosen], np.float64)
             values[candidate][task] = np.array(rows, np.float64)
-    return Scores(BITS_PER_BYTE if all(kinds.values()) else POINTS, weights, values)
+    return Scores(_unit({name: task["main_metric"] for name, task in about.items()}), weights, values)
 
 
 def summarise(
@@ -318,6 +351,7 @@ def summarise(
         },
         "pairs": [_pair(pair, scores, tokens) for pair in pairs],
         "items": {task: len(weights) for task, weights in scores.weights.items()},
+        "candidates": {name: _contents(folder) for name, folder in folders.items() if folder},
         "passes": passes,
         "cost": _cost(config, start, list(folders), workdir),
         "config": config_to_dict(config),
@@ -370,13 +404,25 @@ def _passes(folder: str, tokens: float) -> float:
     return tokens / max(1, Manifest.load(folder).splits["train"].tokens)
 
 
+def _contents(folder: str) -> dict[str, Any]:
+    """What a candidate's annealings could read, and what of its sources was set aside, counted by reason."""
+    manifest = Manifest.load(folder)
+    train = manifest.splits["train"]
+    return {
+        "documents": train.documents,
+        "tokens": train.tokens,
+        "duplicates": manifest.duplicates,
+        "set_aside": manifest.rejects,
+    }
+
+
 def _evaluation(workdir: Path, candidate: str, seed: int) -> dict[str, Any]:
     path = cell_folder(workdir, candidate, seed) / "evaluation" / evaluate_results_file()
     return json.loads(path.read_text("utf-8"))
 
 
-def _claim(workdir: Path, config: VerifyConfig, start: Start) -> None:
-    """Takes the workdir for this start and budget, or finds that it was taken for them.
+def _settings(workdir: Path, config: VerifyConfig, start: Start) -> dict[str, Any]:
+    """What the workdir is taken for: this start and budget, and all candidates that it had or gets.
 
     Raises:
         ConfigError: it was taken for others, or the default mix has another tokenizer.
@@ -401,7 +447,7 @@ def _claim(workdir: Path, config: VerifyConfig, start: Start) -> None:
         if changed := config_differences(before, settings):
             said = "; ".join(f"{name}: {was!r} at the last start, now {now!r}" for name, (was, now) in changed.items())
             raise ConfigError(f"{workdir} holds cells of another verification: {said}; take another --workdir")
-    write_json(path, settings)
+    return settings
 
 
 def _tuple(names: str | tuple[str, ...] | list[str]) -> tuple[str, ...]:

@@ -40,6 +40,7 @@ def write_verification_report(workdir: Path, results: Mapping[str, Any]) -> Path
             _against_default(results),
             _scores(results),
             _pairs(results),
+            _candidates(results),
             Section("Run", [Details("Settings and versions", json.dumps(_about(results), indent=1))]),
         ],
         footer=footer(),
@@ -118,3 +119,13 @@ def _pairs(results: Mapping[str, Any]) -> Section:
     )
     table = Table(header, rows, number_columns=range(2, 7), strong_rows=strong, caption=caption)
     return Section("All pairs", [table])
+
+
+def _candidates(results: Mapping[str, Any]) -> Section:
+    rows = []
+    for name, found in results["candidates"].items():
+        set_aside = ", ".join(f"{count:,} {reason}" for reason, count in found["set_aside"].items()) or "–"
+        rows.append([name, *(f"{found[count]:,}" for count in ("documents", "tokens", "duplicates")), set_aside])
+    header = ["candidate", "documents", "tokens", "duplicates left out", "set aside"]
+    caption = "Of a candidate that came as a dataset folder: what was counted when that was prepared."
+    return Section("What the candidates hold", [Table(header, rows, caption, number_columns=range(1, 4))])

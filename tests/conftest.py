@@ -1,18 +1,21 @@
 """Shared by all tests: CPU only, a small model, and a compilation cache for the processes that tests start."""
 
-import ast
 import gc
 import importlib.util
 import json
 import os
 import re
-import sysconfig
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "cpm_jax_test_cache"))
+# One for each run, which the workers of a run inherit: a program that another processor compiled adds in another order.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _cache = tempfile.TemporaryDirectory(prefix="cpm_jax_test_cache_")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -74,28 +77,15 @@ def tiny_config() -> ModelConfig:
     )
 
 
-def _strings(path: Path) -> list[str]:
-    tree = ast.parse(path.read_text("utf-8"))
-    nodes = (ast.Module, ast.ClassDef, ast.FunctionDef)
-    found = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, nodes)]
-    return [text for text in found if len(text) > 200]
-
-
-def _pools() -> dict[str, list[str]]:
-    """Documentation strings, and pieces of code without any."""
-    pools: dict[str, list[str]] = {"prose": [], "code": []}
-    for path in sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))[:60]:
-        pools["prose"] += _strings(path)
-        text = path.read_text("utf-8")
-        pools["code"] += [
-            text[i : i + 1000] for i in range(2000, len(text) - 1000, 4000) if '"""' not in text[i:][:1000]
-        ]
-    return {name: list(dict.fromkeys(texts))[:300] for name, texts in pools.items()}
-
-
 @pytest.fixture(scope="session")
 def pool_texts() -> dict[str, list[str]]:
-    return _pools()
+    """Prose and code of the standard library.
+
+    Its own process reads them: Python 3.11 keeps the depth of `ast.parse` once for all threads, so a thread of the test
+    process that formats a traceback at that moment makes it a SystemError.
+    """
+    script = Path(__file__).parent / "standard_library_pools.py"
+    return json.loads(subprocess.run([sys.executable, str(script)], check=True, capture_output=True).stdout)
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,10 @@ def _duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
+
+
 class Progress:
     """Shows steps done, rate, time left and a few figures of a long loop, on stderr.
 
@@ -29,6 +33,8 @@ class Progress:
         *,
         initial: int = 0,
         tokens_per_step: int = 0,
+        unit: str = "step",
+        first_compiles: bool = True,
         enabled: bool = True,
         file: TextIO | None = None,
     ):
@@ -36,24 +42,32 @@ class Progress:
 
         Args:
             name: what runs, for example "pretrain".
-            total: steps in all.
+            total: steps in all, or whatever `unit` counts.
             initial: steps that were done before.
             tokens_per_step: shows tokens/s where it is positive.
+            unit: what is counted; "B" are bytes, shown as kB, MB and so on.
+            first_compiles: whether the first update says nothing about the rate, since it compiled first.
             enabled: False shows nothing (processes other than 0).
             file: where to write; None takes stderr.
         """
         self._name, self._total, self._initial = name, total, initial
-        self._tokens_per_step = tokens_per_step
+        self._tokens_per_step, self._unit = tokens_per_step, unit
         self._file = file or sys.stderr
         self._enabled = enabled
-        self._start: float | None = None
+        self._start = None if first_compiles else time.monotonic()
         self._last_line = time.monotonic()
         self._step = initial
         self._figures: dict[str, str] = {}
         self._bar = None
         if enabled and self._file.isatty():
             self._bar = tqdm.tqdm(
-                total=total, initial=initial, desc=name, unit="step", file=self._file, dynamic_ncols=True
+                total=total,
+                initial=initial,
+                desc=name,
+                unit=unit,
+                unit_scale=unit == "B",
+                file=self._file,
+                dynamic_ncols=True,
             )
 
     def update(self, step: int, **figures: float) -> None:
@@ -61,12 +75,12 @@ class Progress:
 
         Args:
             step: steps done in all.
-            **figures: shown beside the bar, with four significant digits.
+            **figures: shown beside the bar, with four significant digits; whole numbers from 10,000.
         """
         if self._start is None:  # the first step compiles: it says nothing about the rate
             self._start, self._initial = time.monotonic(), step
         advance, self._step = step - self._step, step
-        self._figures.update({name: f"{value:.4g}" for name, value in figures.items()})
+        self._figures.update({name: _figure(value) for name, value in figures.items()})
         if self._bar is not None:
             rate = self.rate
             shown = {"tokens/s": f"{rate * self._tokens_per_step:,.0f}"} if rate and self._tokens_per_step else {}
@@ -81,9 +95,14 @@ class Progress:
         done = self._step - self._initial
         return done / max(time.monotonic() - self._start, 1e-9) if self._start is not None else 0.0
 
+    def _amount(self) -> str:
+        if self._unit == "B":
+            return "/".join(tqdm.tqdm.format_sizeof(number, "B") for number in (self._step, self._total))
+        return f"{self._step}/{self._total} {self._unit}s"
+
     def _line(self) -> None:
         self._last_line = time.monotonic()
-        parts = [f"{self._name}: {self._step}/{self._total} steps"]
+        parts = [f"{self._name}: {self._amount()}"]
         if rate := self.rate:
             if self._tokens_per_step:
                 parts.append(f"{rate * self._tokens_per_step:,.0f} tokens/s")

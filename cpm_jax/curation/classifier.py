@@ -168,8 +168,7 @@ def train_classifier(config: ClassifierConfig, positive: Pool, negative: Pool, f
         "config": config_to_dict(config) | {"scorer": _without_key(config_to_dict(config.scorer))},
         "threshold": threshold,
         "pools": {
-            pool.name: {"documents": len(pool.documents), "set_aside": dict(pool.rejects)}
-            for pool in (positive, negative)
+            pool.name: {"documents": len(pool.documents), **pool.set_aside.to_json()} for pool in (positive, negative)
         },
         "examples": {"positive": int(split.labels.sum()), "negative": int((~split.labels).sum())},
         "held_out": {"positive": int(labels.sum()), "negative": int((~labels).sum())},

@@ -72,6 +72,21 @@ class ExceptSourceFiles:
             return document
         return apply_filters(document, self.filters)
 
+    def identity(self) -> dict[str, Any]:
+        """What the result depends on."""
+        return {"filters": [described(apply) for apply in self.filters], "endings": self.endings}
+
+
+def described(apply: Any) -> dict[str, Any]:
+    """What a filter is, as JSON holds it: its class, and what its result depends on.
+
+    That is its fields, or what its method `identity` gives in their place, where it depends on a file.
+    """
+    if dataclasses.is_dataclass(apply) and not isinstance(apply, type):
+        fields = apply.identity() if hasattr(apply, "identity") else dataclasses.asdict(apply)
+        return {"filter": type(apply).__qualname__} | fields
+    return {"filter": getattr(apply, "__qualname__", type(apply).__qualname__)}
+
 
 def with_text(document: Document, text: str) -> Document:
     """The document with another text; the same object where nothing changes."""

@@ -14,22 +14,21 @@ import hashlib
 import itertools
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from cpm_jax.common.config import ConfigError, config_dataclass
 from cpm_jax.common.files import absolute, as_path, remove_folder, whole_file
+from cpm_jax.common.progress import Progress
 from cpm_jax.curation.card import dataset_card
 from cpm_jax.curation.decontamination import Decontaminate, build_index
 from cpm_jax.curation.dedup import DedupConfig
+from cpm_jax.curation.filters import described
 from cpm_jax.curation.html import Extractor
 from cpm_jax.curation.places import DECIDED, FILTERED, WRITTEN, Places
-from cpm_jax.curation.readers import InputShard, Reading, plan_shards
+from cpm_jax.curation.readers import InputShard, Reading, plan_shards, progress_sizes
 from cpm_jax.curation.runners import Pool, Runner
 from cpm_jax.curation.shards import FilterShard, WriteShard
 from cpm_jax.curation.statistics import Statistics
@@ -112,15 +111,9 @@ class PipelineConfig:
         arguments = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         del arguments["num_workers"], arguments["spark_master"]
         arguments["sources"] = self.source_list
-        arguments["filters"] = [_described(apply) for apply in self.filters]
+        arguments["filters"] = [described(apply) for apply in self.filters]
         arguments["dedup"] = None if self.dedup is None else dataclasses.asdict(self.dedup)
         return json.loads(json.dumps(arguments))
-
-
-def _described(apply: Any) -> dict[str, Any]:
-    if dataclasses.is_dataclass(apply) and not isinstance(apply, type):
-        return {"filter": type(apply).__qualname__} | dataclasses.asdict(apply)
-    return {"filter": getattr(apply, "__qualname__", type(apply).__qualname__)}
 
 
 def curate(
@@ -138,7 +131,7 @@ def curate(
         config: what to curate.
         output_dir: the folder to write, a path or a URL, see docs/curate.md.
         evaluation_sets: texts that no document may hold, by the name of their set.
-        progress: whether to show progress bars.
+        progress: whether to show how far each stage is, on stderr.
 
     Returns:
         The manifest that was written, now or by an earlier call.
@@ -277,21 +270,16 @@ def _run(
     progress: bool,
 ) -> None:
     """Runs a stage over the shards that it has not finished, with documents per second and the time left."""
-    interval = 0.1 if sys.stderr.isatty() else 30.0  # seconds; a log file is not to be filled with bars
     finished = places.finished(stage)
-    total = sum(shard.num_bytes for shard in shards) or None
-    before = sum(shard.num_bytes for shard in shards if shard.index in finished)
-    todo = [shard for shard in shards if shard.index not in finished]
-    with tqdm(
-        desc=stage, total=total, initial=before, unit="B", unit_scale=True, disable=not progress, mininterval=interval
-    ) as bar:
+    unit, sizes = progress_sizes(shards)
+    done = sum(sizes[index] for index in finished & sizes.keys())
+    with Progress(stage, sum(sizes.values()), initial=done, unit=unit, first_compiles=False, enabled=progress) as bar:
         begin, documents = time.monotonic(), 0
-        for shard in runner.map(make_function, todo, stage, places):
+        for shard in runner.map(make_function, [s for s in shards if s.index not in finished], stage, places):
+            done += sizes[shard.index]
             if progress:
                 documents += (places.note(stage, shard.index) or {"documents": 0})["documents"]
-                rate = documents / max(time.monotonic() - begin, 1e-9)
-                bar.set_postfix_str(f"{rate:,.0f} documents/s", refresh=False)
-            bar.update(shard.num_bytes)
+            bar.update(done, **{"documents/s": documents / max(time.monotonic() - begin, 1e-9)})
 
 
 def _identity(shard: InputShard) -> dict[str, Any]:

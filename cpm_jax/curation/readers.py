@@ -8,6 +8,8 @@ cannot be known, so none of it is used, and it is named (`Damage`). A small file
 import dataclasses
 import functools
 import json
+import pickle
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import Any
@@ -22,6 +24,7 @@ from cpm_jax.data.streams import Truncated, read_chunks
 
 GROUP_BYTES = 1 << 24  # of small files per shard
 MAX_TEXT_BYTES = 1 << 24  # of one document; a longer one is no document, and workers hold it in memory several times
+_SPOOLED_BYTES = 1 << 26  # of a shard that waits in memory until it is known to be whole
 _ARCHIVES = (".warc", ".wet")
 _PAGES = (".html", ".htm", ".xhtml")
 _MANY_DOCUMENTS = (*_ARCHIVES, ".jsonl", ".parquet", ".array_record")
@@ -135,6 +138,17 @@ def plan_shards(
     return shards, rejects
 
 
+def progress_sizes(shards: Sequence[InputShard]) -> tuple[str, dict[int, int]]:
+    """In what to count how far the reading is, and how much of it each shard is, by its index.
+
+    Returns:
+        "B", bytes of the files; or "shard" where a source has files that only TFDS knows, or all are empty.
+    """
+    if all(shard.files for shard in shards) and any(shard.num_bytes for shard in shards):
+        return "B", {shard.index: shard.num_bytes for shard in shards}
+    return "shard", {shard.index: 1 for shard in shards}
+
+
 def read_shard(shard: InputShard, reading: Reading) -> Iterator[Document | Reject]:
     """Reads a shard in order, in bounded memory.
 
@@ -159,6 +173,25 @@ def read_shard(shard: InputShard, reading: Reading) -> Iterator[Document | Rejec
         else:
             records = read_file(path, name, shard.source)
             yield from _documents(records, reading, damage=kind in _MANY_DOCUMENTS)
+
+
+def read_whole_shard(shard: InputShard, reading: Reading) -> Iterator[Document | Reject]:
+    """As `read_shard`, but yields nothing of a shard before it was read to its end without damage.
+
+    What was read waits in memory, or on disk where it is much.
+
+    Raises:
+        Damage: as `read_shard`, before anything is yielded.
+        DataError: the same.
+    """
+    with tempfile.SpooledTemporaryFile(max_size=_SPOOLED_BYTES) as file:
+        count = 0
+        for found in read_shard(shard, reading):
+            pickle.dump(found, file, pickle.HIGHEST_PROTOCOL)
+            count += 1
+        file.seek(0)
+        for _ in range(count):
+            yield pickle.load(file)
 
 
 def _documents(records: Iterator[Record | Reject], reading: Reading, damage: bool) -> Iterator[Document | Reject]:

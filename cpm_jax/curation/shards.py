@@ -30,8 +30,10 @@ from cpm_jax.curation.places import (
 )
 from cpm_jax.curation.readers import Damage, InputShard, Reading, read_shard
 from cpm_jax.curation.statistics import Statistics
-from cpm_jax.curation.writers import Columns, OutputFormat, dump, load_dump, shard_writer
+from cpm_jax.curation.writers import MAX_ROW_BYTES, Columns, OutputFormat, dump, line_of, load_dump, shard_writer
 from cpm_jax.data.sources import Reject
+
+_MAX_ID = 1000  # characters that a reject shows
 
 
 class _Filtered:
@@ -81,13 +83,17 @@ class FilterShard:
                 open_rows(REJECTED_ROWS) as rejects,
             ):
                 for found in read_shard(shard, self._reading):
-                    if isinstance(found, Reject):
-                        filtered.statistics.rejects[found.reason] += 1
-                        rejects.write(dataclasses.asdict(found))
+                    if isinstance(found, Document):
+                        document = apply_filters(found, self._filters)
+                        row = _row(document)
+                    else:
+                        row = found
+                    if isinstance(row, Reject):
+                        filtered.statistics.rejects[row.reason] += 1
+                        rejects.write(dataclasses.asdict(row))
                         continue
                     filtered.documents += 1
-                    document = apply_filters(found, self._filters)
-                    (dropped if document.dropped else kept).write(dump(document))
+                    (dropped if document.dropped else kept).write_line(row)
                     if document.dropped:
                         filtered.statistics.add(document)
                     else:
@@ -106,6 +112,15 @@ class FilterShard:
 
     def _rows(self, shard: int, suffix: str) -> AbstractContextManager[Any]:
         return shard_writer(self._places.file(FILTERED, shard, suffix), temporary_dir=self._places.temporary_dir)
+
+
+def _row(document: Document) -> bytes | Reject:
+    """The line of a document between the stages."""
+    line = line_of(dump(document))
+    if len(line) <= MAX_ROW_BYTES:
+        return line
+    detail = f"{len(line)} bytes with its metadata, as JSON, more than {MAX_ROW_BYTES}"
+    return Reject("record too long", document.id[:_MAX_ID], document.source[:_MAX_ID], detail)
 
 
 class WriteShard:

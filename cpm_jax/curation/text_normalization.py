@@ -7,7 +7,9 @@ one line and keeps its structure; runs of spaces become one. A tokenizer needs n
 the same way as English.
 """
 
+import functools
 import re
+import sys
 import unicodedata
 from collections.abc import Sequence
 
@@ -25,7 +27,14 @@ def fold(text: str) -> str:
     text = _BLANK_LINES.sub("\n\n", text).lower()
     if text.isascii():
         return text
-    return "".join(c for c in unicodedata.normalize("NFKD", text) if c.isascii() or unicodedata.category(c) != "Mn")
+    return _marks().sub("", unicodedata.normalize("NFKD", text))
+
+
+@functools.cache
+def _marks() -> re.Pattern[str]:
+    """Runs of nonspacing marks, to search for instead of looking at each character."""
+    found = (chr(code) for code in range(sys.maxunicode + 1))
+    return re.compile(f"[{''.join(c for c in found if unicodedata.category(c) == 'Mn')}]+")
 
 
 def escape(text: str) -> str:

@@ -12,7 +12,8 @@ import zstandard
 from cpm_jax.common.files import whole_file
 from cpm_jax.curation.document import Document
 from cpm_jax.curation.extra import import_extra
-from cpm_jax.data.streams import read_chunks, split_lines
+from cpm_jax.data.errors import DataError
+from cpm_jax.data.streams import MAX_LINE_BYTES, read_chunks, split_lines
 
 OutputFormat: TypeAlias = Literal["parquet", "jsonl.zst"]
 
@@ -21,6 +22,7 @@ _KINDS = {str: "text", int: "integer", float: "number", bool: "boolean"}
 _ROWS_PER_GROUP = 1000
 _CHARACTERS_PER_GROUP = 1 << 25  # a group of rows is held in memory until it is written
 _ZSTD_LEVEL = 3
+MAX_ROW_BYTES = MAX_LINE_BYTES - (1 << 12)  # of a dump; what deduplication adds is a reason
 
 
 class Columns:
@@ -90,6 +92,11 @@ class Columns:
         return arrow.schema(schema)
 
 
+def line_of(row: Mapping[str, Any]) -> bytes:
+    """A row as a line of JSON; lone surrogates, which metadata may have, become question marks."""
+    return json.dumps(row, ensure_ascii=False).encode(errors="replace") + b"\n"
+
+
 class _Lines:
     """Rows as lines of JSON into a zstd stream."""
 
@@ -98,8 +105,11 @@ class _Lines:
         self._stream = zstandard.ZstdCompressor(_ZSTD_LEVEL).stream_writer(file, closefd=False)
 
     def write(self, row: dict[str, Any]) -> None:
+        self.write_line(line_of(row))
+
+    def write_line(self, line: bytes) -> None:
         self.number += 1
-        self._stream.write(json.dumps(row, ensure_ascii=False).encode() + b"\n")
+        self._stream.write(line)
 
     def close(self) -> None:
         self._stream.close()
@@ -120,7 +130,7 @@ class _Table:
     def write(self, row: dict[str, Any]) -> None:
         self.number += 1
         self._rows.append(row)
-        self._characters += len(row["text"])
+        self._characters += sum(len(value) for value in row.values() if isinstance(value, str))
         if len(self._rows) >= _ROWS_PER_GROUP or self._characters >= _CHARACTERS_PER_GROUP:
             self._flush()
 
@@ -185,9 +195,11 @@ def load_rows(path: Path) -> Iterator[dict[str, Any]]:
 
     Raises:
         Truncated: the file is damaged.
+        DataError: a row is longer than any that is written here.
     """
-    for line in split_lines(read_chunks(path)):
-        assert isinstance(line, bytes), "readers let no text through that makes such a line"
+    for number, line in enumerate(split_lines(read_chunks(path)), 1):
+        if isinstance(line, int):
+            raise DataError(f"{path}: row {number} has {line} bytes; accepted are at most {MAX_LINE_BYTES}")
         yield json.loads(line)
 
 
@@ -196,5 +208,6 @@ def load_dump(path: Path) -> Iterator[Document]:
 
     Raises:
         Truncated: the file is damaged.
+        DataError: a row is longer than any that is written here.
     """
     return (Document(**row) for row in load_rows(path))

@@ -73,21 +73,28 @@ def text_task(source: str, name: str, *, limit: int = 0) -> HarnessTask:
     return HarnessTask(name, task, "bits_per_byte", f"{source}, {len(docs):,} documents", rejects)
 
 
+def numbered_lines(path: Path) -> list[tuple[int, bytes]]:
+    """The lines of a task file that are not blank, with their numbers from 1.
+
+    Raises:
+        TaskError: the file cannot be read.
+    """
+    try:
+        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    except OSError as error:
+        raise TaskError(f"task file {path}: {error.strerror or error}") from error
+    return [(number, line) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
 def read_records(path: Path) -> tuple[Kind, list[dict[str, Any]], list[Reject]]:
     """Reads a file; what cannot be an item is set aside with its reason.
 
     Raises:
         TaskError: the file cannot be read or has no usable record.
     """
-    try:
-        lines = path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
-    except OSError as error:
-        raise TaskError(f"task file {path}: {error.strerror or error}") from error
     kind: Kind | None = None
     docs, rejects = list[dict[str, Any]](), list[Reject]()
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, line in numbered_lines(path):
         try:
             record = json.loads(line.decode("utf-8"))
             if not isinstance(record, dict):

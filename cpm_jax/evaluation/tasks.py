@@ -20,8 +20,10 @@ from cpm_jax.evaluation.harness_task import HarnessTask, OfflineTask
 from cpm_jax.evaluation.reasoning_gym_task import PREFIX as REASONING_GYM
 from cpm_jax.evaluation.reasoning_gym_task import reasoning_gym_task
 from cpm_jax.evaluation.results import file_name
+from cpm_jax.evaluation.scaling_bench import PREFIX as SCALING_BENCH
+from cpm_jax.evaluation.scaling_bench import ScalingBenchTask, scaling_bench_task
 
-Task = HarnessTask | DocumentsTask
+Task = HarnessTask | DocumentsTask | ScalingBenchTask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +50,8 @@ def make_tasks(names: Sequence[str], options: TaskOptions = DEFAULT_OPTIONS) -> 
     """Builds tasks.
 
     Args:
-        names: of tasks in `BUILT_IN`, `humaneval_<n>`, `reasoning_gym:<family>`, .jsonl files, dataset folders, or
-            texts: any other source that `prepare` reads.
+        names: of tasks in `BUILT_IN`, `humaneval_<n>`, `reasoning_gym:<family>`, `scaling_bench:<data>`, .jsonl files,
+            dataset folders, or texts: any other source that `prepare` reads.
         options: what applies to all.
 
     Raises:
@@ -78,6 +80,8 @@ def _make_task(name: str, options: TaskOptions) -> Task:
             max_gen_tokens=options.max_gen_tokens,
             allow_unsafe=options.allow_unsafe,
         )
+    if name.startswith(SCALING_BENCH):
+        return scaling_bench_task(name)
     path = Path(name)
     if path.suffix == ".jsonl":
         return jsonl_task(path, path.stem, max_gen_tokens=options.max_gen_tokens)
@@ -85,7 +89,7 @@ def _make_task(name: str, options: TaskOptions) -> Task:
         return DocumentsTask.from_folder(path)
     if path.exists() or glob.has_magic(name) or name == "stdlib" or name.startswith("tfds:"):
         return text_task(name, re.sub(r"\W+", "_", path.stem).strip("_") or "texts", limit=options.limit)
-    known = ", ".join([*BUILT_IN, "humaneval_<samples>", f"{REASONING_GYM}<family>"])
+    known = ", ".join([*BUILT_IN, "humaneval_<samples>", f"{REASONING_GYM}<family>", f"{SCALING_BENCH}<data>"])
     raise TaskError(
         f"no task {name!r}: there are {known}; and there is no such file: a .jsonl file, a dataset folder that "
         "`prepare` wrote, or texts in a file, folder or glob pattern"

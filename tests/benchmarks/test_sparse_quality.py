@@ -200,7 +200,10 @@ def test_the_report_says_where_selection_does_not_win(tmp_path):
         (False, True, False),
         (True, False, False),
         (False, False, True),
+        (False, False, False),
+        (False, False, False),
     ]
+    assert all("trained sparse, run dense: +0.0000" in gap for gap in gaps[4:])
     dense, ours = (line for line in markdown(Losses(work, {}), plan).splitlines()[2:4])
     assert dense.startswith("| dense | 3")
     assert ours.count("(+0.1") == 3

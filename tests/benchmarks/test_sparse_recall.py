@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import math
 from types import SimpleNamespace
@@ -201,7 +202,7 @@ def params_of(work, name="cell"):
 
 def test_a_training_that_time_ended_goes_on_as_if_it_had_not(cell, tmp_path, monkeypatch, programs):
     whole = sparse_recall.train(cell, tmp_path / "whole", programs)
-    times = iter([0.0, 0.0, 0.0, 9.0])
+    times = itertools.chain([0.0, 0.0, 0.0], itertools.repeat(9.0))
     with monkeypatch.context() as patch:
         patch.setattr(sparse_recall, "time", SimpleNamespace(monotonic=lambda: next(times)))
         with pytest.raises(sparse_recall.OutOfTimeError):
@@ -219,6 +220,13 @@ def test_a_training_that_time_ended_goes_on_as_if_it_had_not(cell, tmp_path, mon
 
     monkeypatch.setattr(sparse_recall, "Checkpointer", never)
     assert sparse_recall.train(cell, tmp_path / "cut", programs) == result
+
+
+def test_the_last_step_may_be_saved_when_its_time_comes(cell, tmp_path, monkeypatch, programs):
+    monkeypatch.setattr(sparse_recall, "SAVE_EVERY", -1.0)
+    result = sparse_recall.train(cell, tmp_path, programs)
+    (tmp_path / "cell" / "training.json").unlink()  # as if it had been killed before that was written
+    assert sparse_recall.train(cell, tmp_path, programs)["curve"] == result["curve"]
 
 
 def test_seeds_that_run_together_are_those_that_run_alone(cell, tmp_path, programs):

@@ -54,3 +54,22 @@ def test_disabled_is_silent():
         bar.update(10)
         bar.write("x")
     assert out.getvalue() == ""
+
+
+def test_bytes_are_scaled_and_the_first_update_counts_where_nothing_compiles(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    out = io.StringIO()
+    with Progress("read", 4_000_000, unit="B", first_compiles=False, file=out) as bar:
+        now[0] = 40.0
+        bar.update(1_000_000, **{"documents/s": 12_345.6})
+    assert out.getvalue().splitlines()[0] == "read: 1.00MB/4.00MB, ETA 2:00, documents/s 12,346"
+
+
+def test_a_unit_has_its_name_on_lines_and_bars():
+    out, terminal = io.StringIO(), Terminal()
+    for file in (out, terminal):
+        with Progress("write", 3, unit="shard", first_compiles=False, file=file) as bar:
+            bar.update(3)
+    assert out.getvalue().startswith("write: 3/3 shards, ETA 0:00")
+    assert "shard/s" in terminal.getvalue()

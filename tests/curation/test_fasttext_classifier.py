@@ -113,6 +113,16 @@ def test_wrong_settings_and_files_are_named(tmp_path):
         FastTextClassifier.load(tmp_path)
 
 
+@pytest.mark.parametrize("labels", [("__label__good", "__label__bad"), ("__label__pos",)])
+def test_a_model_with_other_labels_is_named(tmp_path, labels):
+    """One that was made elsewhere, or of one class only."""
+    (tmp_path / "examples.txt").write_text("".join(f"{label} some words of a text\n" for label in labels * 5))
+    model = fasttext.train_supervised(str(tmp_path / "examples.txt"), dim=2, minCount=1, thread=1, verbose=0)
+    model.save_model(str(tmp_path / "model.bin"))
+    with pytest.raises(InputError, match=r"model\.bin has the labels \[.*\]: expected __label__pos and __label__neg"):
+        FastTextClassifier.load(tmp_path)
+
+
 def test_examples_without_a_frequent_word_are_an_error(tmp_path):
     config = FastTextConfig(**SMALL | {"min_count": 1000})
     with pytest.raises(

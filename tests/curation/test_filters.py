@@ -186,11 +186,30 @@ def test_fineweb_quality(text, why):
     assert reason(FineWebQuality(), text) == why
 
 
-@pytest.mark.parametrize("judge", [GopherQuality(), GopherRepetition(), C4Quality(), FineWebQuality()])
-def test_filters_travel_to_workers_and_take_any_text(judge):
-    assert pickle.loads(pickle.dumps(judge)) == judge
-    for text in ("x", "\n", "```\ncode\n```", "。", "$$x$$", "a\n" * 3, "…", "\x00"):
-        judge(Document(text, "1"))
+@pytest.mark.parametrize(
+    ("judge", "reasons"),
+    [
+        (GopherQuality(), dict.fromkeys(range(8), "gopher: too few words")),
+        (GopherRepetition(), {5: "repetition: lines"}),
+        (C4Quality(), dict.fromkeys(range(8), "c4: too few sentences")),
+        (
+            FineWebQuality(),
+            {3: "fineweb: short lines"} | dict.fromkeys((0, 5, 6, 7), "fineweb: lines without terminal punctuation"),
+        ),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_filters_travel_to_workers_and_judge_any_text(judge, reasons):
+    """What holds nothing but code or formulas is no prose, which only rules that count words or sentences drop."""
+    travelled = pickle.loads(pickle.dumps(judge))
+    assert travelled == judge
+    texts = ("x", "\n", "```\ncode\n```", "。", "$$x$$", "a\n" * 3, "…", "\x00")
+    for number, text in enumerate(texts):
+        document = Document(text, "1")
+        judged = travelled(document)
+        assert judged.dropped == reasons.get(number, ""), text
+        assert judged == judge(document)
+        assert judged.text == text
 
 
 def test_filters_serve_other_frameworks():

@@ -55,5 +55,7 @@ def test_bytes_in_the_encoding_that_the_page_names(encoding):
 
 
 @pytest.mark.parametrize("html", ["", "   ", "<html></html>", "\x00\x01", "<p", "no page at all"])
-def test_what_is_no_page_gives_no_error(html):
-    assert isinstance(extract_text(html), str)
+@pytest.mark.parametrize("extractor", ["keep_code_and_math", "prose"])
+def test_what_is_no_page_has_no_text(html, extractor):
+    assert extract_text(html, extractor) == ""
+    assert extract_text(html.encode(), extractor) == ""

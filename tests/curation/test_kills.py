@@ -1,5 +1,6 @@
 """A job that is killed again and again, workers and all, ends with the bytes of one that never was."""
 
+import contextlib
 import json
 import os
 import random
@@ -10,7 +11,7 @@ import time
 
 import pytest
 
-from cpm_jax.data.prepare import PROGRESS_DIR
+from tests.curation.held_jobs import notes
 from tests.curation.test_pipeline import digest, prose
 
 SHARDS = 8
@@ -18,7 +19,10 @@ SCRIPT = """
 import json, sys
 from cpm_jax.curation.gopher import GopherQuality, GopherRepetition
 from cpm_jax.curation.pipeline import PipelineConfig, curate
+from cpm_jax.curation.runners import Pool
+from tests.curation.held_jobs import hold
 if __name__ == "__main__":
+    hold(Pool, int(sys.argv[4]))
     filters = (GopherRepetition(max_duplicate_ngram_characters=()), GopherQuality())
     curate(PipelineConfig(sources=sys.argv[1], filters=filters, num_workers=int(sys.argv[3])), sys.argv[2],
            progress=False)
@@ -35,8 +39,8 @@ def corpus(tmp_path_factory):
     return root
 
 
-def start(corpus, output, num_workers):
-    command = [sys.executable, "-c", SCRIPT, str(corpus), str(output), str(num_workers)]
+def start(corpus, output, num_workers, hold_at=0):
+    command = [sys.executable, "-c", SCRIPT, str(corpus), str(output), str(num_workers), str(hold_at)]
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, start_new_session=True)
 
@@ -56,9 +60,19 @@ def expected(corpus, tmp_path_factory):
     return digest(output)
 
 
-def notes(output):
-    """How much is finished."""
-    return len(list((output / PROGRESS_DIR).glob("*/[0-9]*.json")))
+def kill_at(process, output, mark, seconds=0.0):
+    """Kills a job and all its workers some time after so many shards are finished; fails if it ended before."""
+    end = time.monotonic() + 300
+    try:
+        while (reached := notes(output)) < mark and process.poll() is None and time.monotonic() < end:
+            time.sleep(0.002)
+        time.sleep(seconds)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        error = process.communicate()[1]
+    assert reached >= mark, error.decode()
+    assert process.returncode == -signal.SIGKILL, error.decode()
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(10, marks=pytest.mark.slow)])
@@ -68,11 +82,7 @@ def test_each_shard_has_its_output_once_however_often_all_is_killed(corpus, expe
     # So that the kills fall on all of the work, each comes when a little more than before is finished.
     marks = sorted(draw.sample(range(1, 2 * SHARDS), kills))
     for mark in marks:
-        process = start(corpus, output, draw.choice([0, 2]))
-        while notes(output) < mark and process.poll() is None:
-            time.sleep(0.002)
-        time.sleep(draw.random() * 0.05)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
+        process = start(corpus, output, draw.choice([0, 2]), hold_at=mark)
+        kill_at(process, output, mark - draw.choice([0, 1]), draw.random() * 0.05)
     finish(start(corpus, output, 2))
     assert digest(output) == expected

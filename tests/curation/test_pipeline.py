@@ -3,19 +3,26 @@
 import dataclasses
 import gzip
 import hashlib
+import io
 import json
 import random
+import re
 
 import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from cpm_jax.common.config import ConfigError
-from cpm_jax.curation import readers
+from cpm_jax.curation import pipeline, readers
 from cpm_jax.curation.cleaning import MaskPersonalData
 from cpm_jax.curation.dedup import DedupConfig
 from cpm_jax.curation.document import Document
 from cpm_jax.curation.gopher import GopherQuality
 from cpm_jax.curation.pipeline import CARD, MANIFEST, PipelineConfig, curate
+from cpm_jax.curation.places import Places
+from cpm_jax.curation.readers import InputShard
+from cpm_jax.curation.runners import Runner
 from cpm_jax.curation.writers import load_dump
 from cpm_jax.data.errors import DataError
 from cpm_jax.data.prepare import PrepareConfig, prepare
@@ -245,3 +252,71 @@ def test_nothing_left_is_an_error_that_says_why(corpus, tmp_path):
         run(tmp_path / "nowhere", tmp_path / "out2")
     with pytest.raises(DataError, match="lies inside the source"):
         run(corpus, corpus / "out")
+
+
+def test_a_record_with_endless_metadata_is_a_counted_reject(tmp_path, monkeypatch):
+    monkeypatch.setattr("cpm_jax.curation.shards.MAX_ROW_BYTES", 2000)
+    rows = [{"text": prose(n), "id": str(n), "page": "x" * (3000 if n == 1 else 30)} for n in range(3)]
+    rows[2]["page"] = "lone \ud800 surrogate"
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [{"text": prose(n), "id": str(n), "page": "x" * (3000 if n == 11 else 30)} for n in range(10, 13)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "b.parquet")
+    sources = [str(tmp_path / name) for name in ("a.jsonl", "b.parquet")]
+    manifest = curate(PipelineConfig(sources, num_workers=0), tmp_path / "out", progress=False)
+    assert (manifest["documents"], manifest["rejects"]) == (4, {"record too long": 2})
+    rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
+    assert [item["id"] for item in rejects] == ["1", "11"]
+    assert rejects[0]["detail"].endswith("bytes with its metadata, as JSON, more than 2000")
+    kept = pyarrow.parquet.read_table(tmp_path / "out" / "data" / "shard-00000.parquet").to_pylist()
+    assert [row["page"] for row in kept] == ["x" * 30, "lone ? surrogate"]
+
+
+class EveryFortySeconds(Runner):
+    """A runner that finishes a shard of 80 documents every 40 seconds of a clock."""
+
+    def __init__(self, clock):
+        self.clock = clock
+
+    def map(self, make_function, shards, stage, places):
+        for shard in shards:
+            self.clock[0] += 40
+            places.leave_note(stage, shard.index, {"documents": 80})
+            yield shard
+
+    def find_duplicates(self, config, shards, places):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    ("files", "done", "later"),
+    [((("place", "name"),), "2.00kB/4.00kB", "3.00kB/4.00kB"), ((), "2/4 shards", "3/4 shards")],
+)
+def test_progress_has_documents_per_second_and_the_time_left(tmp_path, monkeypatch, files, done, later):
+    """Without files, as of TFDS, nobody knows the bytes."""
+    clock, err = [0.0], io.StringIO()
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("sys.stderr", err)
+    places = Places(str(tmp_path))
+    places.make_folders()
+    shards = [InputShard(number, "source", files, 1000 if files else 0) for number in range(4)]
+    places.leave_note("filtered", 0, {"documents": 80})  # by an earlier call
+    pipeline._run(EveryFortySeconds(clock), lambda: None, shards, "filtered", places, progress=True)
+    lines = err.getvalue().splitlines()
+    assert lines[0] == f"filtered: {done}, ETA 1:20, documents/s 2"
+    assert lines[1] == f"filtered: {later}, ETA 0:40, documents/s 2"
+    assert lines[-1].endswith("ETA 0:00, documents/s 2")
+
+
+def test_the_pool_shows_how_far_it_is(corpus, tmp_path, monkeypatch):
+    err = io.StringIO()
+    monkeypatch.setattr("sys.stderr", err)
+    monkeypatch.setattr("cpm_jax.common.progress.LINE_INTERVAL", 0.0)
+    curate(config(corpus, num_workers=2), tmp_path / "out")
+    lines = err.getvalue().splitlines()
+    for stage, shards in (("filtered", 4), ("written", 3)):
+        own = [line for line in lines if line.startswith(f"{stage}: ")]
+        assert len(own) == shards + 1  # each shard, and the end
+        assert all(re.fullmatch(rf"{stage}: \S+B/\S+B, ETA \d+:\d\d, documents/s \S+", line) for line in own)
+    err.truncate(0)
+    curate(config(corpus, num_workers=0), tmp_path / "quiet", progress=False)
+    assert not err.getvalue()

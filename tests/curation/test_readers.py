@@ -2,6 +2,7 @@
 
 import datetime
 import gzip
+import io
 import json
 
 import pyarrow
@@ -136,6 +137,45 @@ def test_wet_texts(tmp_path):
     (tmp_path / "a.warc.wet").write_bytes(wet_record("http://e.org/1", PROSE) + wet_record("http://e.org/2", " \n"))
     assert [(document.id, document.text) for document in documents(tmp_path)] == [("00000001", PROSE)]
     assert rejects(tmp_path) == [("empty text", "00000002")]
+
+
+def streamed(data: bytes) -> bytes:
+    """zstd as programs write it that do not know the size beforehand, a frame for each half and one to be skipped."""
+    halves = data[: len(data) // 2], data[len(data) // 2 :]
+    written = io.BytesIO()
+    for half in halves:
+        with zstandard.ZstdCompressor(write_checksum=True).stream_writer(written, closefd=False) as writer:
+            writer.write(half)
+    skipped = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"meta"
+    return written.getvalue() + skipped
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("a.warc", b"".join(warc_record(f"http://e.org/{n}", page(PROSE).encode()) for n in range(2))),
+        ("a.warc.gz", gzipped([warc_record(f"http://e.org/{n}", page(PROSE).encode()) for n in range(2)])),
+        (
+            "a.warc.zst",
+            b"".join(zstandard.compress(warc_record(f"http://e.org/{n}", page(PROSE).encode())) for n in range(2)),
+        ),
+        ("a.warc.wet.gz", gzipped([wet_record(f"http://e.org/{n}", PROSE) for n in range(2)])),
+        ("a.wet.gz", gzipped([wet_record(f"http://e.org/{n}", PROSE) for n in range(2)])),
+        ("a.wet.zst", b"".join(zstandard.compress(wet_record(f"http://e.org/{n}", PROSE)) for n in range(2))),
+        ("a.jsonl", 2 * (json.dumps({"text": PROSE}) + "\n").encode()),
+        ("a.jsonl.zst", streamed(2 * (json.dumps({"text": PROSE}) + "\n").encode())),
+        ("a.xhtml", f'<?xml version="1.0" encoding="utf-8"?>\n{page(PROSE)}'.encode()),
+        ("a.xhtml.gz", gzip.compress(page(PROSE).encode())),
+        ("a.html.zst", zstandard.compress(page(PROSE).encode())),
+        ("a.htm.zst", streamed(page(PROSE).encode())),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_every_format_that_is_named_is_read(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    texts = [document.text for document in documents(tmp_path)]
+    assert texts == [PROSE] * (1 if "htm" in name else 2)
+    assert rejects(tmp_path) == []
 
 
 def test_a_folder_of_pages_and_texts(tmp_path):

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -32,7 +33,8 @@ from cpm_jax.curation.places import (
 )
 from cpm_jax.curation.readers import InputShard
 from cpm_jax.data.errors import DataError
-from tests.curation.test_kills import SHARDS, corpus, notes  # noqa: F401
+from tests.curation.held_jobs import notes
+from tests.curation.test_kills import SHARDS, corpus, kill_at  # noqa: F401
 from tests.curation.test_pipeline import digest, prose
 
 DEFAULTS = """
@@ -47,7 +49,10 @@ SCRIPT = """
 import sys
 from cpm_jax.curation.gopher import GopherQuality
 from cpm_jax.curation.pipeline import PipelineConfig, curate
+from cpm_jax.curation.spark import Spark
+from tests.curation.held_jobs import hold
 if __name__ == "__main__":
+    hold(Spark, int(sys.argv[4]))
     config = PipelineConfig(sources=sys.argv[1], filters=(GopherQuality(),), spark_master=sys.argv[3])
     curate(config, sys.argv[2], progress=False)
 """
@@ -148,7 +153,8 @@ def test_a_cluster_writes_the_bytes_of_the_pool_through_urls_too(cluster, tmp_pa
     command += ["--gin.FILTERS=(@gopher.GopherQuality(),)", f"--gin.OUTPUT_DIR=file://{tmp_path / 'spark'}"]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert "documents/s" in done.stderr
+    for stage in ("filtered", "written"):
+        assert re.search(rf"^{stage}: \S+B/\S+B, ETA \d+:\d\d, documents/s ", done.stderr, re.MULTILINE)
     assert digest(tmp_path / "spark") == digest(tmp_path / "pool")
 
 
@@ -213,22 +219,15 @@ def test_each_shard_has_its_output_once_however_often_the_driver_is_killed(clust
         start_new_session=True,
     )
     # Each kill comes when a little more than before is finished; some while duplicates are looked for, the last while
-    # the output is written, which may be over too soon.
+    # the output is written. The driver stops one shard later, so that none of them comes too late.
     marks = [*sorted(draw.choices(range(1, SHARDS + 1), k=9)), SHARDS + 1]
     assert marks.count(SHARDS) > 1
-    kills = 0
+    assert len(marks) == 10
     for mark in marks:
-        process = start([sys.executable, "-c", SCRIPT, corpus, output, draw.choice(["local[2]", cluster.url])])
-        while notes(output) < mark and process.poll() is None:
-            time.sleep(0.002)
-        time.sleep(2 * draw.random() if mark == SHARDS else 0)
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            kills += 1
-        error = process.communicate()[1]
-        assert process.returncode in (0, -signal.SIGKILL), error.decode()
-    assert kills >= 9
-    process = start([sys.executable, "-c", SCRIPT, corpus, output, cluster.url])
+        master = draw.choice(["local[2]", cluster.url])
+        process = start([sys.executable, "-c", SCRIPT, corpus, output, master, str(mark + 1)])
+        kill_at(process, output, mark, 2 * draw.random() if mark == SHARDS else 0)
+    process = start([sys.executable, "-c", SCRIPT, corpus, output, cluster.url, "0"])
     error = process.communicate(timeout=300)[1]
     assert process.returncode == 0, error.decode()
     assert digest(output) == digest(tmp_path / "pool")

@@ -1,11 +1,12 @@
 import re
+import sys
 import unicodedata
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cpm_jax.curation.text_normalization import TextNormalizer
+from cpm_jax.curation.text_normalization import TextNormalizer, fold
 from cpm_jax.data.tokenizer import Tokenizer
 
 TEXTS = [
@@ -59,3 +60,9 @@ def test_a_batch_is_its_texts_one_by_one(normalize):
 
 def test_chinese_becomes_words_with_spaces_between(tokenizer):
     assert " " in TextNormalizer(tokenizer)(["今天天气很好,我们去公园散步"])[0]
+
+
+def test_marks_go_of_every_character_there_is():
+    text = "".join(chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000)
+    normal = unicodedata.normalize("NFKD", text.lower())
+    assert fold(text) == "".join(c for c in normal if unicodedata.category(c) != "Mn")

@@ -1,10 +1,13 @@
 import numpy as np
 import pytest
+import scipy.stats
 
+from cpm_jax.curation.paired_bootstrap import Difference
 from cpm_jax.curation.verification import (
     BITS_PER_BYTE,
     DEFAULT,
     POINTS,
+    Pair,
     Scores,
     anneal_mixture,
     compare_pairs,
@@ -67,14 +70,42 @@ def test_verdict_says_which_is_better_and_by_how_much():
     assert "good (" not in text
 
 
-def test_verdict_says_what_it_would_take():
-    measured = scores(default=0.0, a=-0.0015, b=0.0)
-    pair = next(p for p in compare_pairs(measured) if {p.first, p.second} == {"a", "b"})
-    assert not pair.significant
-    tokens = more_tokens(pair, 1000)
-    assert tokens is None or tokens % 2000 == 0
-    assert "are not distinguishable at this budget" in sentence(pair, BITS_PER_BYTE, 1000)
-    assert "would tell them apart" in sentence(pair, BITS_PER_BYTE, 1000)
+def unclear(*, item_error, seed_error):
+    """A difference of 0.01 that was not found with three seeds, its error of the items and of the seeds."""
+    error = np.hypot(item_error, seed_error)
+    found = Difference(
+        value=0.01,
+        standard_error=error,
+        interval=(0.01 - 3 * error, 0.01 + 3 * error),
+        p_value=0.3,
+        seed_freedom=2,
+        item_variance=item_error**2,
+        seed_variance=seed_error**2,
+        items=200,
+        seeds=3,
+    )
+    return Pair("a", "b", found, 0.3)
+
+
+def test_seeds_that_would_tell_are_counted_in_tokens():
+    pair = unclear(item_error=0.0, seed_error=0.01)
+    # The fewest seeds with which the t-test of one sample has a power of about 80%, found one after the other.
+    one_seed = 0.01 * np.sqrt(3)
+    needed = next(
+        n
+        for n in range(4, 1000)
+        if (scipy.stats.t.ppf(0.975, n - 1) + scipy.stats.t.ppf(0.8, n - 1)) * one_seed / np.sqrt(n) < 0.01
+    )
+    assert more_tokens(pair, 1000) == 2 * 1000 * (needed - 3)
+    said = sentence(pair, BITS_PER_BYTE, 1000)
+    assert said.startswith("a and b are not distinguishable at this budget: +0.0100 ± 0.0300")
+    assert f"about {2 * 1000 * (needed - 3):,} more tokens of training would tell them apart" in said
+
+
+def test_items_that_leave_it_open_are_said():
+    pair = unclear(item_error=0.01, seed_error=0.001)
+    assert more_tokens(pair, 1000) is None
+    assert "no number of seeds would tell them apart on these held-out items" in sentence(pair, BITS_PER_BYTE, 1000)
 
 
 def test_one_candidate_is_compared_with_the_default_mix_and_one_seed_is_warned_of():

@@ -7,6 +7,7 @@ import pytest
 from cpm_jax.curation.document import Document
 from cpm_jax.curation.readers import Reading, plan_shards, read_shard
 from cpm_jax.curation.writers import Columns, dump, load_dump, shard_writer, write_documents
+from cpm_jax.data.errors import DataError
 
 DOCUMENTS = [
     Document(
@@ -76,3 +77,20 @@ def test_dumps_hold_all_of_a_document(tmp_path):
         for document in documents:
             writer.write(dump(document))
     assert list(load_dump(tmp_path / "a.jsonl.zst")) == documents
+
+
+def test_a_row_that_is_longer_than_any_written_here_is_named(tmp_path, monkeypatch):
+    with shard_writer(tmp_path / "a.jsonl.zst") as writer:
+        for text in ("short", "x" * 500):
+            writer.write(dump(Document(text, "1")))
+    monkeypatch.setattr("cpm_jax.data.streams.MAX_LINE_BYTES", 300)
+    with pytest.raises(DataError, match=r"a.jsonl.zst: row 2 has \d+ bytes; accepted are at most"):
+        list(load_dump(tmp_path / "a.jsonl.zst"))
+
+
+def test_long_metadata_makes_small_groups_of_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr("cpm_jax.curation.writers._CHARACTERS_PER_GROUP", 100)
+    documents = [Document("x", str(number), metadata={"page": "y" * 60}) for number in range(5)]
+    write_documents(tmp_path / "a.parquet", documents)
+    with pyarrow.parquet.ParquetFile(tmp_path / "a.parquet") as file:
+        assert [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)] == [2, 2, 1]

@@ -1,4 +1,5 @@
 import dataclasses
+import io
 import json
 import re
 
@@ -9,6 +10,7 @@ from cpm_jax.curation.classifier import ClassifierConfig
 from cpm_jax.curation.fasttext_classifier import FastTextConfig
 from experiments import classify
 from experiments.classify import ClassifyConfig, run
+from tests.curation.test_classifier import cut_off
 from tests.curation.test_fasttext_classifier import SMALL
 
 
@@ -89,6 +91,19 @@ def test_other_settings_in_the_same_workdir_are_refused(scoring, tmp_path):
         run(dataclasses.replace(scoring, part_documents=50), tmp_path)
 
 
+def test_a_file_that_breaks_off_is_named_in_the_summary_and_on_the_page(scoring, tmp_path, pool_files, pool_texts):
+    cut = cut_off(tmp_path, pool_texts["prose"])
+    run(dataclasses.replace(scoring, input=(cut, pool_files["code"])), tmp_path / "run")
+    assert [row["text"] for row in rows(tmp_path / "run")] == pool_texts["code"]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    (damaged,) = summary["quarantined"]
+    assert (damaged["source"], damaged["reason"]) == (cut, "truncated")
+    assert summary["set_aside"] == {}
+    assert damaged["id"] in (tmp_path / "run" / "report.html").read_text()
+    with pytest.raises(InputError, match=r"can be used; set aside: none; damaged: cut\.jsonl\.gz:\d+ \(truncated\)"):
+        run(dataclasses.replace(scoring, input=cut), tmp_path / "nothing")
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
@@ -112,3 +127,17 @@ def test_sources_without_a_usable_document_are_said(scoring, tmp_path):
     with pytest.raises(InputError, match=r"no document of .*wrong.jsonl can be used; set aside: .*missing field"):
         run(dataclasses.replace(scoring, input=str(source)), tmp_path / "run")
     assert not (tmp_path / "run" / "summary.json").exists()
+
+
+def test_scoring_shows_documents_per_second_and_the_time_left(scoring, tmp_path, monkeypatch):
+    err = io.StringIO()
+    monkeypatch.setattr("sys.stderr", err)
+    monkeypatch.setattr("cpm_jax.common.progress.LINE_INTERVAL", 0.0)
+    monkeypatch.setattr(classify, "_BATCH", 50)
+    run(scoring, tmp_path)
+    lines = err.getvalue().splitlines()
+    assert len(lines) > len(rows(tmp_path)) // 50
+    found = [re.fullmatch(r"classify: (\S+)/(\S+), ETA \d+:\d\d, documents/s \S+", line) for line in lines]
+    assert all(found)
+    assert all(match[2] == found[-1][1] for match in found)  # at last all bytes are done
+    assert len({match[1] for match in found}) > 5  # also within a file

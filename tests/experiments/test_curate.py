@@ -74,3 +74,17 @@ def test_every_task_of_the_repository_is_an_evaluation_set(tmp_path):
     path.write_text("{\n")
     with pytest.raises(ConfigError, match=r"mine.jsonl:1: malformed JSON"):
         evaluation_texts([str(path)])
+
+
+def test_a_line_without_end_is_a_counted_reject(tmp_path, monkeypatch, capsys):
+    """Of 200 MB in life; the limit is made small, so that the line need not be long."""
+    monkeypatch.setattr("cpm_jax.data.streams.MAX_LINE_BYTES", 100_000)
+    texts = [article(1), "x" * 200_000, article(2)]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    flags = [f"--workdir={tmp_path / 'out'}", f"--gin.DATA={tmp_path / 'in.jsonl'}", "--gin.NUM_WORKERS=0"]
+    assert main(["curate", *flags, "--gin.FILTERS=()", "--gin.DEDUP=None", "--gin.EVALUATION_SETS=()"]) == 0
+    out = capsys.readouterr().out
+    assert "kept: 2 of 2 documents" in out
+    assert 'rejects (rejects.jsonl): {"line too long": 1}' in out
+    reject = json.loads((tmp_path / "out" / "rejects.jsonl").read_text())
+    assert (reject["id"], reject["detail"].split(" bytes")[0]) == ("in.jsonl:2", str(200_000 + len('{"text": ""}')))

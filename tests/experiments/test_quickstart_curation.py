@@ -53,7 +53,7 @@ def names(path):
 
 
 def test_what_is_held_out_is_in_no_training_text_and_no_candidate(config, tmp_path):
-    found = run_curation(config, tmp_path)
+    found = run_curation(dataclasses.replace(config, verify_steps=16), tmp_path)  # samples with some of each kind
     assert found["documents"] == 100
     assert found["drops"] == {"exact duplicate": 1, "odd": 100}
     assert found["rejects"] == {"malformed JSON": 1}
@@ -77,6 +77,12 @@ def test_a_sample_has_about_the_bytes_that_are_asked_for(config, tmp_path):
     end = sample_end(documents, 1000)
     assert sum(place(document) < end for document in documents) == 10
     assert sample_end(documents, 10**6) == 1.0
+
+
+def test_a_document_has_its_place_wherever_its_source_lies():
+    at = {place(Document("x", "a.txt", f"{folder}/texts")) for folder in ("/data", "/elsewhere", "s3://bucket")}
+    assert len(at) == 1
+    assert place(Document("x", "b.txt", "/data/texts")) not in at
 
 
 def test_too_little_to_hold_out_is_said(config, tmp_path):

@@ -190,13 +190,48 @@ def test_a_pool_that_becomes_too_small_is_said(recipe, tmp_path, monkeypatch, th
         run(dataclasses.replace(recipe, classifier=classifier), tmp_path)
 
 
-def test_a_pool_without_distinct_documents_names_its_round(recipe, tmp_path, monkeypatch):
-    ranked(monkeypatch, "same")
-    same = write(tmp_path / "same.jsonl", ["the same text"] * 100)
-    candidates = {"same": same, "prose": recipe.verification.candidates["prose"]}
-    config = dataclasses.replace(recipe, verification=dataclasses.replace(recipe.verification, candidates=candidates))
-    with pytest.raises(PoolError, match=r"round 1: the positive pool \(.*same.jsonl\) has 1 usable documents"):
-        run(config, tmp_path / "rounds")
+@pytest.mark.parametrize(
+    ("documents", "said"),
+    [
+        (["one", "two", "three"], r"has 3 usable documents, needed are at least 20; set aside: none"),
+        (["the same text"] * 100, r"has 1 usable documents, .* set aside: \{'duplicate': 99\}"),
+        ([" "] * 30, r"has 0 usable documents, .* set aside: \{'empty text': 30\}"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["positive", "negative"])
+def test_a_pool_that_is_too_small_is_said_before_anything_is_annealed(
+    recipe, tmp_path, monkeypatch, kind, documents, said
+):
+    """Also where it would not be chosen: the ranking has others as the best and the worst."""
+    asked = ranked(monkeypatch, "prose", "few")
+    few = {"few": write(tmp_path / "few.jsonl", documents)}
+    verification = recipe.verification
+    if kind == "positive":
+        verification = dataclasses.replace(verification, candidates={**verification.candidates, **few})
+    config = dataclasses.replace(
+        recipe, verification=verification, negative=recipe.negative | (few if kind == "negative" else {})
+    )
+    workdir = tmp_path / "rounds"
+    with pytest.raises(PoolError, match=rf"^round 1: the pool few \(.*few\.jsonl\) {said}"):
+        run(config, workdir)
+    assert not asked
+    assert not workdir.exists()  # another recipe may still take it
+
+
+def test_a_pool_that_becomes_one_text_is_said_before_the_next_annealing(recipe, tmp_path, monkeypatch):
+    asked = ranked(monkeypatch, "prose", "kept_1")
+    split = rounds.split_scored
+
+    def split_into_copies(scored, folder, text_field):
+        split(scored, folder, text_field)
+        for part in (folder / "kept").glob("*.jsonl"):
+            first, *others = part.read_text().splitlines(keepends=True)
+            part.write_text(first * (1 + len(others)))
+
+    monkeypatch.setattr(rounds, "split_scored", split_into_copies)
+    with pytest.raises(PoolError, match=r"^round 2: the pool kept_1 \(.*round1/kept\) has \d usable documents"):
+        run(recipe, tmp_path)
+    assert len(asked) == 1
 
 
 def test_a_wrong_task_is_said_first_with_random_seeds_too(recipe, tmp_path):
@@ -230,7 +265,7 @@ def test_a_keep_rate_is_refused(recipe):
 
 
 @pytest.mark.slow
-def test_a_killed_process_goes_on_and_ends_with_the_same(recipe, made, tmp_path):
+def test_a_killed_process_goes_on_and_ends_with_the_same(recipe, tmp_path):
     config = recipe.verification
     flags = {
         "CHECKPOINT": config.checkpoint,
@@ -248,24 +283,25 @@ def test_a_killed_process_goes_on_and_ends_with_the_same(recipe, made, tmp_path)
         "RoundsConfig.part_documents": 50,
     }
     flags |= {f"FastTextConfig.{name}": value for name, value in SMALL.items()}
-    command = [sys.executable, "-m", "experiments.run", "rounds", f"--workdir={tmp_path}"]
+    command = [sys.executable, "-m", "experiments.run", "rounds"]
     command += [f"--gin.{name}={value}" for name, value in flags.items()]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run([*command, f"--workdir={whole}"], check=True, capture_output=True)
+    command.append(f"--workdir={killed}")
     for marker in ("verification/cells/prose", "round1/train", "round1/kept", "round2/score", "verification/cells/raw"):
         job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        while job.poll() is None and not (tmp_path / marker).exists():
+        while job.poll() is None and not (killed / marker).exists():
             time.sleep(0.02)
         assert job.poll() is None, job.stderr.read().decode()
         job.send_signal(signal.SIGKILL)
         job.wait()
         job.stderr.close()
     subprocess.run(command, check=True, capture_output=True)
-    again = json.loads((tmp_path / "results.json").read_text())
-    strip = str(tmp_path), str(made[0])
-    assert [undated(m) for m in json.loads(json.dumps(again["rounds"]).replace(*strip))] == [
-        undated(m) for m in made[1]["rounds"]
-    ]
-    assert again["margins"] == made[1]["margins"]
-    assert (
-        rounds.read_manifest(tmp_path / "round2")["verification"]["pairs"]
-        == (made[1]["rounds"][1]["verification"]["pairs"])
-    )
+    results = json.loads((whole / "results.json").read_text())
+    again = json.loads((killed / "results.json").read_text().replace(str(killed), str(whole)))
+    assert again["margins"] == results["margins"]
+    for now, then in zip(again["rounds"], results["rounds"], strict=True):
+        assert now["verification"]["pairs"] == then["verification"]["pairs"]
+        assert now.keys() == then.keys()
+        changed = {name: (now[name], then[name]) for name in undated(then) if now[name] != then[name]}
+        assert not changed
