@@ -17,7 +17,7 @@ from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
 
 from cpm_jax.common import exit_codes
 from cpm_jax.common.config import ConfigError, InputError, config_dataclass
-from cpm_jax.common.files import write_text
+from cpm_jax.common.files import write_json, write_text
 from cpm_jax.scaling import study as studies
 from cpm_jax.scaling.extra import import_extra
 from cpm_jax.scaling.runs import RUNS_FILE, write_runs
@@ -41,7 +41,7 @@ class SweepConfig:
         bindings: its macros and bindings: {'DATA': '/data/set', 'TRAIN_STEPS': 500}.
         space: what trials set beyond these: an expression of `cpm_jax.scaling.space`, or a Python file with `SPACE`.
         study: how trials are chosen.
-        per: binding within whose values trials are compared, such as 'D_MODEL': the best of each is reported.
+        group_by: binding such as 'D_MODEL': trials are compared within its values, and the best of each is reported.
         name: of the study in its database.
         storage: URL of the database: "" is SQLite in the workdir; postgresql://user@host/name.
         workers: how many to start; 0 starts none, and waits for those that are started elsewhere.
@@ -53,7 +53,7 @@ class SweepConfig:
         grace_seconds: a trial whose worker has been silent for so long is given to another, from its checkpoint.
         patience_seconds: how long a database may be locked or out of reach.
         report_seconds: how often the report is written.
-        known: other sweeps' workdirs, or runs.jsonl: trials that they have trained are not trained again.
+        reuse: other sweeps' workdirs, or runs.jsonl: trials that they have trained are not trained again.
         full_size_gin_files: files after those of the base that make a trial one of full size, for the bill.
         full_size_bindings: likewise bindings; without either the largest trial is full size.
     """
@@ -62,7 +62,7 @@ class SweepConfig:
     bindings: dict[str, Any]
     space: str
     study: StudyConfig = StudyConfig()
-    per: str = ""
+    group_by: str = ""
     name: str = "sweep"
     storage: str = ""
     workers: NonNegativeInt = 1
@@ -73,7 +73,7 @@ class SweepConfig:
     grace_seconds: PositiveInt = 60
     patience_seconds: PositiveFloat = 60.0
     report_seconds: PositiveFloat = 20.0
-    known: tuple[str, ...] = ()
+    reuse: tuple[str, ...] = ()
     full_size_gin_files: tuple[str, ...] = ()
     full_size_bindings: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -124,7 +124,7 @@ def run(config: SweepConfig, workdir: Path) -> None:
     fixed = dataclasses.replace(
         config, gin_files=base.gin_files, bindings=dict(base.bindings), space=expression(base.space)
     )
-    study, url = opened(fixed, base, workdir, plan)
+    study, url = open_sweep(fixed, base, workdir, plan)
     write_text(workdir / SETTINGS_FILE, _settings_text(fixed))
     patiently(lambda: study.set_user_attr(studies.EXHAUSTED, False), url, config.patience_seconds)
     if config.study.sampler == "grid":
@@ -137,11 +137,11 @@ def run(config: SweepConfig, workdir: Path) -> None:
         f"report, while it runs: {workdir / sweep_report.REPORT_FILE}",
         flush=True,
     )
-    view = sweep_report.View(fixed, base, study, workdir, plan.full_flops)
+    view = sweep_report.View(fixed, base, study, plan.full_flops)
     crew = _Crew(config, workdir)
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        _watch(config, study, url, view, crew)
+        _watch(config, workdir, url, view, crew)
     except KeyboardInterrupt as error:
         raise exit_codes.Stop(
             exit_codes.PREEMPTED, "stopped; trials are saved, and the same command goes on"
@@ -149,8 +149,9 @@ def run(config: SweepConfig, workdir: Path) -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
         crew.stop()
-    report = view.write(finished=True)
+    report = view.write(workdir, finished=True)
     write_runs(workdir / RUNS_FILE, view.runs())
+    write_json(workdir / sweep_report.SUMMARY_FILE, view.summary())
     print(f"{view.conclusion()}\nreport: {report}")
 
 
@@ -191,7 +192,9 @@ def make_plan(config: SweepConfig, base: sweep_trials.Base, most: int = _MOST_CH
     return Plan(tokens, measured, full_flops)
 
 
-def opened(config: SweepConfig, base: sweep_trials.Base, workdir: Path, plan: Plan | None = None) -> tuple[Any, str]:
+def open_sweep(
+    config: SweepConfig, base: sweep_trials.Base, workdir: Path, plan: Plan | None = None
+) -> tuple[Any, str]:
     """The study of a sweep and the URL of its database; makes both where they are missing.
 
     Raises:
@@ -236,7 +239,7 @@ def _settings_text(config: SweepConfig) -> str:
     return repr(dataclasses.asdict(config)) + "\n"
 
 
-def _watch(config: SweepConfig, study: Any, url: str, view: sweep_report.View, crew: "_Crew") -> None:
+def _watch(config: SweepConfig, workdir: Path, url: str, view: sweep_report.View, crew: "_Crew") -> None:
     """Keeps the report fresh until no trial is left.
 
     Raises:
@@ -248,7 +251,7 @@ def _watch(config: SweepConfig, study: Any, url: str, view: sweep_report.View, c
         crew.look_after()
         if time.monotonic() - shown_at >= config.report_seconds or over:
             shown_at = time.monotonic()
-            view.write(finished=False)
+            view.write(workdir, finished=False)
             if (line := view.line()) != said:
                 print(line, flush=True)
                 said = line
@@ -285,8 +288,10 @@ class _Crew:
     def _start(self, index: int) -> None:
         self.last_log = self._folder / f"worker{index}.txt"
         with self.last_log.open("ab") as log:
+            # Its end is told to them even where this process is killed, so that the same command does not add others.
+            command = sweep_trials.ends_with_this_process(self._command, signal.SIGTERM)
             self._processes[index] = subprocess.Popen(
-                self._command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
+                command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
             )
 
     def _submit(self) -> None:

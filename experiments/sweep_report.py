@@ -1,106 +1,92 @@
 """The page of a sweep, while it runs and at its end, and its lines for the terminal."""
 
 import ast
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cpm_jax.common import report
+from cpm_jax.common.config import config_from_dict
 from cpm_jax.common.figures import Series, bar_figure, human_seconds, line_figure, parallel_figure
 from cpm_jax.common.report import Details, Headline, Page, Section, Table, Text
 from cpm_jax.common.training_report import footer
 from cpm_jax.scaling import study as studies
 from cpm_jax.scaling import trials as results
 from cpm_jax.scaling.extra import import_extra
-from cpm_jax.scaling.runs import Run
+from cpm_jax.scaling.runs import Run, merge_runs
 from cpm_jax.scaling.trials import Setting, Trial
 from experiments import sweep_trials
 
 if TYPE_CHECKING:
     from experiments.sweep import SweepConfig
 
-REPORT_FILE = "report.html"
+REPORT_FILE, SUMMARY_FILE = "report.html", "summary.json"
 _MOST_CURVES = 12
 
 
 class View:
-    """What can be seen of a sweep, read anew from its database and its folders."""
+    """What can be seen of a sweep in its database."""
 
-    def __init__(self, config: "SweepConfig", base: sweep_trials.Base, study: Any, workdir: Path, full_flops: float):
-        self._config, self._base, self._study, self._workdir = config, base, study, workdir
+    def __init__(self, config: "SweepConfig", base: sweep_trials.Base, study: Any, full_flops: float):
+        self._config, self._base, self._study = config, base, study
         self._full_flops = full_flops
         self._resolved: dict[str, sweep_trials.Resolved] = {}
         self._frozen: list[Any] = []
-        self._ended: dict[int, Trial] = {}
         self.trials: list[Trial] = []
 
     def refresh(self) -> bool:
         """Reads everything again; whether no trial is left."""
-        optuna = import_extra("optuna")
-        state = optuna.trial.TrialState
         self._frozen = self._study.get_trials(deepcopy=False)
-        for frozen in self._frozen:
-            if frozen.state.is_finished() and frozen.number not in self._ended:
-                self._ended[frozen.number] = self._read(frozen, state)
-        self.trials = [self._ended.get(frozen.number) or self._read(frozen, state) for frozen in self._frozen]
-        if any(not frozen.state.is_finished() for frozen in self._frozen):
-            return False
+        self.trials = [self._read(frozen) for frozen in self._frozen]
         return studies.is_over(self._study, self._config.study, self._base.space, self._frozen)
 
-    def _read(self, frozen: Any, state: Any) -> Trial:
-        id = frozen.user_attrs.get(studies.ID, "")
+    def _read(self, frozen: Any) -> Trial:
+        state = import_extra("optuna").trial.TrialState
+        about = frozen.user_attrs
+        id = about.get(studies.ID, "")
         waiting = frozen.state == state.WAITING
         if not id or waiting:
             return Trial(frozen.number, "", frozen.params, {}, "waiting" if waiting else "retried")
         if id not in self._resolved:
-            bindings = ast.literal_eval(frozen.user_attrs[studies.BINDINGS])
-            self._resolved[id] = sweep_trials.resolve(self._base, bindings)
+            self._resolved[id] = sweep_trials.resolve(self._base, ast.literal_eval(about[studies.BINDINGS]))
         resolved = self._resolved[id]
-        folder = sweep_trials.trial_folder(self._workdir, id)
-        about = sweep_trials.read_trial(folder)
-        curve = [(n, math.nan if loss is None else loss) for n, loss in sweep_trials.evaluations(resolved, folder)]
-        status = frozen.user_attrs.get(studies.STATUS, "running")
-        if studies.DUPLICATE_OF in frozen.user_attrs:
+        curve = sorted(frozen.intermediate_values.items())
+        progress = {"tokens": 0, "seconds": 0.0, "cpu_seconds": 0.0} | about.get(studies.PROGRESS, {})
+        status = about.get(studies.STATUS, "running")
+        if studies.DUPLICATE_OF in about:
             status = "duplicate"
         elif frozen.state == state.FAIL and status not in ("failed", "diverged"):
             status = "retried"
-        tokens = sweep_trials.tokens_so_far(resolved, folder)
-        if status == "done" and not curve:  # another sweep trained it
-            tokens = resolved.tokens
-        attempts = about.get("attempts", [])
         return Trial(
             number=frozen.number,
             id=id,
             choices=frozen.params,
             bindings=resolved.bindings,
             status=status,
-            loss=frozen.value if status == "done" else next((loss for _, loss in reversed(curve)), None),
-            tokens=tokens,
+            loss=frozen.value if status == "done" else curve[-1][1] if curve else None,
+            tokens=resolved.tokens if status == "done" else progress["tokens"],
             planned_tokens=resolved.tokens,
-            flops=float(sweep_trials.tokens_so_far(resolved, folder) * resolved.flops_per_token),
+            flops=float(progress["tokens"] * resolved.flops_per_token),
             planned_flops=float(resolved.tokens * resolved.flops_per_token),
-            cpu_seconds=sum(attempt["cpu_seconds"] for attempt in attempts),
-            seconds=sum(attempt["seconds"] for attempt in attempts),
+            cpu_seconds=progress["cpu_seconds"],
+            seconds=progress["seconds"],
             curve=curve,
-            error=frozen.user_attrs.get(studies.ERROR, "") if status in ("failed", "diverged") else "",
-            log=sweep_trials.log_tail(folder) if status in ("failed", "diverged") else "",
+            error=about.get(studies.ERROR, ""),
+            log=about.get(studies.LOG, ""),
         )
 
     def runs(self) -> list[Run]:
-        """The lines of runs.jsonl, from the trials' own files."""
-        folders = {id: sweep_trials.trial_folder(self._workdir, id) for id in self._resolved}
-        lines = [sweep_trials.as_run(self._resolved[id], folder) for id, folder in folders.items()]
-        return [line for line in lines if line is not None]
+        """The lines of runs.jsonl: of each training that has ended."""
+        lines = [frozen.user_attrs[studies.RUN] for frozen in self._frozen if studies.RUN in frozen.user_attrs]
+        return merge_runs([config_from_dict(Run, line) for line in lines])
 
     # ------------------------------------------------------------------------------------------ conclusions
 
     @property
     def _settings(self) -> list[Setting]:
-        return results.settings(self.trials, per=self._config.per)
-
-    def _best(self) -> list[Setting]:
-        return results.best_settings(self._settings)
+        return results.settings(self.trials, group_by=self._config.group_by)
 
     def _bill(self) -> results.Bill:
         named = ", ".join([*self._config.full_size_gin_files, *map(str, self._config.full_size_bindings.items())])
@@ -137,26 +123,54 @@ class View:
         eta = f"; about {human_seconds(left)} left" if left else ""
         return f"{counts}{best}; {bill.flops:.3g} FLOPs, {bill.core_hours:.3f} core-hours{eta}"
 
+    def summary(self) -> dict[str, Any]:
+        """The recommendation and the bill, as JSON."""
+        found, dimensions, group_by = self._settings, self._base.space.dimensions(), self._config.group_by
+        best = [
+            {
+                **dataclasses.asdict(setting),
+                "spread": setting.spread if setting.seeds > 1 else None,
+                "one_step_wrong": [
+                    dataclasses.asdict(step) for step in results.one_step_wrong(setting, found, dimensions, group_by)
+                ],
+                "at_the_edge": results.at_the_edge(setting, dimensions, group_by),
+            }
+            for setting in results.best_settings(found)
+        ]
+        shared = results.shared_setting(found, group_by)
+        return {
+            "best": best,
+            "for_all_groups": dataclasses.asdict(shared) if shared else None,
+            "trials": self.counts(),
+            "bill": dataclasses.asdict(self._bill()),
+        }
+
     def conclusion(self) -> str:
         """The recommendation and the bill, in sentences."""
-        found, best = self._settings, self._best()
+        found, best = self._settings, results.best_settings(self._settings)
         if not found:
             return "No trial came to its end with a finite loss: there is nothing to recommend."
         lines = []
         dimensions = self._base.space.dimensions()
         for setting in best:
-            where = f"At {self._config.per} = {setting.per!r} take " if self._config.per else "Take "
+            where = f"At {self._config.group_by} = {setting.group!r} take " if self._config.group_by else "Take "
             spread = f" ± {setting.spread:.4f} over {setting.seeds} seeds" if setting.seeds > 1 else ""
-            chosen = {name: value for name, value in setting.bindings.items() if name != self._config.per}
+            chosen = {name: value for name, value in setting.bindings.items() if name != self._config.group_by}
             lines.append(
                 f"{where}{self._say(chosen)}: held-out loss {setting.loss:.4f}{spread} at {setting.tokens:,} tokens."
             )
-            steps = results.one_step_wrong(setting, found, dimensions, self._config.per)
+            steps = results.one_step_wrong(setting, found, dimensions, self._config.group_by)
             if steps:
                 said = "; ".join(f"{s.label.rpartition('/')[2]} = {_short(s.other)}: {s.cost:+.4f}" for s in steps)
                 lines.append(f"  Wrong by one step: {said} nats per token.")
-            for label in results.at_the_edge(setting, dimensions, self._config.per):
+            for label in results.at_the_edge(setting, dimensions, self._config.group_by):
                 lines.append(f"  {label} is best at the edge of the space: the optimum may lie beyond it.")
+        if shared := results.shared_setting(found, self._config.group_by):
+            chosen = ", ".join(f"{label.rpartition('/')[2]}={_short(value)}" for label, value in shared.choices.items())
+            lines.append(
+                f"For every {self._config.group_by} take {chosen}: "
+                f"at most {shared.regret:.4f} nats per token above the best of each."
+            )
         bill = self._bill()
         lines.append(
             f"It took {bill.flops:.3g} FLOPs and {bill.core_hours:.2f} core-hours. The same settings at full size "
@@ -173,7 +187,7 @@ class View:
 
     # ------------------------------------------------------------------------------------------------ the page
 
-    def write(self, *, finished: bool) -> Path:
+    def write(self, workdir: Path, *, finished: bool) -> Path:
         """Writes the page, whole or not at all; while the sweep runs it loads itself again."""
         bill, found, left = self._bill(), self._settings, self.seconds_left()
         tried = results.trained(self.trials)
@@ -201,7 +215,7 @@ class View:
             footer=footer(),
             refresh_seconds=None if finished else max(5, round(self._config.report_seconds)),
         )
-        return report.write(page, self._workdir / REPORT_FILE)
+        return report.write(page, workdir / REPORT_FILE)
 
     def _count_note(self) -> str:
         return ", ".join(f"{number} {status}" for status, number in self.counts().items() if status != "done")

@@ -9,7 +9,7 @@ and be killed at any time. docs/sweep.md says what machines without a common fol
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -18,14 +18,14 @@ from typing import Any, Literal, TypeVar
 from pydantic import NonNegativeInt
 
 from cpm_jax.common import exit_codes
-from cpm_jax.common.config import InputError, config_dataclass
+from cpm_jax.common.config import InputError, config_dataclass, config_to_dict
 from cpm_jax.scaling import study as studies
 from cpm_jax.scaling.extra import import_extra
-from cpm_jax.scaling.runs import RUNS_FILE, append_run, read_runs
+from cpm_jax.scaling.runs import RUNS_FILE, Run, append_run, merge_runs, read_runs
 from cpm_jax.scaling.space import Bindings
 from cpm_jax.scaling.storage import open_storage, patiently, storage_url
 from experiments import sweep_trials
-from experiments.sweep import SETTINGS_FILE, SweepConfig, opened, read_settings
+from experiments.sweep import SETTINGS_FILE, SweepConfig, open_sweep, read_settings
 
 T = TypeVar("T")
 _WAIT_SECONDS = 1.0
@@ -85,8 +85,8 @@ class Worker:
         """
         self._sweep, self._workdir, self._stopping = sweep, workdir, stopping
         self._base = sweep.base()
-        self._study, self._url = opened(sweep, self._base, workdir)
-        self._known = known_losses(sweep)
+        self._study, self._url = open_sweep(sweep, self._base, workdir)
+        self._reused = _runs_to_reuse(sweep)
         self._resolved: dict[str, sweep_trials.Resolved] = {}
 
     def claim(self) -> studies.Claim | Literal["wait", "done"]:
@@ -97,55 +97,68 @@ class Worker:
         )
 
     def train(self, claim: studies.Claim) -> None:
-        """Trains a trial and tells the study how it ended."""
+        """Trains a trial and tells the study how it ended.
+
+        Should another worker have been given the trial, as this one was silent for too long, it is left to that one.
+        """
         trial = claim.trial
         job = self._resolved[trial.user_attrs[studies.ID]]
-        beaten = [-math.inf]
+        folder = sweep_trials.trial_folder(self._workdir, job.id)
+        said = ", ".join(f"{name}={value!r}" for name, value in claim.bindings.items())
+        print(f"trial {trial.number} ({job.id}): {said}", flush=True)
+        try:
+            if job.id in self._reused:
+                run: Run | None = self._reused[job.id]
+                outcome = sweep_trials.Outcome("done", self._reused[job.id].loss)
+            else:
+                hooks = self._hooks(trial)
+                outcome = sweep_trials.train_trial(
+                    self._base, job, self._workdir, hooks, max_restarts=self._sweep.max_restarts
+                )
+                run = sweep_trials.as_run(job, folder)
+            if run is not None:
+                append_run(self._workdir / RUNS_FILE, run)
+            self._patiently(lambda: self._tell(trial, outcome, run, sweep_trials.log_tail(folder)))
+        except import_extra("optuna").exceptions.UpdateFinishedTrialError:
+            print(f"trial {trial.number}: given to another worker, as this one was silent for too long", flush=True)
+            return
+        loss = "" if outcome.loss is None else f", loss {outcome.loss:.4f}"
+        print(f"trial {trial.number}: {outcome.status}{loss} {outcome.error}", flush=True)
 
-        def alive() -> None:
-            if time.monotonic() - beaten[0] >= self._sweep.heartbeat_seconds:
-                self._patiently(lambda: self._study._storage.record_heartbeat(trial._trial_id))
-                beaten[0] = time.monotonic()
-
-        # Of an attempt before this one.
-        known = self._study._storage.get_trial(trial._trial_id).intermediate_values
+    def _hooks(self, trial: Any) -> sweep_trials.Hooks:
+        reported = set(self._study._storage.get_trial(trial._trial_id).intermediate_values)  # by an attempt before
         prunes = self._sweep.study.pruner != "none" and studies.PROMOTED not in trial.user_attrs
+        last_beat = -math.inf
 
         def report(tokens: int, loss: float) -> bool:
             def tell() -> bool:
-                if tokens not in known:
+                if tokens not in reported:
                     trial.report(loss, tokens)
+                    reported.add(tokens)
                 return prunes and trial.should_prune()
 
             return self._patiently(tell)
 
-        said = ", ".join(f"{name}={value!r}" for name, value in claim.bindings.items())
-        print(f"trial {trial.number} ({job.id}): {said}", flush=True)
-        if job.id in self._known:
-            outcome = sweep_trials.Outcome("done", self._known[job.id])
-        else:
-            outcome = sweep_trials.train_trial(
-                self._base,
-                job,
-                self._workdir,
-                report=report,
-                alive=alive,
-                stopping=self._stopping,
-                max_restarts=self._sweep.max_restarts,
-            )
-            if line := sweep_trials.as_run(job, sweep_trials.trial_folder(self._workdir, job.id)):
-                append_run(self._workdir / RUNS_FILE, line)
-        self._patiently(lambda: self._tell(trial, outcome))
-        loss = "" if outcome.loss is None else f", loss {outcome.loss:.4f}"
-        print(f"trial {trial.number}: {outcome.status}{loss} {outcome.error}", flush=True)
+        def alive(progress: Mapping[str, float]) -> None:
+            nonlocal last_beat
+            if time.monotonic() - last_beat >= self._sweep.heartbeat_seconds:
+                self._patiently(lambda: studies.beat(self._study, trial, progress))
+                last_beat = time.monotonic()
 
-    def _tell(self, trial: Any, outcome: sweep_trials.Outcome) -> None:
+        return sweep_trials.Hooks(report, alive, self._stopping)
+
+    def _tell(self, trial: Any, outcome: sweep_trials.Outcome, run: Run | None, log: str) -> None:
         state = import_extra("optuna").trial.TrialState
+        trial.set_user_attr(studies.PROGRESS, outcome.progress)
         if outcome.status == "stopped":
             studies.give_back(self._study, trial)
             return
         trial.set_user_attr(studies.STATUS, outcome.status)
         trial.set_user_attr(studies.ERROR, outcome.error)
+        if run is not None:
+            trial.set_user_attr(studies.RUN, config_to_dict(run))
+        if outcome.status in ("failed", "diverged"):
+            trial.set_user_attr(studies.LOG, log)
         if outcome.status == "done":
             self._study.tell(trial, outcome.loss, skip_if_finished=True)
         else:
@@ -162,15 +175,10 @@ class Worker:
         return patiently(call, self._url, self._sweep.patience_seconds)
 
 
-def known_losses(sweep: SweepConfig) -> dict[str, float]:
-    """Losses, by id, of trials that other sweeps have trained to their end."""
-    found: dict[str, float] = {}
-    for other in sweep.known:
-        path = Path(other)
-        for line in read_runs(path / RUNS_FILE if path.is_dir() else path):
-            if line.status == "done" and line.loss is not None:
-                found[line.id] = line.loss
-    return found
+def _runs_to_reuse(sweep: SweepConfig) -> dict[str, Run]:
+    """What other sweeps have trained to its end, by id."""
+    paths = [Path(other) / RUNS_FILE if Path(other).is_dir() else other for other in sweep.reuse]
+    return {run.id: run for run in merge_runs(*map(read_runs, paths)) if run.status == "done"}
 
 
 def _find_sweep(config: WorkerConfig, workdir: Path) -> SweepConfig:

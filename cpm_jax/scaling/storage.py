@@ -18,11 +18,17 @@ class StorageError(InputError):
 
 
 def storage_url(url: str, workdir: Path) -> str:
-    """The URL for SQLAlchemy: "" is a SQLite file in the workdir, postgresql:// is spoken by psycopg 3."""
+    """The URL for SQLAlchemy: "" is a SQLite file in the workdir, postgresql:// is spoken by psycopg 3.
+
+    Raises:
+        StorageError: it is of another kind.
+    """
     if not url:
         return f"sqlite:///{(workdir / STUDY_FILE).absolute()}"
     scheme, _, rest = url.partition("://")
-    return f"postgresql+psycopg://{rest}" if scheme in ("postgres", "postgresql") else url
+    if not rest or scheme not in ("sqlite", "postgresql", "postgresql+psycopg"):
+        raise StorageError(f"storage = {url!r}: accepted is postgresql://user@host/name or sqlite:///file")
+    return f"postgresql+psycopg://{rest}" if scheme == "postgresql" else url
 
 
 def open_storage(url: str, *, heartbeat_seconds: int, grace_seconds: int, patience: float) -> Any:
@@ -63,7 +69,10 @@ def open_storage(url: str, *, heartbeat_seconds: int, grace_seconds: int, patien
                 ),
             )
 
-    return patiently(make, url, 0.0 if sqlite else patience)  # SQLite itself waits for a lock
+    try:
+        return patiently(make, url, 0.0 if sqlite else patience)  # SQLite itself waits for a lock
+    except RuntimeError as error:  # tables of another version of Optuna; says how to bring them up to date
+        raise StorageError(f"the study's database {shown(url)}: {error}") from error
 
 
 def patiently(call: Callable[[], T], url: str, patience: float) -> T:
@@ -83,13 +92,10 @@ def patiently(call: Callable[[], T], url: str, patience: float) -> T:
     while True:
         try:
             return call()
-        except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError, RuntimeError) as error:
-            reason = _reason(error)
+        except (sqlalchemy.exc.SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
             passing = isinstance(_database_error(error), sqlalchemy.exc.OperationalError)
-            if isinstance(error, RuntimeError) and "optuna" not in str(error).lower():
-                raise
             if not passing or time.monotonic() + pause > deadline:
-                raise StorageError(f"the study's database {shown(url)}: {reason}") from error
+                raise StorageError(f"the study's database {shown(url)}: {_reason(error)}") from error
             time.sleep(pause)
             pause = min(2 * pause, 5.0)
 

@@ -5,6 +5,7 @@ once. Across machines that share no folder, the row locks of PostgreSQL do that.
 """
 
 import contextlib
+import copy
 import datetime
 import fcntl
 import itertools
@@ -22,8 +23,9 @@ from cpm_jax.scaling.space import Bindings, Space, walk
 
 LOCK_FILE = "study.lock"  # within a workdir
 # User attributes of trials.
-ID, STATUS, ERROR, BINDINGS, POINT = "id", "status", "error", "bindings", "point"
+ID, BINDINGS, POINT = "id", "bindings", "point"
 PROMOTED, DUPLICATE_OF, CLAIMED = "promoted", "duplicate_of", "claimed"
+STATUS, ERROR, LOG, PROGRESS, RUN = "status", "error", "log", "progress", "run"  # what became of it
 EXHAUSTED = "exhausted"  # of the study
 _MOST_DUPLICATES = 100  # in a row: a sampler that has nothing new to propose
 
@@ -193,9 +195,9 @@ def next_trial(
         optuna.storages.fail_stale_trials(study)
         for _ in range(_MOST_DUPLICATES):
             trials = study.get_trials(deepcopy=False)
+            if _give_back_lost(study, trials, state):
+                continue
             if not any(t.state == state.WAITING for t in trials) and _enough(config, space, trials, state):
-                if _free_orphans(study, trials, state):
-                    continue
                 if not any(t.state == state.RUNNING for t in trials) and _promote(study, config, trials):
                     continue
                 return "wait" if any(t.state == state.RUNNING for t in trials) else "done"
@@ -224,6 +226,13 @@ def is_over(study: Any, config: StudyConfig, space: Space, trials: Sequence[Any]
     return enough or bool(study.user_attrs.get(EXHAUSTED))
 
 
+def beat(study: Any, trial: Any, progress: Mapping[str, float]) -> None:
+    """Says that a trial's worker lives, and how far it has come: "tokens", "seconds", "cpu_seconds"."""
+    study._storage.record_heartbeat(trial._trial_id)
+    if progress:
+        trial.set_user_attr(PROGRESS, progress)
+
+
 def give_back(study: Any, trial: Any) -> None:
     """Puts a trial back, as this worker has to stop: another one goes on from its checkpoint."""
     optuna = import_extra("optuna")
@@ -240,18 +249,33 @@ def _enough(config: StudyConfig, space: Space, trials: Sequence[Any], state: Any
     return space.size is not None and len({t.user_attrs.get(ID) for t in made}) >= space.size
 
 
-def _free_orphans(study: Any, trials: Sequence[Any], state: Any) -> bool:
-    """Gives back trials whose worker died while it took them, before it had said that it lives."""
+def _give_back_lost(study: Any, trials: Sequence[Any], state: Any) -> bool:
+    """Gives back what no heartbeat tells of; whether there was any.
+
+    A worker may die while it takes a trial, before its first heartbeat; or between telling that a trial failed and
+    putting it back.
+    """
     oldest = datetime.datetime.now() - datetime.timedelta(seconds=study._storage.get_heartbeat_interval())
-    orphans = [
+    retried = {number for t in trials for number in t.system_attrs.get("retry_history", [])}
+    taken = [
         t
         for t in trials
         if t.state == state.RUNNING and t.user_attrs.get(CLAIMED) != t.number and t.datetime_start < oldest
     ]
-    for trial in orphans:
+    dropped = [
+        t
+        for t in trials
+        if t.state == state.FAIL
+        and t.user_attrs.get(STATUS) not in ("failed", "diverged")
+        and DUPLICATE_OF not in t.user_attrs
+        and t.number not in retried
+        and t.datetime_complete < oldest
+    ]
+    for trial in taken:
         study.tell(trial.number, state=state.FAIL, skip_if_finished=True)
+    for trial in [*taken, *dropped]:
         _retry(study, trial)
-    return bool(orphans)
+    return bool(taken or dropped)
 
 
 def _retry(study: Any, frozen: Any) -> None:
@@ -259,7 +283,7 @@ def _retry(study: Any, frozen: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         retry = optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=None, inherit_intermediate_values=True)
-    retry(study, frozen)
+    retry(study, copy.deepcopy(frozen))  # it changes what it is given, here the storage's cache
 
 
 def _counts(trial: Any, state: Any) -> bool:

@@ -61,7 +61,7 @@ class Setting:
         spread: standard deviation over seeds; NaN of one.
         seeds: how many.
         tokens: of each.
-        per: value that settings are compared within.
+        group: value of the binding that settings are grouped by; None without one.
     """
 
     choices: Mapping[str, Any]
@@ -70,7 +70,20 @@ class Setting:
     spread: float
     seeds: int
     tokens: int
-    per: Any = None
+    group: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedSetting:
+    """The setting that is best for all groups together.
+
+    Attributes:
+        choices: of the dimensions other than that which makes the groups.
+        regret: the most that it loses to the best setting of a group, in nats per token.
+    """
+
+    choices: Mapping[str, Any]
+    regret: float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,12 +137,12 @@ def split_by_tokens(trials: Sequence[Trial]) -> tuple[list[Trial], list[Trial]]:
     return [t for t in done if t.tokens == common], [t for t in done if t.tokens != common]
 
 
-def settings(trials: Sequence[Trial], *, per: str = "", seed: str = "SEED") -> list[Setting]:
+def settings(trials: Sequence[Trial], *, group_by: str = "", seed: str = "SEED") -> list[Setting]:
     """Comparable settings, best first.
 
     Args:
         trials: of a sweep.
-        per: binding within whose values settings are compared, such as the width; "" for none.
+        group_by: binding within whose values settings are compared, such as the width; "" for none.
         seed: binding that is averaged over.
     """
     groups: dict[str, list[Trial]] = {}
@@ -148,35 +161,60 @@ def settings(trials: Sequence[Trial], *, per: str = "", seed: str = "SEED") -> l
                 spread=float(losses.std(ddof=1)) if len(losses) > 1 else math.nan,
                 seeds=len(members),
                 tokens=first.tokens,
-                per=first.bindings.get(per) if per else None,
+                group=first.bindings.get(group_by) if group_by else None,
             )
         )
     return sorted(found, key=lambda s: s.loss)
 
 
 def best_settings(found: Sequence[Setting]) -> list[Setting]:
-    """The best setting of each value of `per`, in the order of those values."""
+    """The best setting of each group, in the order of those values."""
     best: dict[Any, Setting] = {}
     for setting in found:
-        best.setdefault(repr(setting.per), setting)
-    return sorted(best.values(), key=lambda s: (isinstance(s.per, str), s.per if s.per is not None else 0))
+        best.setdefault(repr(setting.group), setting)
+    return sorted(best.values(), key=lambda s: (isinstance(s.group, str), s.group if s.group is not None else 0))
 
 
-def one_step_wrong(best: Setting, found: Sequence[Setting], dimensions: Mapping[str, Any], per: str = "") -> list[Step]:
+def shared_setting(found: Sequence[Setting], group_by: str) -> SharedSetting | None:
+    """The setting with the least regret over all groups, of those that were measured in each; None without groups.
+
+    Args:
+        found: all settings.
+        group_by: binding that they are grouped by.
+    """
+    best = {repr(s.group): s.loss for s in sorted(found, key=lambda s: -s.loss)}
+    candidates: dict[str, list[Setting]] = {}
+    for setting in found:
+        choices = {label: repr(value) for label, value in setting.choices.items() if not _binds(label, group_by)}
+        candidates.setdefault(repr(sorted(choices.items())), []).append(setting)
+    shared = [
+        SharedSetting(
+            {label: value for label, value in members[0].choices.items() if not _binds(label, group_by)},
+            max(s.loss - best[repr(s.group)] for s in members),
+        )
+        for members in candidates.values()
+        if len({repr(s.group) for s in members}) == len(best) > 1
+    ]
+    return min((s for s in shared if s.choices), key=lambda s: s.regret, default=None)
+
+
+def one_step_wrong(
+    best: Setting, found: Sequence[Setting], dimensions: Mapping[str, Any], group_by: str = ""
+) -> list[Step]:
     """The neighbours of a setting that were measured, one dimension at a time.
 
-    In a list of options a step is the next option, in a range the next measured value. The dimension of `per` is not
+    In a list of options a step is the next option, in a range the next measured value. That of `group_by` is not
     a choice, and is left out.
 
     Args:
         best: the chosen setting.
         found: all settings.
         dimensions: of the space (`Space.dimensions`).
-        per: binding that settings are compared within.
+        group_by: binding that settings are compared within.
     """
     steps = []
     for label, what in dimensions.items():
-        if label not in best.choices or (per and per in label.rpartition("/")[2].split("+")):
+        if label not in best.choices or _binds(label, group_by):
             continue
         others = [
             s
@@ -200,16 +238,21 @@ def one_step_wrong(best: Setting, found: Sequence[Setting], dimensions: Mapping[
     return steps
 
 
-def at_the_edge(best: Setting, dimensions: Mapping[str, Any], per: str = "") -> list[str]:
+def at_the_edge(best: Setting, dimensions: Mapping[str, Any], group_by: str = "") -> list[str]:
     """Labels of ordered dimensions whose first or last option is the best: the space may be too small there."""
     edges = []
     for label, what in dimensions.items():
-        if label not in best.choices or isinstance(what, Mapping) or (per and per in label.split("+")):
+        if label not in best.choices or isinstance(what, Mapping) or _binds(label, group_by):
             continue
         numeric = all(isinstance(option, (int, float)) and not isinstance(option, bool) for option in what)
         if numeric and len(what) > 2 and best.choices[label] in (min(what), max(what)):
             edges.append(label)
     return edges
+
+
+def _binds(label: str, name: str) -> bool:
+    """Whether a dimension decides a binding."""
+    return bool(name) and name in label.rpartition("/")[2].split("+")
 
 
 def bill(trials: Sequence[Trial], *, full_flops: float = 0.0, full_size: str = "") -> Bill:

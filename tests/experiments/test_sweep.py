@@ -1,10 +1,12 @@
 """The verbs `sweep` and `worker`, on real trainings that take a second each: kills, launchers, the report, errors."""
 
 import ast
+import contextlib
 import dataclasses
 import json
-import os
+import re
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -12,15 +14,17 @@ from pathlib import Path
 
 import pytest
 
+from cpm_jax.common import exit_codes
 from cpm_jax.common.config import ConfigError, InputError
 from cpm_jax.common.files import write_text
 from cpm_jax.data.prepare import PrepareConfig, prepare
 from cpm_jax.scaling import study as studies
 from cpm_jax.scaling.runs import read_runs
+from cpm_jax.scaling.storage import StorageError
 from cpm_jax.scaling.study import StudyConfig
-from experiments import sweep, sweep_report, sweep_trials, worker
+from experiments import run, sweep, sweep_report, sweep_trials, worker
 from experiments.sweep import SweepConfig
-from tests.scaling import slurm_cluster
+from tests.scaling import postgresql_server, slurm_cluster, test_study
 
 STEPS, ROWS, SEQ_LEN = 30, 4, 64
 FILES = ("arch/minicpm4.gin", "size/2m.gin", "data/folders.gin", "optim/wsd_mup.gin", "runs/pretrain.gin")
@@ -66,8 +70,8 @@ def make(data):
 def read(workdir):
     """The study of a sweep, its trials as the report sees them, and the page."""
     config = sweep.read_settings((workdir / sweep.SETTINGS_FILE).read_text())
-    study, _ = sweep.opened(config, config.base(), workdir)
-    view = sweep_report.View(config, config.base(), study, workdir, 0.0)
+    study, _ = sweep.open_sweep(config, config.base(), workdir)
+    view = sweep_report.View(config, config.base(), study, 0.0)
     view.refresh()
     page = workdir / sweep_report.REPORT_FILE
     return study, view.trials, page.read_text() if page.exists() else ""
@@ -76,7 +80,7 @@ def read(workdir):
 def set_up(config, workdir):
     """What `sweep` does before it starts workers."""
     write_text(workdir / sweep.SETTINGS_FILE, sweep._settings_text(config))
-    study, _ = sweep.opened(config, config.base(), workdir)
+    study, _ = sweep.open_sweep(config, config.base(), workdir)
     studies.enqueue_grid(study, config.base().space, None)
     return study
 
@@ -94,9 +98,15 @@ def wait_for(condition, seconds=900):
         time.sleep(0.05)
 
 
-def saved(workdir) -> bool:
-    """Whether a checkpoint is whole: one that is being written has a longer name."""
-    return any(path.name.isdigit() for path in workdir.glob("trials/*/checkpoints/*"))
+def last_checkpoint(workdir) -> int:
+    """Its step; 0 without one. One that is being written has a longer name."""
+    return max((int(p.name) for p in workdir.glob("trials/*/checkpoints/*") if p.name.isdigit()), default=0)
+
+
+def curve(folder) -> list[tuple[int, float]]:
+    """Steps and losses, training and held-out."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row[name]) for row in rows for name in ("loss", "eval/loss") if name in row]
 
 
 def alive(pid) -> bool:
@@ -133,52 +143,53 @@ def test_a_sweep_ends_with_report_recommendation_and_runs(make, tmp_path, capsys
 
     began = time.monotonic()
     other = tmp_path / "other"
-    sweep.run(dataclasses.replace(config, known=(str(tmp_path),)), other)  # all results are known: nothing is trained
+    sweep.run(dataclasses.replace(config, reuse=(str(tmp_path),)), other)  # all results are known: nothing is trained
     assert not (other / "trials").exists()
     assert {t.id: t.loss for t in read(other)[1]} == {t.id: t.loss for t in trials}
     assert time.monotonic() - began < 120
 
 
 @pytest.mark.slow
-def test_a_killed_workers_trial_is_resumed_once_from_its_checkpoint(make, tmp_path):
-    config = make("values('PEAK_LR', 0.01)", {"TRAIN_STEPS": 2000, "DECAY_STEPS": 100})
-    study = set_up(config, tmp_path)
-    first = start_worker(tmp_path)
-    wait_for(lambda: saved(tmp_path))
-    training = children(first.pid)
-    first.send_signal(signal.SIGKILL)
-    first.wait()
-    wait_for(lambda: not any(map(alive, training)), 60)  # a training does not outlive its worker
-    (folder,) = tmp_path.glob("trials/*")
-    assert sweep_trials.read_trial(folder)["status"] == "running"
-
-    rivals = [start_worker(tmp_path) for _ in range(2)]
-    assert [rival.wait(900) for rival in rivals] == [0, 0]
-    trials = study.get_trials()
-    assert [t.state.name for t in trials] == ["FAIL", "COMPLETE"]
-    assert trials[1].system_attrs["retry_history"] == [0]
-    log = (folder / sweep_trials.LOG_FILE).read_text()
-    assert log.count("going on from step") == 1
-    assert log.count(": starting") == 1
-    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    logged = [step for step in steps if step % 10]
-    assert logged == sorted(set(logged))
-    assert steps[-1] == 2000
-    _, seen, _ = read(tmp_path)
-    assert [t.status for t in seen] == ["retried", "done"]
-    assert len(sweep_trials.read_trial(folder)["attempts"]) == 2
-
-
-@pytest.mark.slow
-def test_a_worker_that_is_told_to_stop_saves_its_trial_and_gives_it_back(make, tmp_path):
-    config = make("values('PEAK_LR', 0.01)", {"TRAIN_STEPS": 3000, "CHECKPOINT_EVERY": 100_000})
+def test_a_trial_goes_on_once_after_a_stop_and_a_kill_and_ends_as_if_there_had_been_none(make, tmp_path):
+    config = make("values('PEAK_LR', 0.01)", {"TRAIN_STEPS": 2000, "DECAY_STEPS": 100, "CHECKPOINT_EVERY": 100})
     study = set_up(config, tmp_path)
     first = start_worker(tmp_path)
     wait_for(lambda: any(p.stat().st_size for p in tmp_path.glob("trials/*/metrics.jsonl")))
     first.send_signal(signal.SIGTERM)
-    assert first.wait(600) == 75
+    assert first.wait(600) == exit_codes.PREEMPTED
     assert [t.state.name for t in study.get_trials()] == ["FAIL", "WAITING"]
-    assert saved(tmp_path)
+    stopped_at = last_checkpoint(tmp_path)
+    assert stopped_at > 0
+
+    second = start_worker(tmp_path)
+    wait_for(lambda: last_checkpoint(tmp_path) > stopped_at)
+    training = children(second.pid)
+    second.kill()
+    second.wait()
+    wait_for(lambda: not any(map(alive, training)), 60)  # a training does not outlive its worker
+    (folder,) = tmp_path.glob("trials/*")
+    assert sweep_trials.read_trial(folder)["status"] == "running"
+    killed_at = last_checkpoint(tmp_path)
+    assert killed_at < 2000
+
+    rivals = [start_worker(tmp_path) for _ in range(2)]
+    assert [rival.wait(900) for rival in rivals] == [0, 0]
+    trials = study.get_trials()
+    assert [t.state.name for t in trials] == ["FAIL", "FAIL", "COMPLETE"]
+    assert trials[2].system_attrs["retry_history"] == [0, 1]
+    log = (folder / sweep_trials.LOG_FILE).read_text()
+    assert log.count(": starting") == 1
+    assert re.findall(r"going on from step (\d+)", log) == [str(stopped_at), str(killed_at)]
+    _, seen, _ = read(tmp_path)
+    assert [t.status for t in seen] == ["retried", "retried", "done"]
+    assert len(sweep_trials.read_trial(folder)["attempts"]) == 3
+
+    undisturbed = tmp_path / "undisturbed"
+    base = config.base()
+    job = sweep_trials.resolve(base, {"PEAK_LR": 0.01})
+    assert run.main(sweep_trials.arguments(base, job, undisturbed)) == 0
+    assert curve(folder) == curve(undisturbed)
+    assert curve(folder)[-1] == (2000, trials[2].value)
 
 
 @pytest.mark.slow
@@ -281,13 +292,107 @@ def test_what_cannot_work_is_named_before_anything_is_trained(make, tmp_path, se
     assert not (tmp_path / "trials").exists()
 
 
+def test_a_database_that_is_locked_or_dead_or_none_is_named(make, tmp_path):
+    set_up(make(), tmp_path)
+    config = make(patience_seconds=0.2)
+    with contextlib.closing(sqlite3.connect(tmp_path / "study.db", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(StorageError, match=r"study\.db: locked: another process"):
+            sweep.run(config, tmp_path)
+        with pytest.raises(StorageError, match=r"study\.db: locked: another process"):
+            worker.Worker(config, tmp_path, lambda: False)
+    dead = "postgresql://me:secret@127.0.0.1:1/none"
+    with pytest.raises(StorageError, match=r"me:\*\*\*@127.0.0.1:1/none: cannot be used: .*refused"):
+        sweep.run(dataclasses.replace(config, storage=dead), tmp_path)
+    with pytest.raises(StorageError, match="storage = 'somewhere': accepted is"):
+        sweep.run(dataclasses.replace(config, storage="somewhere"), tmp_path)
+
+
+def test_a_study_of_another_space_or_base_is_refused(make, tmp_path):
+    set_up(make(), tmp_path)
+    with pytest.raises(
+        ConfigError, match=r"another space: PEAK_LR: \[0.01, 0.03\] then, \[0.5\] now.*--workdir or NAME"
+    ):
+        sweep.run(make("values('PEAK_LR', 0.5)"), tmp_path)
+    with pytest.raises(ConfigError, match="another space: base TRAIN_STEPS: '30' then, '60' now"):
+        sweep.run(make(bindings={"TRAIN_STEPS": 60}), tmp_path)
+
+
+@pytest.fixture
+def train_at_once(monkeypatch):
+    """Trainings that take no time, whose loss is what `loss` gives for their bindings."""
+
+    def train_at_once(loss):
+        def train(base, job, workdir, hooks, max_restarts):
+            final = loss(job.bindings)
+            for part, tokens in enumerate(job.evaluated_at[:-1]):
+                hooks.report(tokens, final + 1 / (1 + part))
+            hooks.report(job.tokens, final)
+            return sweep_trials.Outcome(
+                "done", final, progress={"tokens": job.tokens, "seconds": 2.0, "cpu_seconds": 3.6}
+            )
+
+        monkeypatch.setattr(sweep_trials, "train_trial", train)
+
+    return train_at_once
+
+
+def test_trials_of_unequal_tokens_are_marked_and_not_compared(make, tmp_path, train_at_once, capsys):
+    train_at_once(lambda bindings: 3.0 - 0.1 * bindings["BATCH_SIZE"])
+    space = "chain(product(pin('BATCH_SIZE', 2), values('SEED', 0, 1)), pin('BATCH_SIZE', 4))"
+    config = make(space, workers=0)
+    set_up(config, tmp_path)
+    worker.run(worker.WorkerConfig(), tmp_path)
+    sweep.run(config, tmp_path)
+    said = capsys.readouterr().out
+    assert "trials of unequal tokens (3,840, 7,680): only the most common is compared" in said
+    assert "held-out loss 2.8000 ± 0.0000 over 2 seeds at 3,840 tokens" in said
+    _, _, page = read(tmp_path)
+    assert "Trials of another number of tokens, not compared: 2 (7,680)." in page
+    assert page.count("done (other tokens: not compared)") == 1
+
+
+def test_a_worker_that_was_silent_for_too_long_leaves_its_trial_to_the_next(make, tmp_path, train_at_once, capsys):
+    train_at_once(lambda bindings: 3.0)
+    config = make("values('PEAK_LR', 0.01)")
+    study = set_up(config, tmp_path)
+    first, second = (worker.Worker(config, tmp_path, lambda: False) for _ in range(2))
+    claim = first.claim()
+    test_study.fall_silent(study)
+    again = second.claim()
+    assert again.bindings == claim.bindings
+    first.train(claim)  # it wakes up
+    assert "trial 0: given to another worker, as this one was silent for too long" in capsys.readouterr().out
+    second.train(again)
+    assert [t.state.name for t in study.get_trials()] == ["FAIL", "COMPLETE"]
+
+
+@pytest.mark.slow
+def test_a_worker_that_does_not_see_the_sweeps_folder_needs_its_database_alone(make, tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    with postgresql_server.server() as (url, _):
+        config = make("values('PEAK_LR', 0.01)", storage=url, workers=0)
+        set_up(config, here)
+        worker.run(worker.WorkerConfig(storage=url), there)
+        sweep.run(config, here)
+        _, (trial,), page = read(here)
+    assert trial.status == "done"
+    assert [tokens for tokens, _ in trial.curve] == [10 * ROWS * SEQ_LEN, 20 * ROWS * SEQ_LEN, 30 * ROWS * SEQ_LEN]
+    assert trial.cpu_seconds > 0.5
+    assert not (here / "trials").exists()
+    (line,) = read_runs(here / "runs.jsonl")
+    assert (line.id, line.loss, line.flops) == (trial.id, trial.loss, trial.flops)
+    assert "<h2>Curves</h2>" in page
+
+
 def test_a_worker_needs_a_sweep(tmp_path):
     with pytest.raises(InputError, match=r"no sweep there; start it first"):
         worker.run(worker.WorkerConfig(), tmp_path)
 
 
 def test_settings_survive_their_file(make):
-    config = make(bindings={"DATA": ("a", "b"), "SPARSE_CONFIG": None}, slurm={"timeout_min": 5}, known=("x",))
+    config = make(bindings={"DATA": ("a", "b"), "SPARSE_CONFIG": None}, slurm={"timeout_min": 5}, reuse=("x",))
     assert sweep.read_settings(sweep._settings_text(config)) == config
     assert ast.literal_eval(sweep._settings_text(config))["bindings"]["DATA"] == ("a", "b")
 
@@ -295,10 +400,10 @@ def test_settings_survive_their_file(make):
 def test_the_terminals_line_and_the_page_before_a_trial_has_ended(make, tmp_path):
     config = make()
     study = set_up(config, tmp_path)
-    view = sweep_report.View(config, config.base(), study, tmp_path, 0.0)
+    view = sweep_report.View(config, config.base(), study, 0.0)
     assert not view.refresh()
     assert view.line() == "2 waiting; 0 FLOPs, 0.000 core-hours"
-    page = view.write(finished=False).read_text()
+    page = view.write(tmp_path, finished=False).read_text()
     assert '<meta http-equiv="refresh" content="5">' in page
     assert "nothing to recommend" in page
 
@@ -313,9 +418,7 @@ def test_a_folder_that_another_process_trains_in_is_waited_for(make, tmp_path):
             base,
             job,
             tmp_path,
-            report=lambda tokens, loss: False,
-            alive=lambda: beats.append(os.getpid()),
-            stopping=lambda: len(beats) >= 2,
+            sweep_trials.Hooks(report=lambda tokens, loss: False, alive=beats.append, stopping=lambda: len(beats) >= 2),
         )
     assert outcome.status == "stopped"
     assert not (folder / sweep_trials.TRIAL_FILE).exists()

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import json
+import random
 import socket
 import sqlite3
 import subprocess
@@ -58,40 +59,50 @@ def test_a_grid_is_handed_out_in_order_and_is_not_put_in_twice(tmp_path):
 
 
 _RACER = """
-import sys, json
+import sys, json, time
 from pathlib import Path
 from tests.scaling import test_study as t
-folder, grace = Path(sys.argv[1]), int(sys.argv[2])
-study = t.make(folder, t.StudyConfig(), t.GRID, url=sys.argv[3], grace=grace)
+folder, grace, url, seconds = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], float(sys.argv[4])
+study = t.make(folder, t.StudyConfig(), t.GRID, url=url, grace=grace)
 print("ready", flush=True)
 sys.stdin.readline()
 while True:
     claim = t.next_trial(study, t.StudyConfig(), t.GRID, folder, t.identify)
-    if not isinstance(claim, t.Claim):
+    if claim == "done":
         break
+    if claim == "wait":
+        time.sleep(0.1)
+        continue
+    time.sleep(seconds)
     t.finish(study, claim)
     print(json.dumps([claim.trial.number, claim.bindings]), flush=True)
 """
 
 
+def start_racer(folder, grace, url="", seconds=0.0):
+    """A process that is ready to take trials, each of which it holds for some seconds."""
+    racer = subprocess.Popen(
+        [sys.executable, "-c", _RACER, str(folder), str(grace), url, str(seconds)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert racer.stdout.readline() == "ready\n"
+    return racer
+
+
+def go(racer):
+    racer.stdin.write("go\n")
+    racer.stdin.flush()
+
+
 def race(folder, count, url="", grace=60, shared=None):
     """What each of several processes got, all started at the same moment; `folder` may be one for each."""
     folders = folder if isinstance(folder, list) else [folder] * count
-    racers = [
-        subprocess.Popen(
-            [sys.executable, "-c", _RACER, str(folders[index]), str(grace), url],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=Path(__file__).parents[2],
-        )
-        for index in range(count)
-    ]
+    racers = [start_racer(folders[index], grace, url) for index in range(count)]
     for racer in racers:
-        assert racer.stdout.readline() == "ready\n"
-    for racer in racers:
-        racer.stdin.write("go\n")
-        racer.stdin.flush()
+        go(racer)
     got = [[json.loads(line) for line in racer.communicate(timeout=120)[0].splitlines()] for racer in racers]
     assert all(racer.returncode == 0 for racer in racers)
     return got
@@ -138,6 +149,38 @@ def test_a_worker_that_dies_while_it_takes_a_trial_loses_none(tmp_path):
     found, end = drain(study, config, space, tmp_path)
     assert found == [{"A": 2}, {"A": 1}]
     assert end == "done"
+
+
+def test_a_worker_that_dies_while_it_gives_a_trial_back_loses_none(tmp_path):
+    config, space = StudyConfig(), values("A", 1, 2)
+    study = make(tmp_path, config, space)
+    lost = next_trial(study, config, space, tmp_path, identify)
+    study.tell(lost.trial, state=optuna.trial.TrialState.FAIL)  # and there it ended
+    time.sleep(1.5)
+    assert drain(study, config, space, tmp_path) == ([{"A": 2}, {"A": 1}], "done")
+    states = [t.state.name for t in study.get_trials()]
+    assert states == ["FAIL", "COMPLETE", "COMPLETE"]
+
+
+def test_workers_that_are_killed_at_any_moment_lose_no_trial_and_end_none_twice(tmp_path):
+    make(tmp_path, StudyConfig(), GRID, grace=2)
+    rng = random.Random(0)
+    racers = [start_racer(tmp_path, 2, seconds=0.3) for _ in range(4)]
+    for racer in racers:
+        go(racer)
+    for racer in racers[:3]:
+        time.sleep(rng.uniform(0.02, 0.3))
+        racer.kill()
+        racer.wait()
+    assert racers[3].wait(120) == 0
+    study = make(tmp_path, StudyConfig(), GRID, grace=2)
+    complete = [t for t in study.get_trials() if t.state == optuna.trial.TrialState.COMPLETE]
+    assert sorted(t.user_attrs["id"] for t in complete) == sorted(
+        identify({"A": a, "B": b}) for a in range(5) for b in "xyz"
+    )
+    retried = [number for t in study.get_trials() for number in t.system_attrs.get("retry_history", [])[-1:]]
+    assert retried
+    assert len(retried) == len(set(retried))  # each was put back once
 
 
 def test_a_trial_that_is_given_back_goes_on_with_its_history(tmp_path):
