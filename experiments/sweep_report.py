@@ -166,9 +166,9 @@ class View:
             for label in results.at_the_edge(setting, dimensions, self._config.group_by):
                 lines.append(f"  {label} is best at the edge of the space: the optimum may lie beyond it.")
         if shared := results.shared_setting(found, self._config.group_by):
-            chosen = ", ".join(f"{label.rpartition('/')[2]}={_short(value)}" for label, value in shared.choices.items())
+            named = ", ".join(f"{label.rpartition('/')[2]}={_short(value)}" for label, value in shared.choices.items())
             lines.append(
-                f"For every {self._config.group_by} take {chosen}: "
+                f"For every {self._config.group_by} take {named}: "
                 f"at most {shared.regret:.4f} nats per token above the best of each."
             )
         bill = self._bill()
