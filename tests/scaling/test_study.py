@@ -9,9 +9,11 @@ import sqlite3
 import subprocess
 import sys
 import time
+import wsgiref.util
 from pathlib import Path
 
 import optuna
+import optuna_dashboard
 import pytest
 
 from cpm_jax.common.config import ConfigError, InputError
@@ -261,6 +263,21 @@ def test_asha_ends_what_is_behind_and_the_best_of_them_may_be_promoted(tmp_path)
     best = min(ended, key=lambda e: (-e[1], e[0]))[0]
     assert promoted == [best]
     assert studies.is_over(study, config, space, study.get_trials())
+
+
+def test_optunas_dashboard_reads_the_storage(tmp_path):
+    config, space = StudyConfig(), values("A", 1, 2)
+    drain(make(tmp_path, config, space), config, space, tmp_path, lambda bindings: 0.5 * bindings["A"])
+    app = optuna_dashboard.wsgi(storage_url("", tmp_path))
+
+    def get(path):
+        environ = {"PATH_INFO": path, "QUERY_STRING": "after=0"}
+        wsgiref.util.setup_testing_defaults(environ)
+        return json.loads(b"".join(app(environ, lambda status, headers, *rest: None)))
+
+    (study,) = get("/api/studies")["study_summaries"]
+    assert study["study_name"] == "s"
+    assert [t["values"] for t in get(f"/api/studies/{study['study_id']}")["trials"]] == [[0.5], [1.0]]
 
 
 def test_a_study_of_another_space_is_refused_with_what_differs(tmp_path):
