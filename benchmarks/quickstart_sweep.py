@@ -97,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if workdir.exists():
             parser.error(f"--workdir={workdir} exists: a run that goes on there would take no time")
         seconds, summary = run_quickstart_sweep(workdir, flags)
-    bench = Benchmark("quickstart_sweep")
+    bench = Benchmark("quickstart_sweep", "python -m benchmarks.quickstart_sweep")
     add_rows(bench, seconds, summary)
     bench.write()
 
