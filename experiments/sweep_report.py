@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from cpm_jax.common import report
 from cpm_jax.common.config import config_from_dict
 from cpm_jax.common.figures import Series, bar_figure, human_seconds, line_figure, parallel_figure
-from cpm_jax.common.report import Details, Headline, Page, Section, Table, Text
+from cpm_jax.common.report import Details, Figure, Headline, Page, Section, Table, Text
 from cpm_jax.common.training_report import footer
 from cpm_jax.scaling import study as studies
 from cpm_jax.scaling import trials as results
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from experiments.sweep import SweepConfig
 
 REPORT_FILE, SUMMARY_FILE = "report.html", "summary.json"
-_MOST_CURVES = 12
+_MOST_CURVES = 6
 
 
 class View:
@@ -89,7 +89,8 @@ class View:
         return results.settings(self.trials, group_by=self._config.group_by)
 
     def _bill(self) -> results.Bill:
-        named = ", ".join([*self._config.full_size_gin_files, *map(str, self._config.full_size_bindings.items())])
+        bound = [f"{name}={value!r}" for name, value in self._config.full_size_bindings.items()]
+        named = ", ".join([*self._config.full_size_gin_files, *bound])
         return results.bill(self.trials, full_flops=self._full_flops, full_size=named)
 
     def counts(self) -> dict[str, int]:
@@ -152,10 +153,12 @@ class View:
             return "No trial came to its end with a finite loss: there is nothing to recommend."
         lines = []
         dimensions = self._base.space.dimensions()
+        labels = [label.rpartition("/")[2].split("+") for label in dimensions]
+        of_group = {name for names in labels if self._config.group_by in names for name in names}  # what goes with it
         for setting in best:
             where = f"At {self._config.group_by} = {setting.group!r} take " if self._config.group_by else "Take "
             spread = f" ± {setting.spread:.4f} over {setting.seeds} seeds" if setting.seeds > 1 else ""
-            chosen = {name: value for name, value in setting.bindings.items() if name != self._config.group_by}
+            chosen = {name: value for name, value in setting.bindings.items() if name not in of_group}
             lines.append(
                 f"{where}{self._say(chosen)}: held-out loss {setting.loss:.4f}{spread} at {setting.tokens:,} tokens."
             )
@@ -167,10 +170,8 @@ class View:
                 lines.append(f"  {label} is best at the edge of the space: the optimum may lie beyond it.")
         if shared := results.shared_setting(found, self._config.group_by):
             named = ", ".join(f"{label.rpartition('/')[2]}={_short(value)}" for label, value in shared.choices.items())
-            lines.append(
-                f"For every {self._config.group_by} take {named}: "
-                f"at most {shared.regret:.4f} nats per token above the best of each."
-            )
+            cost = f"at most {shared.regret:.4f} nats per token above" if shared.regret else "it is"
+            lines.append(f"For every {self._config.group_by} take {named}: {cost} the best of each.")
         bill = self._bill()
         lines.append(
             f"It took {bill.flops:.3g} FLOPs and {bill.core_hours:.2f} core-hours. The same settings at full size "
@@ -224,8 +225,31 @@ class View:
         bindings = "\n".join(f"{name} = {value!r}" for name, value in self._base.bindings.items())
         return f"{chr(10).join(self._base.gin_files)}\n\n{bindings}\n\nspace = {self._config.space}"
 
+    def _loss_figures(self) -> list[Figure]:
+        """Loss over each dimension of numbers, a line for each group."""
+        figures = []
+        for label, what in self._base.space.dimensions().items():
+            name = label.rpartition("/")[2]
+            curves = results.loss_over(self._settings, label)
+            if name in ("SEED", self._config.group_by) or not results.is_numeric(what):
+                continue
+            lines = {
+                name if group is None else f"{self._config.group_by} = {group}": Series(
+                    *zip(*points, strict=True), markers=True
+                )
+                for group, points in curves.items()
+                if len(points) > 1
+            }
+            x = [value for points in curves.values() for value, _ in points]
+            if lines:
+                log_x = min(x) > 0 and max(x) / min(x) > 4
+                figures.append(line_figure(lines, xlabel=name, ylabel="held-out loss (nats per token)", log_x=log_x))
+        return figures
+
     def _figures(self, tried: Sequence[Trial]) -> list[Section]:
         sections = []
+        if figures := self._loss_figures():
+            sections.append(Section("Loss by setting", figures))
         ranked = sorted((t for t in tried if t.curve), key=lambda t: (t.status != "done", _or_inf(t.loss)))
         if ranked:
             lines = {

@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from cpm_jax.common.report import Figure
 
@@ -138,6 +138,7 @@ def line_figure(
     ylabel: str,
     caption: str = "",
     from_zero: bool = False,
+    log_x: bool = False,
     wide: bool = True,
 ) -> Figure:
     """Draws lines over a common axis.
@@ -148,6 +149,7 @@ def line_figure(
         ylabel: name and unit of y, written above the axis.
         caption: a sentence below the figure.
         from_zero: whether the y axis starts at zero.
+        log_x: whether x is logarithmic.
         wide: whether the figure takes the page's width, or half of it.
 
     Returns:
@@ -172,6 +174,10 @@ def line_figure(
             axes.set_ylim(bottom=0)
         whole = all(float(x).is_integer() for series in lines.values() for x in series.x)  # steps, not shares
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=whole))
+        if log_x:
+            axes.set_xscale("log")
+            places = sorted({x for series in lines.values() for x in series.x})
+            axes.xaxis.set_major_locator(FixedLocator(places) if len(places) <= 8 else LogLocator())
         axes.yaxis.set_major_locator(MaxNLocator(5))
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(lambda value, _: human(value)))

@@ -172,7 +172,7 @@ def best_settings(found: Sequence[Setting]) -> list[Setting]:
     best: dict[Any, Setting] = {}
     for setting in found:
         best.setdefault(repr(setting.group), setting)
-    return sorted(best.values(), key=lambda s: (isinstance(s.group, str), s.group if s.group is not None else 0))
+    return sorted(best.values(), key=lambda s: _order(s.group))
 
 
 def shared_setting(found: Sequence[Setting], group_by: str) -> SharedSetting | None:
@@ -196,6 +196,20 @@ def shared_setting(found: Sequence[Setting], group_by: str) -> SharedSetting | N
         if len({repr(s.group) for s in members}) == len(best) > 1
     ]
     return min((s for s in shared if s.choices), key=lambda s: s.regret, default=None)
+
+
+def loss_over(found: Sequence[Setting], label: str) -> dict[Any, list[tuple[float, float]]]:
+    """(value, loss) by group: the best loss that was measured at each value of a dimension, in the order of values.
+
+    Args:
+        found: all settings.
+        label: of a dimension of numbers.
+    """
+    best: dict[str, tuple[Any, dict[float, float]]] = {}
+    for setting in sorted(found, key=lambda s: -s.loss):
+        if label in setting.choices:
+            best.setdefault(repr(setting.group), (setting.group, {}))[1][setting.choices[label]] = setting.loss
+    return {group: sorted(losses.items()) for group, losses in sorted(best.values(), key=lambda b: _order(b[0]))}
 
 
 def one_step_wrong(
@@ -238,16 +252,28 @@ def one_step_wrong(
     return steps
 
 
+def is_numeric(dimension: Any) -> bool:
+    """Whether a dimension is a range, or has options that are numbers."""
+    return isinstance(dimension, Mapping) or all(
+        isinstance(option, (int, float)) and not isinstance(option, bool) for option in dimension
+    )
+
+
 def at_the_edge(best: Setting, dimensions: Mapping[str, Any], group_by: str = "") -> list[str]:
     """Labels of ordered dimensions whose first or last option is the best: the space may be too small there."""
     edges = []
     for label, what in dimensions.items():
         if label not in best.choices or isinstance(what, Mapping) or _binds(label, group_by):
             continue
-        numeric = all(isinstance(option, (int, float)) and not isinstance(option, bool) for option in what)
-        if numeric and len(what) > 2 and best.choices[label] in (min(what), max(what)):
+        if is_numeric(what) and len(what) > 2 and best.choices[label] in (min(what), max(what)):
             edges.append(label)
     return edges
+
+
+def _order(group: Any) -> tuple[bool, float, str]:
+    """Numbers by size, then what is none."""
+    number = isinstance(group, (int, float))
+    return (not number, group if number else 0.0, "" if number else repr(group))
 
 
 def _binds(label: str, name: str) -> bool:

@@ -71,6 +71,14 @@ def test_one_setting_for_all_groups_is_that_of_the_least_regret(grid):
     assert t.shared_setting(t.settings(alone, group_by="D_MODEL"), "D_MODEL").choices == {"PEAK_LR": 0.01}
 
 
+def test_loss_over_a_dimension_is_the_best_at_each_value(grid):
+    found = t.settings(grid, group_by="D_MODEL")
+    curves = t.loss_over(found, "PEAK_LR")
+    assert list(curves) == [64, 128]
+    assert curves[64] == [(0.01, pytest.approx(3.21)), (0.02, pytest.approx(3.01)), (0.04, pytest.approx(3.11))]
+    assert t.loss_over(t.settings(grid), "PEAK_LR")[None][1] == (0.02, pytest.approx(2.66))
+
+
 def test_in_a_range_a_step_is_the_next_measured_value():
     trials = [
         Trial(n, str(n), {"LR": lr}, {"LR": lr}, "done", loss=loss, tokens=10)
