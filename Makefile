@@ -14,7 +14,7 @@ RUN = $(VENV)/bin/python
 PYTEST = $(RUN) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev aot quickstart rounds-demo smollm2 spark-cluster test test-fast test-latest lint format bench \
+.PHONY: help venv dev aot quickstart quickstart-sweep rounds-demo smollm2 spark-cluster test test-fast test-latest lint format bench \
 	results clean
 
 help: ## list the targets
@@ -32,7 +32,7 @@ $(VENV)/.run: setup.cfg $(CONSTRAINTS)
 
 dev: $(VENV)/.dev ## the same, with what tests and lint need
 $(VENV)/.dev: $(VENV)/.run $(VENV)/.no_deps
-	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS),curate,spark,eval,gguf,dev]'
+	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS),curate,spark,eval,gguf,sweep,dev]'
 	@touch $@
 
 $(VENV)/.no_deps: constraints/no_deps.txt $(VENV)/.run
@@ -46,6 +46,17 @@ $(VENV)/.curate: $(VENV)/.run $(VENV)/.no_deps
 quickstart: $(VENV)/.run $(if $(CURATE)$(VERIFY),$(VENV)/.curate) ## real text to a trained, measured model: make quickstart [DATA=folder|file.jsonl|…] [WORKDIR=…] [CURATE=1 [VERIFY=1]]
 	$(RUN) -m experiments.run quickstart --gin_file=runs/quickstart.gin --workdir=$(WORKDIR) \
 		$(if $(DATA),"--gin.DATA=$(DATA)") $(if $(CURATE)$(VERIFY),--gin.CURATE=True) $(if $(VERIFY),--gin.VERIFY=True)
+
+$(VENV)/.sweep: $(VENV)/.run
+	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[sweep]'
+	@touch $@
+
+SWEEP ?= runs/quickstart_sweep
+
+quickstart-sweep: $(VENV)/.run $(VENV)/.sweep ## learning rate × width on real text: which to take, and the bill: make quickstart-sweep [DATA=…] [SWEEP=folder]
+	test -e $(SWEEP)/data/manifest.json || $(RUN) -m experiments.run prepare --workdir=$(SWEEP)/data \
+		--gin.DATA=$(or $(DATA),stdlib) --gin.VOCAB_SIZE=2048 --gin.SEQ_LEN=128 --gin.MAX_BYTES=8000000
+	$(RUN) -m experiments.run sweep --gin_file=runs/quickstart_sweep.gin --workdir=$(SWEEP) --gin.DATA=$(SWEEP)/data
 
 DEMO = runs/rounds_demo
 

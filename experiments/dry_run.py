@@ -36,6 +36,7 @@ from experiments.plan import PlanConfig
 from experiments.pretrain import PretrainConfig, check_divides, check_fits
 from experiments.quickstart import QuickstartConfig
 from experiments.sft import SftConfig
+from experiments.sweep import SweepConfig
 
 _GIB = 2**30
 
@@ -62,6 +63,7 @@ def describe(config: Any, workdir: Path) -> str:
         GenerateConfig: _describe_generate,
         PlanConfig: _describe_plan,
         ConvertConfig: _describe_convert,
+        SweepConfig: _describe_sweep,
     }
     lines = describers[type(config)](config, workdir) if type(config) in describers else []
     return "\n".join([f"dry run      {workdir}, {_state(workdir)}", *lines])
@@ -72,6 +74,16 @@ def _state(workdir: Path) -> str:
     if steps:
         return f"which has a checkpoint of step {steps[-1]:,} to go on from"
     return "which is there" if workdir.exists() else "which is new"
+
+
+def _describe_sweep(config: SweepConfig, workdir: Path) -> list[str]:
+    space = config.base().space
+    size = "a range" if space.size is None else f"{space.size:,} points"
+    trials = "all of them" if config.study.num_trials is None else f"{config.study.num_trials:,} trials"
+    return [
+        f"space        {', '.join(space.names)}: {size}",
+        f"study        {config.study.sampler}, {trials}; pruning: {config.study.pruner}; {config.workers} workers",
+    ]
 
 
 def _describe_prepare(config: PrepareConfig, workdir: Path) -> list[str]:

@@ -50,6 +50,10 @@ VERBS = {
     "ruler": Verb("ask a model, ours or behind a server, about long texts: a score for every length and depth"),
     "verify": Verb("which candidate data set makes a model better, and how sure that is; the same command resumes"),
     "rounds": Verb("verify seeds, learn a filter from the best, filter, and again; the same command resumes"),
+    "sweep": Verb(
+        "train many small models over a space of settings: which to take; the same command resumes", uses_devices=False
+    ),
+    "worker": Verb("take trials of the sweep in --workdir and train them", uses_devices=False, reads_runs=True),
     "quickstart": Verb("prepare, pretrain, evaluate, sample and export a small model; ends with report.html"),
     "predict": Verb("what a family of small runs says about a large one, and the next run to make", uses_devices=False),
     "plan": Verb("what a TPU pod will do: memory, time and cost, compiled without the pod", uses_devices=False),

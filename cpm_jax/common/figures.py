@@ -12,7 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from cpm_jax.common.report import Figure
 
@@ -138,6 +138,7 @@ def line_figure(
     ylabel: str,
     caption: str = "",
     from_zero: bool = False,
+    log_x: bool = False,
     wide: bool = True,
 ) -> Figure:
     """Draws lines over a common axis.
@@ -148,6 +149,7 @@ def line_figure(
         ylabel: name and unit of y, written above the axis.
         caption: a sentence below the figure.
         from_zero: whether the y axis starts at zero.
+        log_x: whether x is logarithmic.
         wide: whether the figure takes the page's width, or half of it.
 
     Returns:
@@ -172,6 +174,10 @@ def line_figure(
             axes.set_ylim(bottom=0)
         whole = all(float(x).is_integer() for series in lines.values() for x in series.x)  # steps, not shares
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=whole))
+        if log_x:
+            axes.set_xscale("log")
+            places = sorted({x for series in lines.values() for x in series.x})
+            axes.xaxis.set_major_locator(FixedLocator(places) if len(places) <= 8 else LogLocator())
         axes.yaxis.set_major_locator(MaxNLocator(5))
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_formatter(FuncFormatter(lambda value, _: human(value)))
@@ -331,6 +337,64 @@ def heat_map_figure(
             for row, cells in zip(rows, values, strict=True)
         )
         return Figure(svg=_to_svg(canvas), caption=caption, alt=f"{title}, {ylabel} by {xlabel}: {said}", wide=wide)
+
+
+def parallel_figure(
+    columns: Mapping[str, Sequence[Any]], values: Sequence[float], *, value: str, caption: str = ""
+) -> Figure:
+    """Draws parallel coordinates: an axis for each column and one for the value, a line for each row; low is dark.
+
+    Args:
+        columns: the rows' settings by name; None where a row has none. Numbers over more than a decade are placed by
+            their logarithm, other values that are no numbers side by side.
+        values: of the rows, lower is better.
+        value: what they are, with their unit.
+        caption: a sentence below the figure.
+    """
+    with matplotlib.rc_context({**_STYLE, "axes.grid": False, "axes.spines.bottom": False}):
+        canvas = Canvas(figsize=(8.6, 3.6), layout="constrained")
+        axes = canvas.add_subplot()
+        placed, labels = [], []
+        for column in [*columns.values(), values]:
+            places, ticks = _places(column)
+            placed.append(places)
+            labels.append(ticks)
+        goodness = 1 - np.asarray(placed[-1], float)
+        for row in np.argsort(goodness):
+            line = np.array([column[row] for column in placed], float)
+            color = COLORS[0] if goodness[row] >= np.quantile(goodness, 0.9) else _SOFT
+            axes.plot(range(len(line)), line, color=color, alpha=0.15 + 0.85 * goodness[row], linewidth=1.3)
+        for place, ticks in enumerate(labels):
+            axes.axvline(place, color=_RULE, linewidth=1, zorder=0)
+            for height, text in ticks:
+                axes.annotate(
+                    text, (place, height), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8.5
+                )
+        axes.set_xticks(range(len(labels)), [*columns, value])
+        axes.set_yticks([])
+        axes.set_xlim(-0.1, len(labels) - 1 + 0.35)
+        alt = f"Parallel coordinates of {', '.join(columns)} and {value} of {len(values)} rows"
+        return Figure(svg=_to_svg(canvas), caption=caption, alt=alt, wide=True)
+
+
+def _places(column: Sequence[Any]) -> tuple[list[float], list[tuple[float, str]]]:
+    """Heights in [0, 1] of a column's values, NaN where there is none, and its ticks."""
+    present = [value for value in column if value is not None]
+    if all(isinstance(value, (int, float)) and not isinstance(value, bool) for value in present):
+        low, high = min(present, default=0.0), max(present, default=1.0)
+        scale = np.log if low > 0 and high / low > 10 else float
+        width = float(scale(high) - scale(low)) or 1.0
+
+        def place(value: Any) -> float:
+            return float("nan") if value is None else float(scale(value) - scale(low)) / width
+
+        shown = sorted(set(present))
+        if len(shown) > 6:
+            shown = [low, high]
+        return [place(value) for value in column], [(place(value), human(value)) for value in shown]
+    options = list(dict.fromkeys(map(str, present)))
+    height = {option: index / max(1, len(options) - 1) for index, option in enumerate(options)}
+    return [height.get(str(value), float("nan")) for value in column], [(h, option) for option, h in height.items()]
 
 
 def _cycle(count: int) -> list[str]:

@@ -130,6 +130,7 @@ class Page:
         headlines: figures at the top.
         sections: the rest, in order.
         footer: where, when and from which revision.
+        refresh_seconds: after which a browser loads the page again, while what it shows goes on; None for never.
     """
 
     title: str
@@ -137,6 +138,7 @@ class Page:
     headlines: Sequence[Headline] = ()
     sections: Sequence[Section] = ()
     footer: str = ""
+    refresh_seconds: int | None = None
 
 
 def render(page: Page) -> str:

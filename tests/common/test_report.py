@@ -18,6 +18,7 @@ from cpm_jax.common.figures import (
     human_seconds,
     interval_figure,
     line_figure,
+    parallel_figure,
 )
 from cpm_jax.common.training_report import write_training_report
 
@@ -135,6 +136,18 @@ def test_a_map_writes_its_values_and_leaves_out_what_is_not_there():
     written = set(re.findall(r"<text[^>]*>([^<]+)<", shown.svg))
     assert {"1.00", "0.25", "0.00", "early", "late", "1K", "2K"} <= written
     assert "nan" not in written
+
+
+def test_parallel_coordinates_have_an_axis_for_each_setting_and_a_line_for_each_row():
+    columns = {"lr": [0.001, 0.01, 0.1], "kind": ["a", "b", None]}
+    shown = parallel_figure(columns, [3.0, 2.5, 2.75], value="loss")
+    written = set(re.findall(r"<text[^>]*>([^<]+)<", shown.svg))
+    assert {"lr", "kind", "loss", "0.001", "0.01", "0.1", "a", "b", "3", "2.5", "2.75"} <= written
+    assert "None" not in written
+    lines = re.findall(r'<path d="([^"]+)" clip-path[^>]*style="fill: none; stroke: (#\w+)', shown.svg)
+    rows = [(path.count("L"), color) for path, color in lines if path.count("L") == 2]
+    assert len(rows) == 2  # the third has no kind, and so no line through that axis
+    assert [color for _, color in rows].count(COLORS[0]) == 1  # the best is stressed
 
 
 def test_bars_leave_room_for_their_whiskers():

@@ -1,0 +1,18 @@
+"""The libraries of the extra `sweep`, imported where they are needed."""
+
+import importlib
+from typing import Any
+
+from cpm_jax.common.config import InputError
+
+
+def import_extra(module: str) -> Any:
+    """Imports a module of the extra.
+
+    Raises:
+        InputError: it is not installed; says how to install it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise InputError(f"{module} is needed here: pip install 'cpm_jax[sweep]' ({error})") from error
