@@ -4,6 +4,7 @@ import importlib
 from typing import Any
 
 from cpm_jax.common.config import InputError
+from cpm_jax.common.extras import how_to_install
 
 
 def import_extra(module: str) -> Any:
@@ -15,4 +16,4 @@ def import_extra(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise InputError(f"{module} is needed here: pip install 'cpm_jax[sweep]' ({error})") from error
+        raise InputError(f"{module} is needed here: {how_to_install('sweep')} ({error})") from error
