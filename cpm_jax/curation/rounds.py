@@ -113,13 +113,16 @@ def margin(results: Mapping[str, Any], first: str, second: str) -> dict[str, Any
 def split_scored(scored: Path, folder: Path, text_field: str = "text") -> None:
     """Divides scored documents into `folder/kept` and `folder/dropped`, a file for each part, one part in memory.
 
-    Files that are there are whole, and are left.
+    Files that are there are whole, and are left. What a kill left half written goes: readers of the folder would count
+    it.
 
     Args:
         scored: folder of scored documents.
         folder: of the round.
         text_field: what to call the text: as other pools do, since all are read in one way.
     """
+    for unfinished in [path for name in (KEPT, DROPPED) for path in (folder / name).glob(".*.tmp")]:
+        unfinished.unlink()
     for part in sorted(scored.glob("part-*.jsonl")):
         lines: dict[str, list[str]] = {KEPT: [], DROPPED: []}
         with part.open(encoding="utf-8") as file:

@@ -67,6 +67,8 @@ def test_a_margin_is_that_of_the_first_whichever_is_better():
 
 def test_every_scored_document_is_on_one_side_as_it_was(tmp_path):
     source = scored(tmp_path / "scored", [0.9, 0.1, 0.5, 0.8, 0.7, 0.6, 0.2])
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / ".part-00000.jsonl.x.tmp").write_text("a kill left this")
     split_scored(source, tmp_path)
     kept, dropped = ([p.read_text() for p in sorted((tmp_path / name).iterdir())] for name in ("kept", "dropped"))
     assert [json.loads(line)["id"] for text in kept for line in text.splitlines()] == ["d0", "d2", "d3", "d4", "d5"]

@@ -130,7 +130,7 @@ def damaged_corpus(root: Path) -> Path:
     root.mkdir()
     for shard in range(4):
         rows = [{"text": prose(shard * 20 + number, 120), "id": f"{shard}/{number}"} for number in range(25)]
-        rows[3]["id"] = "3"  # in every shard, with different texts
+        rows[10] |= {"id": "10", "source": "one"}  # in every shard, with different texts
         rows[7]["text"] = rows[6]["text"] + " One more sentence."
         rows[8]["text"] = f"{prose(1, 120)}\n\n{prose(shard * 100, 120)}"
         lines = "".join(json.dumps(row) + "\n" for row in rows)

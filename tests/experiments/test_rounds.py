@@ -172,7 +172,7 @@ def test_rounds_and_comparisons_may_be_added_and_nothing_else_changed(recipe, tm
     changed = dataclasses.replace(recipe, classifier=dataclasses.replace(recipe.classifier, threshold=0.6))
     with pytest.raises(ConfigError, match=r"was made with classifier.threshold = 0.5, now classifier.threshold = 0.6"):
         run(changed, tmp_path)
-    with pytest.raises(ConfigError, match=r"raw: .* now '/elsewhere'"):
+    with pytest.raises(ConfigError, match="now raw = '/elsewhere'"):
         run(dataclasses.replace(recipe, raw="/elsewhere"), tmp_path)
 
 
