@@ -86,8 +86,10 @@ aot: $(VENV)/.run $(VENV)/aot/.done ## the compilers for TPUs (libtpu) and GPUs 
 
 test: $(VENV)/.dev $(VENV)/aot/.done ## all tests, on CPU
 	$(PYTEST) -n 2 --max-worker-restart 0 --dist loadfile --durations 25 -m 'not multidevice and not aot'
-	XLA_FLAGS=--xla_force_host_platform_device_count=8 $(PYTEST) -m multidevice
-	PYTHONPATH=$(VENV)/aot $(PYTEST) -m aot
+	# Of the last two each keeps one core busy: together they take as long as one.
+	PYTHONPATH=$(VENV)/aot $(PYTEST) -m aot > $(VENV)/aot.log 2>&1 & aot=$$!; \
+	XLA_FLAGS=--xla_force_host_platform_device_count=8 $(PYTEST) -m multidevice; multidevice=$$?; \
+	wait $$aot; aot=$$?; cat $(VENV)/aot.log; exit $$((multidevice | aot))
 
 test-fast: $(VENV)/.dev ## the tests to run while working (under 5 minutes)
 	$(PYTEST) -n 2 --max-worker-restart 0 --dist loadfile -m 'not slow and not multidevice and not aot'

@@ -235,7 +235,7 @@ class View:
                 continue
             lines = {
                 name if group is None else f"{self._config.group_by} = {group}": Series(
-                    *zip(*points, strict=True), markers=True
+                    [x for x, _ in points], [loss for _, loss in points], markers=True
                 )
                 for group, points in curves.items()
                 if len(points) > 1
