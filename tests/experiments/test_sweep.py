@@ -306,9 +306,11 @@ def test_which_trials_share_a_program(make):
     def key(**bindings):
         return sweep_trials.program_key(sweep_trials.resolve(base, {"PEAK_LR": 0.01} | bindings))
 
-    assert key() == key(PEAK_LR=0.02, SEED=3, WEIGHT_DECAY=0.0, DIM_MODEL_BASE=16, WARMUP_STEPS=7)
+    decay = {"OptimizerConfig.weight_decay": 0.0}
+
+    assert key() == key(PEAK_LR=0.02, SEED=3, DIM_MODEL_BASE=16, WARMUP_STEPS=7, **decay)
     assert len({key(), key(D_FF=96), key(BATCH_SIZE=2), key(CHECKPOINT_EVERY=5), key(EVAL_EVERY=5)}) == 5
-    assert key(AVERAGE_LAST=2) is None
+    assert key(**{"TrainConfig.average_last": 2}) is None
 
 
 def test_python_files_name_space_and_base(make, tmp_path):
@@ -427,13 +429,13 @@ def test_a_worker_that_was_silent_for_too_long_leaves_its_trial_to_the_next(make
     config = make("values('PEAK_LR', 0.01)")
     study = set_up(config, tmp_path)
     first, second = (worker.Worker(config, tmp_path, lambda: False) for _ in range(2))
-    claim = first.claim()
+    (claim,) = first.claim()
     test_study.fall_silent(study)
-    again = second.claim()
+    (again,) = second.claim()
     assert again.bindings == claim.bindings
-    first.train(claim)  # it wakes up
+    first.train([claim])  # it wakes up
     assert "trial 0: given to another worker, as this one was silent for too long" in capsys.readouterr().out
-    second.train(again)
+    second.train([again])
     assert [t.state.name for t in study.get_trials()] == ["FAIL", "COMPLETE"]
 
 
