@@ -89,15 +89,7 @@ def run(config: PretrainConfig, workdir: Path) -> None:
         data=train_data(config.mixture, config.train, datasets, config.num_workers, mesh),
         mesh=mesh,
         workdir=workdir,
-        fixed={
-            "data": describe_data(config.mixture, datasets),
-            "tokenizer_sha256": datasets[0].manifest.tokenizer_sha256,
-            "optimizer": config_to_dict(config.optimizer),
-            "loss": config_to_dict(config.loss),
-            "train": {"batch_size": config.train.batch_size, "seed": config.train.seed},
-            "init_from": config.init_from,
-            "init": config.init,
-        },
+        fixed=fixed_settings(config, datasets),
         initial_state=starting_point(config, datasets[0].manifest.tokenizer_sha256),
     )
     if jax.process_index() == 0:
@@ -167,6 +159,19 @@ def train_data(
         sources=tuple(dataset.name for dataset in datasets),
         seq_len=datasets[0].manifest.seq_len,
     )
+
+
+def fixed_settings(config: PretrainConfig, datasets: Sequence[Dataset]) -> dict[str, Any]:
+    """What must be the same at each start of a run, as JSON."""
+    return {
+        "data": describe_data(config.mixture, datasets),
+        "tokenizer_sha256": datasets[0].manifest.tokenizer_sha256,
+        "optimizer": config_to_dict(config.optimizer),
+        "loss": config_to_dict(config.loss),
+        "train": {"batch_size": config.train.batch_size, "seed": config.train.seed},
+        "init_from": config.init_from,
+        "init": config.init,
+    }
 
 
 def describe_data(mixture: MixtureConfig, datasets: Sequence[Dataset]) -> dict[str, Any]:

@@ -163,7 +163,7 @@ def _run(args: argparse.Namespace, argv: Sequence[str]) -> None:
 
                 _print(f"{describe(config, args.workdir)}\n\n{settings.config_str()}")
             else:
-                with _recorded(args.verb, args.workdir, argv, settings) if process == 0 else contextlib.nullcontext():
+                with recorded(args.verb, args.workdir, argv, settings) if process == 0 else contextlib.nullcontext():
                     module.run(config, args.workdir)
         except ConfigError as error:
             raise settings.with_origins(error) from error
@@ -228,7 +228,7 @@ _OWNER = "# cpm_jax "
 
 
 @contextlib.contextmanager
-def _recorded(verb: str, workdir: Path, argv: Sequence[str], settings: Any) -> Iterator[None]:
+def recorded(verb: str, workdir: Path, argv: Sequence[str], settings: Any) -> Iterator[None]:
     """Writes what a run is into its workdir: the command, the config as given and as used, versions and revision.
 
     A start that the job refuses as badly configured leaves the saved config as it was.

@@ -24,7 +24,7 @@ from cpm_jax.scaling.runs import RUNS_FILE, write_runs
 from cpm_jax.scaling.space import expression, points, sample
 from cpm_jax.scaling.storage import open_storage, patiently, shown, storage_url
 from cpm_jax.scaling.study import StudyConfig
-from experiments import sweep_report, sweep_trials
+from experiments import sweep_report, sweep_training, sweep_trials
 
 SETTINGS_FILE = "sweep.txt"  # within a workdir: what its workers read
 WORKERS_DIR = "workers"  # within a workdir: their logs
@@ -45,6 +45,8 @@ class SweepConfig:
         name: of the study in its database.
         storage: URL of the database: "" is SQLite in the workdir; postgresql://user@host/name.
         workers: how many to start; 0 starts none, and waits for those that are started elsewhere.
+        trials_per_program: so many trials that differ in scalars only (learning rate, seed, …) a worker trains as one
+            program (`cpm_jax.scaling.stacked`).
         launcher: "processes" on this machine; "slurm" through submitit; "local" and "debug" are submitit's own
             executors on this machine.
         slurm: parameters of submitit's executor: {'timeout_min': 60, 'slurm_partition': 'gpu'}.
@@ -66,6 +68,7 @@ class SweepConfig:
     name: str = "sweep"
     storage: str = ""
     workers: NonNegativeInt = 1
+    trials_per_program: PositiveInt = 1
     launcher: Literal["processes", "slurm", "local", "debug"] = "processes"
     slurm: dict[str, Any] = dataclasses.field(default_factory=dict)
     max_restarts: NonNegativeInt = 3
@@ -83,6 +86,12 @@ class SweepConfig:
                 f"SweepConfig.grace_seconds = {self.grace_seconds}: must be at least twice heartbeat_seconds = "
                 f"{self.heartbeat_seconds}, or living workers lose their trials",
                 field="SweepConfig.grace_seconds",
+            )
+        if self.trials_per_program > 1 and self.study.pruner != "none":
+            raise ConfigError(
+                f"SweepConfig.trials_per_program = {self.trials_per_program}: a trial that the pruner "
+                f"{self.study.pruner!r} ends would go on in its program; must be 1 with a pruner",
+                field="SweepConfig.trials_per_program",
             )
 
     def base(self) -> sweep_trials.Base:
@@ -289,7 +298,7 @@ class _Crew:
         self.last_log = self._folder / f"worker{index}.txt"
         with self.last_log.open("ab") as log:
             # Its end is told to them even where this process is killed, so that the same command does not add others.
-            command = sweep_trials.ends_with_this_process(self._command, signal.SIGTERM)
+            command = sweep_training.ends_with_this_process(self._command, signal.SIGTERM)
             self._processes[index] = subprocess.Popen(
                 command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True
             )

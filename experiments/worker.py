@@ -9,7 +9,7 @@ and be killed at any time. docs/sweep.md says what machines without a common fol
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -24,7 +24,7 @@ from cpm_jax.scaling.extra import import_extra
 from cpm_jax.scaling.runs import RUNS_FILE, Run, append_run, merge_runs, read_runs
 from cpm_jax.scaling.space import Bindings
 from cpm_jax.scaling.storage import open_storage, patiently, storage_url
-from experiments import sweep_trials
+from experiments import sweep_training, sweep_trials
 from experiments.sweep import SETTINGS_FILE, SweepConfig, open_sweep, read_settings
 
 T = TypeVar("T")
@@ -60,20 +60,23 @@ def run(config: WorkerConfig, workdir: Path) -> None:
         taken = 0
         while not config.max_trials or taken < config.max_trials:
             if stopping():
+                worker.give_back()
                 raise exit_codes.Stop(exit_codes.PREEMPTED, "stopped; the same command takes trials again")
-            claim = worker.claim()
-            if claim == "done":
+            left = config.max_trials - taken if config.max_trials else sweep.trials_per_program
+            claims = worker.claim(min(sweep.trials_per_program, left))
+            if claims == "done":
                 return
-            if claim == "wait":
+            if claims == "wait":
                 time.sleep(_WAIT_SECONDS)
                 continue
-            assert isinstance(claim, studies.Claim)
-            taken += 1
-            worker.train(claim)
+            assert not isinstance(claims, str)
+            taken += len(claims)
+            worker.train(claims)
+        worker.give_back()
 
 
 class Worker:
-    """Takes trials of a sweep, one after the other."""
+    """Takes trials of a sweep, one after the other, or several that share a program."""
 
     def __init__(self, sweep: SweepConfig, workdir: Path, stopping: Callable[[], bool]):
         """Opens the study.
@@ -88,44 +91,96 @@ class Worker:
         self._study, self._url = open_sweep(sweep, self._base, workdir)
         self._reused = _runs_to_reuse(sweep)
         self._resolved: dict[str, sweep_trials.Resolved] = {}
+        self._kept: studies.Claim | None = None
 
-    def claim(self) -> studies.Claim | Literal["wait", "done"]:
-        """The next trial, see `study.next_trial`."""
+    def claim(self, most: int = 1) -> list[studies.Claim] | Literal["wait", "done"]:
+        """The next trial, see `study.next_trial`, with those after it that share its program.
+
+        Args:
+            most: how many at most. The first that does not share the program is kept for the next call.
+        """
+        claim = self._kept or self._next()
+        if not isinstance(claim, studies.Claim):
+            return claim
+        self._kept, claims, key = None, [claim], self._program_key(claim)
+        while key is not None and len(claims) < most:
+            claim = self._next()
+            if not isinstance(claim, studies.Claim):
+                break
+            if self._program_key(claim) != key:
+                self._kept = claim
+                break
+            claims.append(claim)
+        return claims
+
+    def give_back(self) -> None:
+        """Puts back a trial that was taken and not begun."""
+        if self._kept is not None:
+            trial, self._kept = self._kept.trial, None
+            self._patiently(lambda: studies.give_back(self._study, trial))
+
+    def train(self, claims: Sequence[studies.Claim]) -> None:
+        """Trains trials and tells the study how they ended.
+
+        Should another worker have been given one, as this one was silent for too long, it is left to that one.
+        """
+        jobs = [self._job(claim) for claim in claims]
+        for claim, job in zip(claims, jobs, strict=True):
+            said = ", ".join(f"{name}={value!r}" for name, value in claim.bindings.items())
+            print(f"trial {claim.trial.number} ({job.id}): {said}", flush=True)
+        if jobs[0].id in self._reused:
+            runs: list[Run | None] = [self._reused[jobs[0].id]]
+            outcomes = [sweep_training.Outcome("done", self._reused[jobs[0].id].loss)]
+        else:
+            hooks = [self._hooks(claim.trial) for claim in claims]
+            try:
+                outcomes = sweep_training.train_trials(
+                    self._base, jobs, self._workdir, hooks, max_restarts=self._sweep.max_restarts
+                )
+            except import_extra("optuna").exceptions.UpdateFinishedTrialError:
+                outcomes = [sweep_training.Outcome("stopped")] * len(jobs)
+            runs = [sweep_trials.as_run(job, self._folder(job)) for job in jobs]
+        for claim, job, run, outcome in zip(claims, jobs, runs, outcomes, strict=True):
+            if run is not None:
+                append_run(self._workdir / RUNS_FILE, run)
+            self._end(claim.trial, outcome, run, sweep_trials.log_tail(self._folder(job)))
+
+    def _next(self) -> studies.Claim | Literal["wait", "done"]:
         sweep, space = self._sweep, self._base.space
         return self._patiently(
             lambda: studies.next_trial(self._study, sweep.study, space, self._workdir, self._identify)
         )
 
-    def train(self, claim: studies.Claim) -> None:
-        """Trains a trial and tells the study how it ended.
+    def _job(self, claim: studies.Claim) -> sweep_trials.Resolved:
+        return self._resolved[claim.trial.user_attrs[studies.ID]]
 
-        Should another worker have been given the trial, as this one was silent for too long, it is left to that one.
-        """
-        trial = claim.trial
-        job = self._resolved[trial.user_attrs[studies.ID]]
-        folder = sweep_trials.trial_folder(self._workdir, job.id)
-        said = ", ".join(f"{name}={value!r}" for name, value in claim.bindings.items())
-        print(f"trial {trial.number} ({job.id}): {said}", flush=True)
+    def _folder(self, job: sweep_trials.Resolved) -> Path:
+        return sweep_trials.trial_folder(self._workdir, job.id)
+
+    def _program_key(self, claim: studies.Claim) -> str | None:
+        """What trials of one program agree in; None of one to train by itself, as it was begun or is there already."""
+        job = self._job(claim)
+        begun = bool(sweep_trials.read_trial(self._folder(job)))
+        return None if begun or job.id in self._reused else sweep_trials.program_key(job)
+
+    def _end(self, trial: Any, outcome: sweep_training.Outcome, run: Run | None, log: str) -> None:
+        """Tells the study of a trial, unless it is another worker's by now."""
+
+        def tell() -> bool:
+            lost = self._study._storage.get_trial(trial._trial_id).state.is_finished()
+            if not lost:
+                self._tell(trial, outcome, run, log)
+            return lost
+
         try:
-            if job.id in self._reused:
-                run: Run | None = self._reused[job.id]
-                outcome = sweep_trials.Outcome("done", self._reused[job.id].loss)
-            else:
-                hooks = self._hooks(trial)
-                outcome = sweep_trials.train_trial(
-                    self._base, job, self._workdir, hooks, max_restarts=self._sweep.max_restarts
-                )
-                run = sweep_trials.as_run(job, folder)
-            if run is not None:
-                append_run(self._workdir / RUNS_FILE, run)
-            self._patiently(lambda: self._tell(trial, outcome, run, sweep_trials.log_tail(folder)))
+            lost = self._patiently(tell)
         except import_extra("optuna").exceptions.UpdateFinishedTrialError:
-            print(f"trial {trial.number}: given to another worker, as this one was silent for too long", flush=True)
-            return
+            lost = True
         loss = "" if outcome.loss is None else f", loss {outcome.loss:.4f}"
-        print(f"trial {trial.number}: {outcome.status}{loss} {outcome.error}", flush=True)
+        said = "given to another worker, as this one was silent for too long" if lost else f"{outcome.status}{loss}"
+        print(f"trial {trial.number}: {said} {outcome.error}".rstrip(), flush=True)
 
-    def _hooks(self, trial: Any) -> sweep_trials.Hooks:
+    def _hooks(self, trial: Any) -> sweep_training.Hooks:
         reported = set(self._study._storage.get_trial(trial._trial_id).intermediate_values)  # by an attempt before
         prunes = self._sweep.study.pruner != "none" and studies.PROMOTED not in trial.user_attrs
         last_beat = -math.inf
@@ -143,11 +198,14 @@ class Worker:
             nonlocal last_beat
             if time.monotonic() - last_beat >= self._sweep.heartbeat_seconds:
                 self._patiently(lambda: studies.beat(self._study, trial, progress))
+                if self._kept is not None:
+                    kept = self._kept.trial
+                    self._patiently(lambda: studies.beat(self._study, kept, {}))
                 last_beat = time.monotonic()
 
-        return sweep_trials.Hooks(report, alive, self._stopping)
+        return sweep_training.Hooks(report, alive, self._stopping)
 
-    def _tell(self, trial: Any, outcome: sweep_trials.Outcome, run: Run | None, log: str) -> None:
+    def _tell(self, trial: Any, outcome: sweep_training.Outcome, run: Run | None, log: str) -> None:
         state = import_extra("optuna").trial.TrialState
         trial.set_user_attr(studies.PROGRESS, outcome.progress)
         if outcome.status == "stopped":

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import types
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeAlias
@@ -23,6 +24,7 @@ _INT64 = 1 << 63
 _ROWS_PER_GROUP = 1000
 _CHARACTERS_PER_GROUP = 1 << 25  # a group of rows is held in memory until it is written
 _ZSTD_LEVEL = 3
+MAX_FIELDS = 100  # metadata fields that are columns; records whose keys are urls, say, would have one each
 MAX_ROW_BYTES = MAX_LINE_BYTES - (1 << 12)  # of a dump; what deduplication adds is a reason
 
 
@@ -30,16 +32,18 @@ class Columns:
     """Which columns documents need besides `text`, `id`, `source`, `url` and `language`.
 
     A score is a column. So is a metadata field whose values are all text, or all numbers of one kind; the others, and
-    integers of more than 64 bits with their sign, go together into the column `metadata`, as JSON.
+    integers of more than 64 bits with their sign, go together into the column `metadata`, as JSON. With more than
+    `MAX_FIELDS` fields in all, every field goes there.
 
     Attributes:
         scores: names of scores, ordered.
-        fields: metadata fields and the kind of their values: "text", "integer", "number", "boolean" or "mixed".
+        fields: metadata fields and the kind of their values: "text", "integer", "number", "boolean" or "mixed"; None
+            for too many.
     """
 
-    def __init__(self, scores: Iterable[str] = (), fields: Mapping[str, str] | None = None):
+    def __init__(self, scores: Iterable[str] = (), fields: Mapping[str, str] | None = types.MappingProxyType({})):
         self.scores = sorted(scores)
-        self.fields = dict(sorted((fields or {}).items()))
+        self.fields = None if fields is None else dict(sorted(fields.items()))
 
     @classmethod
     def of(cls, documents: Iterable[Document]) -> "Columns":
@@ -60,13 +64,19 @@ class Columns:
     def merge(self, other: "Columns") -> None:
         """Makes room for the documents that another one is for."""
         self.scores = sorted({*self.scores, *other.scores})
-        for name, kind in other.fields.items():
+        if other.fields is None:
+            self.fields = None
+        for name, kind in (other.fields or {}).items():
             self._note(name, kind)
 
     def _note(self, name: str, kind: str) -> None:
+        if self.fields is None:
+            return
         known = self.fields.get(name, kind)
         taken = name in _TEXT_COLUMNS or name in ("metadata", "dropped")
         self.fields[name] = "mixed" if known != kind or taken else known
+        if len(self.fields) > MAX_FIELDS:
+            self.fields = None
 
     def row(self, document: Document) -> dict[str, Any]:
         """A document as one flat row, with None for what it lacks."""
@@ -75,21 +85,26 @@ class Columns:
         own = self._own_fields()
         row |= {name: document.metadata.get(name) for name in own}
         rest = {name: value for name, value in document.metadata.items() if name not in own}
-        if len(own) < len(self.fields):
+        if self._has_rest():
             row["metadata"] = json.dumps(rest, ensure_ascii=False, sort_keys=True)
         return row
 
     def _own_fields(self) -> dict[str, str]:
-        return {name: kind for name, kind in self.fields.items() if kind != "mixed" and name not in self.scores}
+        fields = (self.fields or {}).items()
+        return {name: kind for name, kind in fields if kind != "mixed" and name not in self.scores}
+
+    def _has_rest(self) -> bool:
+        """Whether there are fields that are no columns."""
+        return self.fields is None or len(self._own_fields()) < len(self.fields)
 
     def arrow_schema(self) -> Any:
         """The same as a schema of Arrow."""
         arrow = import_extra("pyarrow")
-        types = {"text": arrow.string(), "integer": arrow.int64(), "number": arrow.float64(), "boolean": arrow.bool_()}
+        kinds = {"text": arrow.string(), "integer": arrow.int64(), "number": arrow.float64(), "boolean": arrow.bool_()}
         schema = [(name, arrow.string()) for name in _TEXT_COLUMNS]
         schema += [(name, arrow.float64()) for name in self.scores]
-        schema += [(name, types[kind]) for name, kind in self._own_fields().items()]
-        if len(self._own_fields()) < len(self.fields):
+        schema += [(name, kinds[kind]) for name, kind in self._own_fields().items()]
+        if self._has_rest():
             schema.append(("metadata", arrow.string()))
         return arrow.schema(schema)
 

@@ -1,4 +1,5 @@
-"""Trainings that differ in scalars only, as one program (`stacked_program`); each leaves the files of its own.
+"""Trainings that differ in scalars only, as one program (`stacked_program`); each leaves the files of its own, its
+checkpoints too, from which it goes on alone.
 
 docs/mup.md says what may differ, and when it is faster than trainings one after another.
 """
@@ -6,20 +7,24 @@ docs/mup.md says what may differ, and when it is faster than trainings one after
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from cpm_jax.checkpoints.manager import CHECKPOINTS_DIR, CheckpointConfig, Checkpointer, list_steps
+from cpm_jax.common import exit_codes
 from cpm_jax.common.config import ConfigError, InputError
 from cpm_jax.common.metrics import METRICS_FILE, JsonlWriter
 from cpm_jax.common.sharding import MeshConfig, make_mesh
 from cpm_jax.scaling.stacked_program import Method, StackedProgram, Trial
-from cpm_jax.training.loop import TrainConfig, TrainData
+from cpm_jax.training.loop import TrainConfig, TrainData, describe_run
 from cpm_jax.training.losses import LossConfig
+from cpm_jax.training.preemption import StopRequest
 from cpm_jax.training.train_state import TrainState
 from cpm_jax.training.train_step import Metrics, check_batch_size
 
@@ -57,13 +62,15 @@ def train_stacked(
     loss: LossConfig,
     data: Callable[[int], TrainData],
     workdir: Path,
+    checkpoint: CheckpointConfig | None = None,
+    fixed: Callable[[Trial], Mapping[str, Any]] = lambda trial: {},
     method: Method | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> list[TrialResult]:
     """Trains all trials as one program.
 
-    Each writes `<workdir>/<its name>/metrics.jsonl` as a training of its own does. There are no checkpoints: a call
-    that was ended starts again.
+    Each writes `<workdir>/<its name>/metrics.jsonl` as a training of its own does, and, where asked to, checkpoints,
+    with which `training.loop.train` goes on. This function itself always begins at step 0.
 
     Args:
         config: steps, batch size, evaluation and logging of every trial. Its `seed` is not read, nor is what concerns
@@ -72,6 +79,8 @@ def train_stacked(
         loss: weights of the losses.
         data: batches by seed; on one process.
         workdir: of all trials.
+        checkpoint: when to save and what to keep; None keeps nothing, and a call that was ended starts again.
+        fixed: for checkpoints, the settings of a trial that must be the same at each restart, as for `train`.
         method: None takes what is faster for the model's size.
         devices: over which trials are spread, as many to each.
 
@@ -79,14 +88,16 @@ def train_stacked(
         One result for each trial, in their order.
 
     Raises:
-        ConfigError: the trials cannot share a program, sizes do not fit each other, or `config` asks for what needs
-            checkpoints or for a profile.
+        ConfigError: the trials cannot share a program, sizes do not fit each other, `config` asks for an average of
+            checkpoints or for a profile, or a trial has checkpoints already.
         InputError: the data ended early, or none of it is held out.
+        CheckpointError: a checkpoint cannot be written.
+        exit_codes.Stop: PREEMPTED, after SIGTERM or SIGINT and a save; only where checkpoints are kept.
     """
     if config.average_last or config.profile_start is not None:
         raise ConfigError(
             f"TrainConfig.average_last = {config.average_last}, profile_start = {config.profile_start}: must be 0 and "
-            "None for trials in one program, which keep no checkpoints and write no profile",
+            "None for trials in one program, which write neither",
             field="TrainConfig.average_last",
         )
     seeds = list(dict.fromkeys(trial.seed for trial in trials))
@@ -105,6 +116,8 @@ def train_stacked(
         devices=devices,
     )
     with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(StopRequest()) if checkpoint else None
+        save = _Save(checkpoint, trials, fixed, config, first.seq_len, workdir, stack) if checkpoint else None
         log = _Log(config, trials, first.sources, config.batch_size * first.seq_len, workdir, stack)
         streams = {s: stack.enter_context(contextlib.closing(sources[s].batches(0))) for s in seeds}
         states, step = program.init(), 0
@@ -122,6 +135,12 @@ def train_stacked(
             if config.eval_every and first.eval_batches and (last or step % config.eval_every == 0):
                 log.drain()
                 log.write_evaluation(step, _evaluate(program, states.params, first, config.eval_batches))
+            stopping = stop is not None and stop.requested(step)
+            if save and (last or stopping or step % save.every == 0):
+                log.drain()
+                save(step, states, log)
+            if stopping and not last:
+                raise exit_codes.Stop(exit_codes.PREEMPTED, f"stopped and saved {len(trials)} trials at step {step}")
             if log.all_ended:
                 break
         log.drain()
@@ -142,6 +161,44 @@ def _evaluate(program: StackedProgram, params: Any, data: TrainData, num_batches
     if not weight.all():
         raise InputError("the held-out data has no token to evaluate on; set eval_every = 0 to go without")
     return nll / weight
+
+
+class _Save:
+    """Writes each trial's own checkpoint, as the training loop does."""
+
+    def __init__(
+        self,
+        checkpoint: CheckpointConfig,
+        trials: Sequence[Trial],
+        fixed: Callable[[Trial], Mapping[str, Any]],
+        config: TrainConfig,
+        seq_len: int,
+        workdir: Path,
+        stack: contextlib.ExitStack,
+    ):
+        self.every = checkpoint.every
+        one = make_mesh(MeshConfig(), jax.devices()[:1])
+        self._saves = []
+        for trial in trials:
+            directory = workdir / trial.name / CHECKPOINTS_DIR
+            if steps := list_steps(directory):
+                raise ConfigError(
+                    f"Trial.name = {trial.name!r}: {directory} holds checkpoints (steps {', '.join(map(str, steps))}), "
+                    "and trials in one program begin at step 0; go on with the trial by itself",
+                    field="Trial.name",
+                )
+            about = describe_run(trial.model, trial.schedule, fixed(trial), config.batch_size * seq_len, one)
+            self._saves.append((stack.enter_context(Checkpointer(directory, checkpoint)), about))
+
+    def __call__(self, step: int, states: TrainState, log: "_Log") -> None:
+        """Saves the trials that are still finite."""
+        host = jax.device_get(states)
+        log.flush()  # the lines up to this step are on disk before a checkpoint that makes them final
+        for i, (checkpointer, about) in enumerate(self._saves):
+            if log.ended[i] is None:
+                state = jax.tree.map(lambda leaf, i=i: jnp.asarray(leaf[i]), host)
+                checkpointer.save(step, state, about | {"step": step, "tokens_seen": log.tokens_seen[i]})
+        log.restart_clock()
 
 
 class _Log:
@@ -165,16 +222,16 @@ class _Log:
             stack.callback(writer.close)
             self._writers.append(writer)
         self._losses: list[list[float]] = [[] for _ in trials]
-        self._tokens_seen = [0] * len(trials)
+        self.tokens_seen = [0] * len(trials)
         self._evaluation: list[float | None] = [None] * len(trials)
-        self._ended: list[int | None] = [None] * len(trials)
+        self.ended: list[int | None] = [None] * len(trials)
         self._waiting: tuple[int, Metrics] | None = None
         self._clock, self._seconds = 0.0, 0.0
 
     @property
     def all_ended(self) -> bool:
         """Whether no trial is left that is finite."""
-        return all(step is not None for step in self._ended)
+        return all(step is not None for step in self.ended)
 
     def add(self, step: int, metrics: Metrics) -> None:
         """Reads the metrics that were added before, and keeps these."""
@@ -192,19 +249,19 @@ class _Log:
         if step > 1:  # the first compiles
             self._seconds += share
         for i in range(len(self._trials)):
-            if self._ended[i] is None:
+            if self.ended[i] is None:
                 self._take(i, step, {name: value[i] for name, value in metrics.items()}, share if step > 1 else None)
 
     def _take(self, i: int, step: int, metrics: dict[str, np.ndarray], seconds: float | None) -> None:
         sources = zip(self._sources, metrics.pop("source_loss"), metrics.pop("source_tokens"), strict=True)
         line = {name: float(value) for name, value in metrics.items()}
         self._losses[i].append(line["loss"])
-        self._tokens_seen[i] += int(line["tokens"])
+        self.tokens_seen[i] += int(line["tokens"])
         if line["nonfinite_run"] >= self._config.max_consecutive_nonfinite:
-            self._ended[i] = step
-        if step % self._config.log_every == 0 or step in (1, self._config.steps) or self._ended[i]:
+            self.ended[i] = step
+        if step % self._config.log_every == 0 or step in (1, self._config.steps) or self.ended[i]:
             line |= {f"loss/{name}": float(loss) for name, loss, tokens in sources if tokens > 0}
-            line["tokens_seen"] = self._tokens_seen[i]
+            line["tokens_seen"] = self.tokens_seen[i]
             if seconds:
                 line |= {"seconds_per_step": seconds, "tokens_per_second": self._tokens / seconds}
             self._writers[i].write(step, line)
@@ -212,9 +269,18 @@ class _Log:
     def write_evaluation(self, step: int, losses: np.ndarray) -> None:
         """Records the held-out loss of the trials that are still finite."""
         for i, loss in enumerate(losses):
-            if self._ended[i] is None:
+            if self.ended[i] is None:
                 self._evaluation[i] = float(loss) if np.isfinite(loss) else None
                 self._writers[i].write(step, {"eval/loss": float(loss)})
+        self.restart_clock()
+
+    def flush(self) -> None:
+        """Waits until all lines are on the disk."""
+        for writer in self._writers:
+            writer.flush()
+
+    def restart_clock(self) -> None:
+        """What went before is no part of the next step's time."""
         self._clock = time.perf_counter()
 
     def results(self, states: TrainState) -> list[TrialResult]:
@@ -222,10 +288,10 @@ class _Log:
         return [
             TrialResult(
                 name=trial.name,
-                status="done" if self._ended[i] is None else "diverged",
-                steps=self._ended[i] or self._config.steps,
+                status="done" if self.ended[i] is None else "diverged",
+                steps=self.ended[i] or self._config.steps,
                 losses=np.array(self._losses[i]),
-                eval_loss=self._evaluation[i] if self._ended[i] is None else None,
+                eval_loss=self._evaluation[i] if self.ended[i] is None else None,
                 state=jax.tree.map(lambda leaf, i=i: leaf[i], states),
                 seconds=self._seconds,
             )

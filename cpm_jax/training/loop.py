@@ -178,17 +178,7 @@ def train(
     tokens_per_step = config.batch_size * data.seq_len
     key = jax.random.key(config.seed)
     update = make_optimizer(optimizer, schedule, model)
-    about = {
-        "model": config_to_dict(model),
-        "schedule": config_to_dict(schedule),
-        "fixed": json.loads(json.dumps(fixed)),
-        "tokens_per_step": tokens_per_step,
-        "git_revision": provenance.git_revision(),
-        "versions": provenance.versions(),
-        "mesh": dict(mesh.shape),
-        "process_count": jax.process_count(),
-    }
-    about["config_sha256"] = _sha256([about["model"], about["fixed"]])
+    about = describe_run(model, schedule, fixed, tokens_per_step, mesh)
     same = about | {"train": config_to_dict(config), "checkpoint": config_to_dict(checkpoint)}
     _check_same_everywhere({key: value for key, value in same.items() if key not in ("git_revision", "versions")})
 
@@ -272,6 +262,31 @@ def train(
             watchdog.beat("averaging", config.watchdog_compile_seconds)
             write_average(workdir, workdir / AVERAGED_DIR, last=config.average_last, abstract_params=abstract.params)
     return step - restored.step
+
+
+def describe_run(
+    model: ModelConfig, schedule: ScheduleConfig, fixed: Mapping[str, Any], tokens_per_step: int, mesh: Mesh
+) -> dict[str, Any]:
+    """What a run's checkpoints say of it, as JSON; `step` and `tokens_seen` come to it.
+
+    Args:
+        model: the model.
+        schedule: learning rate.
+        fixed: settings that must be the same at each restart.
+        tokens_per_step: of all processes.
+        mesh: that it runs on.
+    """
+    about = {
+        "model": config_to_dict(model),
+        "schedule": config_to_dict(schedule),
+        "fixed": json.loads(json.dumps(fixed)),
+        "tokens_per_step": tokens_per_step,
+        "git_revision": provenance.git_revision(),
+        "versions": provenance.versions(),
+        "mesh": dict(mesh.shape),
+        "process_count": jax.process_count(),
+    }
+    return about | {"config_sha256": _sha256([about["model"], about["fixed"]])}
 
 
 # Runs that one process makes after each other, of the same sizes and schedule, share their compiled programs.

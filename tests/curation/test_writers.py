@@ -1,12 +1,14 @@
 """What is written comes back: through our readers, through `datasets`, and not at all after an error."""
 
+import json
+
 import datasets
 import pyarrow.parquet
 import pytest
 
 from cpm_jax.curation.document import Document
 from cpm_jax.curation.readers import Reading, plan_shards, read_shard
-from cpm_jax.curation.writers import Columns, dump, load_dump, shard_writer, write_documents
+from cpm_jax.curation.writers import _TEXT_COLUMNS, MAX_FIELDS, Columns, dump, load_dump, shard_writer, write_documents
 from cpm_jax.data.errors import DataError
 
 DOCUMENTS = [
@@ -51,6 +53,21 @@ def test_columns_do_not_depend_on_the_order_of_documents_or_parts():
     assert whole.fields == {"dump": "text", "odd": "mixed", "tags": "mixed", "text": "mixed", "token_count": "integer"}
     for other in (reverse, merged):
         assert (other.scores, other.fields) == (whole.scores, whole.fields)
+
+
+def test_more_fields_than_columns_may_be_all_go_into_one(tmp_path):
+    documents = [Document("x", str(n), metadata={f"https://e.org/{n}": "seen", "dump": "D"}) for n in range(MAX_FIELDS)]
+    whole, merged = Columns.of(documents), Columns.of(documents[50:])
+    assert len(Columns.of(documents[1:]).fields) == MAX_FIELDS
+    merged.merge(Columns.of(documents[:50]))
+    assert whole.fields is merged.fields is None
+    merged.merge(Columns.of(documents[:1]))
+    assert Columns(merged.scores, merged.fields).fields is None
+    write_documents(tmp_path / "a.parquet", documents)
+    assert pyarrow.parquet.read_schema(tmp_path / "a.parquet").names == [*_TEXT_COLUMNS, "metadata"]
+    (shard,), _ = plan_shards([str(tmp_path / "a.parquet")])
+    rows = [json.loads(document.metadata["metadata"]) for document in read_shard(shard, Reading())]
+    assert rows == [dict(document.metadata) for document in documents]
 
 
 def test_long_documents_make_small_groups_of_rows(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from cpm_jax.scaling import study as studies
 from cpm_jax.scaling.runs import read_runs
 from cpm_jax.scaling.storage import StorageError
 from cpm_jax.scaling.study import StudyConfig
-from experiments import run, sweep, sweep_report, sweep_trials, worker
+from experiments import run, sweep, sweep_report, sweep_training, sweep_trials, worker
 from experiments.sweep import SweepConfig
 from tests.scaling import postgresql_server, slurm_cluster, test_study
 
@@ -214,6 +214,58 @@ def test_what_diverges_fails_or_is_pruned_is_marked(make, tmp_path):
     assert {line.status for line in read_runs(tmp_path / "runs.jsonl")} == {"done", "stopped", "diverged"}
 
 
+PROGRAM = "product(table([{'D_FF': 64}, {'D_FF': 96}]), values('PEAK_LR', 0.001, 0.002), values('SEED', 0, 1))"
+
+
+@pytest.mark.slow
+def test_trials_of_one_program_are_those_that_are_trained_alone(make, tmp_path):
+    together, alone = tmp_path / "together", tmp_path / "alone"
+    space = f"chain({PROGRAM}, pin('PEAK_LR', 1e15))"
+    sweep.run(make(space, trials_per_program=3), together)
+    _, trials, _ = read(together)
+    assert [t.status for t in trials] == ["done"] * 8 + ["diverged"]
+    said = (together / "workers" / "worker0.txt").read_text()
+    logs = [(sweep_trials.trial_folder(together, t.id) / "log.txt").read_text() for t in trials]
+    # D_FF = 64 in three and one, D_FF = 96 in three and one, and the last by itself
+    assert ["3 trials in one program" in log for log in logs] == [True] * 3 + [False] + [True] * 3 + [False] * 2
+    assert said.count("done, loss") == 8
+    sweep.run(make(space), alone)
+    _, same, _ = read(alone)
+    assert [t.id for t in same] == [t.id for t in trials]
+    for ours, theirs in zip(trials[:8], same[:8], strict=True):
+        assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
+        assert ours.curve == [(tokens, pytest.approx(loss, rel=1e-5)) for tokens, loss in theirs.curve]
+        assert ours.cpu_seconds > 0
+    folder = sweep_trials.trial_folder(together, trials[0].id)
+    assert last_checkpoint(together) == STEPS
+    assert run.main(["pretrain", f"--workdir={folder}"]) == exit_codes.OK  # an ordinary run, which is done
+    assert (folder / "report.html").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_program_that_is_stopped_or_killed_is_ended_by_trials_alone(make, tmp_path, number):
+    space = "product(values('PEAK_LR', 0.003, 0.03), values('SEED', 0, 1))"
+    config = make(space, bindings={"TRAIN_STEPS": 100}, trials_per_program=4, grace_seconds=3)
+    study = set_up(config, tmp_path)
+    process = start_worker(tmp_path)
+    wait_for(lambda: len(list(tmp_path.glob("trials/*/checkpoints/10"))) == 4)
+    process.send_signal(number)
+    process.wait()
+    wait_for(lambda: not any(alive(pid) for pid in children(process.pid)) if alive(process.pid) else True)
+    begun = last_checkpoint(tmp_path)
+    assert 0 < begun < 100
+    worker.run(worker.WorkerConfig(), tmp_path)
+    _, trials, _ = read(tmp_path)
+    done = [t for t in trials if t.status == "done"]
+    assert len(done) == 4
+    assert len(study.get_trials()) == 8
+    for trial in done:
+        folder = sweep_trials.trial_folder(tmp_path, trial.id)
+        assert "going on from step" in (folder / "log.txt").read_text()
+        assert [step for step, _ in curve(folder)] == sorted(step for step, _ in curve(folder))
+
+
 @pytest.mark.slow
 def test_submitit_starts_workers(make, tmp_path):
     sweep.run(make("values('PEAK_LR', 0.01)", launcher="local"), tmp_path / "local")
@@ -248,6 +300,19 @@ def test_two_spellings_of_a_trial_share_an_id(make, data, tmp_path):
     assert len(ids | {plain.id}) == 4
 
 
+def test_which_trials_share_a_program(make):
+    base = make().base()
+
+    def key(**bindings):
+        return sweep_trials.program_key(sweep_trials.resolve(base, {"PEAK_LR": 0.01} | bindings))
+
+    decay = {"OptimizerConfig.weight_decay": 0.0}
+
+    assert key() == key(PEAK_LR=0.02, SEED=3, DIM_MODEL_BASE=16, WARMUP_STEPS=7, **decay)
+    assert len({key(), key(D_FF=96), key(BATCH_SIZE=2), key(CHECKPOINT_EVERY=5), key(EVAL_EVERY=5)}) == 5
+    assert key(**{"TrainConfig.average_last": 2}) is None
+
+
 def test_python_files_name_space_and_base(make, tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
@@ -272,6 +337,10 @@ def test_python_files_name_space_and_base(make, tmp_path):
         ({"space": "values('EVAL_EVERY', 0)"}, "eval_every = 0: trials are compared by their held-out loss"),
         ({"space": "log_uniform('PEAK_LR', 0.1, 1)"}, "PEAK_LR is a range"),
         ({"grace_seconds": 1}, "grace_seconds = 1: must be at least twice"),
+        (
+            {"trials_per_program": 2, "study": StudyConfig(pruner="asha")},
+            "trials_per_program = 2: a trial that the pruner 'asha' ends would go on",
+        ),
         (
             {"space": "values('BATCH_SIZE', 2, 4)", "study": StudyConfig(pruner="asha")},
             "unequal tokens .3840, 7680., which asha would compare",
@@ -326,16 +395,16 @@ def train_at_once(monkeypatch):
     """Trainings that take no time, whose loss is what `loss` gives for their bindings."""
 
     def train_at_once(loss):
-        def train(base, job, workdir, hooks, max_restarts):
+        def train(base, jobs, workdir, hooks, max_restarts):
+            (job,), (hooks,) = jobs, hooks
             final = loss(job.bindings)
             for part, tokens in enumerate(job.evaluated_at[:-1]):
                 hooks.report(tokens, final + 1 / (1 + part))
             hooks.report(job.tokens, final)
-            return sweep_trials.Outcome(
-                "done", final, progress={"tokens": job.tokens, "seconds": 2.0, "cpu_seconds": 3.6}
-            )
+            progress = {"tokens": job.tokens, "seconds": 2.0, "cpu_seconds": 3.6}
+            return [sweep_training.Outcome("done", final, progress=progress)]
 
-        monkeypatch.setattr(sweep_trials, "train_trial", train)
+        monkeypatch.setattr(sweep_training, "train_trials", train)
 
     return train_at_once
 
@@ -360,13 +429,13 @@ def test_a_worker_that_was_silent_for_too_long_leaves_its_trial_to_the_next(make
     config = make("values('PEAK_LR', 0.01)")
     study = set_up(config, tmp_path)
     first, second = (worker.Worker(config, tmp_path, lambda: False) for _ in range(2))
-    claim = first.claim()
+    (claim,) = first.claim()
     test_study.fall_silent(study)
-    again = second.claim()
+    (again,) = second.claim()
     assert again.bindings == claim.bindings
-    first.train(claim)  # it wakes up
+    first.train([claim])  # it wakes up
     assert "trial 0: given to another worker, as this one was silent for too long" in capsys.readouterr().out
-    second.train(again)
+    second.train([again])
     assert [t.state.name for t in study.get_trials()] == ["FAIL", "COMPLETE"]
 
 
@@ -416,12 +485,8 @@ def test_a_folder_that_another_process_trains_in_is_waited_for(make, tmp_path):
     job = sweep_trials.resolve(base, {"PEAK_LR": 0.01})
     folder = sweep_trials.trial_folder(tmp_path, job.id)
     beats = []
-    with studies.locked(folder / sweep_trials.LOCK_FILE):
-        outcome = sweep_trials.train_trial(
-            base,
-            job,
-            tmp_path,
-            sweep_trials.Hooks(report=lambda tokens, loss: False, alive=beats.append, stopping=lambda: len(beats) >= 2),
-        )
+    with studies.locked(folder / sweep_training.LOCK_FILE):
+        hooks = sweep_training.Hooks(lambda tokens, loss: False, alive=beats.append, stopping=lambda: len(beats) >= 2)
+        (outcome,) = sweep_training.train_trials(base, [job], tmp_path, [hooks])
     assert outcome.status == "stopped"
     assert not (folder / sweep_trials.TRIAL_FILE).exists()

@@ -3,12 +3,15 @@
 import dataclasses
 import functools
 import re
+import shutil
+import signal
 
 import jax
 import numpy as np
 import pytest
 
-from cpm_jax.checkpoints.manager import CheckpointConfig
+from cpm_jax.checkpoints.manager import CheckpointConfig, list_steps, restore_params
+from cpm_jax.common import exit_codes
 from cpm_jax.common.config import ConfigError, InputError, config_to_dict
 from cpm_jax.common.metrics import METRICS_FILE, read_metrics
 from cpm_jax.common.sharding import MeshConfig, make_mesh
@@ -207,6 +210,60 @@ def test_the_files_are_those_of_trainings_by_the_loop(by_rate, tmp_path, method)
         assert result.steps == STEPS
         assert result.eval_loss == pytest.approx(theirs[-1]["eval/loss"], rel=1e-5)
         assert result.losses[-1] == pytest.approx(theirs[-2]["loss"], rel=1e-5)
+
+
+def own(trial, workdir):
+    """A training by the loop, from the newest checkpoint in the workdir; returns its last parameters."""
+    train(
+        dataclasses.replace(CONFIG, seed=trial.seed),
+        model=trial.model,
+        optimizer=trial.optimizer,
+        schedule=trial.schedule,
+        loss=LOSS,
+        checkpoint=CheckpointConfig(every=3),
+        data=data(trial.seed),
+        mesh=make_mesh(MeshConfig(), jax.devices()[:1]),
+        workdir=workdir,
+        fixed={"seed": trial.seed},
+    )
+    return restore_params(workdir)[0]
+
+
+def test_each_trial_goes_on_alone_from_its_checkpoint(by_rate, tmp_path):
+    settings = {"checkpoint": CheckpointConfig(every=3), "fixed": lambda trial: {"seed": trial.seed}, "method": "map"}
+    bad = dataclasses.replace(by_rate[0], name="bad", schedule=schedule(1e15))
+    trials = [*by_rate, bad]
+    train_stacked(CONFIG, trials=trials, loss=LOSS, data=data, workdir=tmp_path, **settings)
+    for trial in by_rate:
+        assert list_steps(tmp_path / trial.name / "checkpoints") == [3, STEPS]
+        alone = own(trial, tmp_path / "alone" / trial.name)
+        jax.tree.map(np.testing.assert_array_equal, restore_params(tmp_path / trial.name)[0], alone)
+        shutil.rmtree(tmp_path / trial.name / "checkpoints" / f"{STEPS}")
+        jax.tree.map(np.testing.assert_array_equal, own(trial, tmp_path / trial.name), alone)
+        rows = read_metrics(tmp_path / trial.name / METRICS_FILE)
+        assert [row["step"] for row in rows] == [1, 2, 3, 4, 6, 6]
+    assert STEPS not in list_steps(tmp_path / "bad" / "checkpoints")  # not finite: nothing to keep
+    with pytest.raises(ConfigError, match=r"holds checkpoints \(steps 3, 6\), and trials in one"):
+        train_stacked(CONFIG, trials=by_rate[:1], loss=LOSS, data=data, workdir=tmp_path, **settings)
+
+
+def test_told_to_stop_all_trials_are_saved(by_rate, tmp_path):
+    def stopping(seed):
+        whole = data(seed)
+
+        def batches(step):
+            for i, batch in enumerate(whole.batches(step)):
+                if i == 1:
+                    signal.raise_signal(signal.SIGTERM)
+                yield batch
+
+        return dataclasses.replace(whole, batches=batches)
+
+    with pytest.raises(exit_codes.Stop, match="stopped and saved 2 trials at step 2"):
+        train_stacked(
+            CONFIG, trials=by_rate[:2], loss=LOSS, data=stopping, workdir=tmp_path, checkpoint=CheckpointConfig()
+        )
+    assert [list_steps(tmp_path / trial.name / "checkpoints") for trial in by_rate[:2]] == [[2], [2]]
 
 
 def test_a_diverged_trial_ends_where_its_own_training_would(by_rate, tmp_path):
