@@ -130,16 +130,19 @@ class Benchmark:
 
 
 def load(directory: Path = RESULTS_DIR) -> list[dict[str, Any]]:
-    """Reads all results of a directory, in the order of their names.
+    """Reads all results of a directory and of the folders in it, in the order of their names.
+
+    A result in a folder bears the folder's name before its own.
 
     Raises:
         ValueError: a file is not a result; names it.
     """
     results = []
-    for path in sorted(directory.glob("*.json")):
+    for path in sorted([*directory.glob("*.json"), *directory.glob("*/*.json")]):
         try:
             result = json.loads(path.read_text("utf-8"))
             result["rows"] = [Row(**row) for row in result["rows"]]
+            result["name"] = str(path.parent.relative_to(directory) / result["name"])
             results.append({key: result[key] for key in ("name", "command", "commit", "date", "machine", "rows")})
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a result of a benchmark: {error!r}") from error

@@ -6,6 +6,8 @@ DIR holds the rows and what was computed of them, on whatever machine: the repor
 """
 
 import argparse
+import csv
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +23,6 @@ from benchmarks.sparse_quality_cells import Cell, Measured, Weights
 from benchmarks.sparse_quality_texts import LENGTH, LONG, TRAIN_LENGTH, read_rows
 from benchmarks.sparse_quality_training import TRAIN_BLOCKS, curve_of
 from cpm_jax.common.figures import Series, heat_map_figure, line_figure
-from cpm_jax.common.files import write_json
 
 NAMES: dict[Rule, str] = {
     "dense": "dense",
@@ -226,14 +227,12 @@ def _share_rows(
             title=f"{NAMES[rule]}: attention in {main} blocks",
         )
         (directory / f"sparse_quality_shares_{rule}.svg").write_text(figure.svg, "utf-8")
-    write_json(
-        directory / "sparse_quality" / "shares.json",
-        {
-            f"{rule}, {budget} blocks": by_head[number, place].round(4).tolist()
-            for place, budget in enumerate(budgets)
-            for number, rule in enumerate(rules)
-        },
-    )
+    with (directory / "sparse_quality_shares.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["rule", "blocks", "layer", "head", "share"])
+        for (number, rule), (place, budget) in itertools.product(enumerate(rules), enumerate(budgets)):
+            for (layer, head), share in np.ndenumerate(by_head[number, place]):
+                writer.writerow([rule, budget, layer, head, f"{share:.4f}"])
 
 
 def _drawings(losses: Losses, length: int, main: int, directory: Path) -> None:
@@ -324,6 +323,17 @@ def _training_curves(bench: Benchmark, work: Path, plan: Plan, directory: Path) 
     (directory / "sparse_quality_training.svg").write_text(figure.svg, "utf-8")
 
 
+def _options(work: Path, losses: Losses, plan: Plan) -> str:
+    """How much was measured, as options of `sparse_quality`."""
+    numbers = [
+        max((int(row[-1]) for row in losses.rows(Cell("published", "dense", 0, length, rope))), default=0) + 1  # type: ignore[arg-type]
+        for length, rope in ((plan.length, "plain"), (plan.long, "yarn"))
+    ]
+    folder = work / "trained_sparse"
+    steps = curve_of(folder)[-1][0] if (folder / "training.json").exists() else 0
+    return f"--rows {numbers[0]} --long_rows {numbers[1]} --train_steps {steps}"
+
+
 def markdown(losses: Losses, plan: Plan) -> str:
     """Tables for the page: over lengths at the main number of blocks, and over numbers of blocks."""
     rules: tuple[Rule, ...] = ("lse", *TILES, "exact", *RIVALS)
@@ -363,9 +373,10 @@ def report(work: Path, num_bytes: Mapping[str, Callable[[int, int], int]], plan:
         plan: what was to be measured.
         directory: where results go.
     """
-    bench = Benchmark("sparse_quality", "python -m benchmarks.sparse_quality --work DIR")
     losses = Losses(work, num_bytes)
-    (directory / "sparse_quality").mkdir(parents=True, exist_ok=True)
+    bench = Benchmark(
+        "sparse_quality", f"python -m benchmarks.sparse_quality --work DIR {_options(work, losses, plan)}"
+    )
     _loss_rows(bench, losses, plan.length, plan.main)
     _long_rows(bench, losses, plan.long)
     _training_rows(bench, losses, plan.length, plan.train_length, plan.train_blocks)

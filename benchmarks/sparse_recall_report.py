@@ -128,7 +128,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     accuracies, trainings = gather(args.work)
     if not trainings:
         parser.error(f"{args.work} holds no cell that is done")
-    bench = Benchmark("sparse_recall", "python -m benchmarks.sparse_recall --work DIR")
+    lengths, steps = sorted({length for length, _ in trainings}), {training["steps"] for training in trainings.values()}
+    seeds = {len(values) for values in accuracies.values()}
+    whole = [length for length in lengths if all((length, variant) in trainings for variant in VARIANTS)]
+    options = (
+        f"--seeds {max(seeds)} --steps {max(steps)} --lengths {' '.join(map(str, lengths))} "
+        f"--ablated {' '.join(map(str, whole))}".rstrip()
+    )
+    bench = Benchmark("sparse_recall", f"python -m benchmarks.sparse_recall --work DIR {options}")
     for length, task, variant in accuracies:
         if (task, variant) == ("recall", FULL):
             bench.add(

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 
 logger = logging.getLogger("kernels_pallas")
 
@@ -27,9 +28,40 @@ def target_platform() -> str:
 
 
 @functools.cache
-def log_choice(op: str, implementation: str, reason: str) -> None:
-    """Logs, once per process for each combination, which implementation an op chose by itself and why."""
-    logger.info("%s: using implementation=%r (%s)", op, implementation, reason)
+def log_choice(op: str, implementation: str, platform: str, unsupported: str | None) -> None:
+    """Logs, once per process for each combination, which implementation an op chose by itself and why.
+
+    Args:
+        op: name of the op.
+        implementation: what it chose.
+        platform: that it runs on.
+        unsupported: why the platform's own kernel cannot serve, which is a warning; None if it can, or there is none.
+    """
+    level = logging.INFO if unsupported is None else logging.WARNING
+    logger.log(level, "%s: using implementation=%r (%s)", op, implementation, unsupported or f"on {platform}")
+
+
+def check_sizes(op: str, **shapes: tuple[int, ...]) -> None:
+    """Refuses shapes without an element.
+
+    Raises:
+        UnsupportedError: naming the array and its shape.
+    """
+    for name, shape in shapes.items():
+        if 0 in shape:
+            raise UnsupportedError(f"{op}: {name} has shape {shape}: every size must be at least 1")
+
+
+def check_types(op: str, floating: Mapping[str, jax.Array], integer: Mapping[str, jax.Array | None]) -> None:
+    """Refuses arrays of another kind than they must have; None passes.
+
+    Raises:
+        UnsupportedError: naming the array, its type and what is accepted.
+    """
+    for arrays, kind, accepted in ((floating, jnp.floating, "floats"), (integer, jnp.integer, "integers")):
+        for name, array in arrays.items():
+            if array is not None and not jnp.issubdtype(array.dtype, kind):
+                raise UnsupportedError(f"{op}: {name} is of {array.dtype}: must be {accepted}")
 
 
 # The kernel that is written for a platform, as `target_platform` calls it.
@@ -55,7 +87,7 @@ def choose_implementation(
         kernel = _KERNELS.get(platform, "")
         reason = unsupported.get(kernel)
         chosen = kernel if kernel in unsupported and reason is None else "xla"
-        log_choice(op, chosen, reason or f"on {platform}")
+        log_choice(op, chosen, platform, reason)
         return chosen
     if implementation not in accepted:
         raise UnsupportedError(

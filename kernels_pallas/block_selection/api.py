@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from kernels_pallas.block_selection import pallas_gpu, pallas_tpu, reference, xla
 from kernels_pallas.block_selection.selection import BlockSelection, num_kernels
-from kernels_pallas.dispatch import UnsupportedError, choose_implementation
+from kernels_pallas.dispatch import UnsupportedError, check_sizes, check_types, choose_implementation
 
 Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu"]
 _IMPLEMENTATIONS = {"reference": reference, "xla": xla, "pallas_tpu": pallas_tpu, "pallas_gpu": pallas_gpu}
@@ -115,6 +115,9 @@ def _arguments(
             f"block selection: q has shape {q.shape} and k_compressed {k_compressed.shape}: must be [B, T, N, H] and "
             "[B, J, K, H]"
         )
+    integers = {"query_positions": query_positions, "segment_ids": segment_ids}
+    check_types("block selection", {"q": q, "k_compressed": k_compressed}, integers)
+    check_sizes("block selection", q=q.shape, k_compressed=(*k_compressed.shape[:1], *k_compressed.shape[2:]))
     if q.shape[2] % k_compressed.shape[2]:
         raise UnsupportedError(
             f"block selection: q has {q.shape[2]} heads: must be a multiple of the {k_compressed.shape[2]} key heads"

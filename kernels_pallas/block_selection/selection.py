@@ -29,7 +29,8 @@ class BlockSelection:
         block_size: keys in a block; a multiple of `kernel_stride`.
         window_size: recent keys that every query sees, a multiple of `block_size`.
         topk: blocks chosen by score, the initial ones included, the local ones not; all that there are where a row has
-            fewer.
+            fewer. At least 1 and `init_blocks`, and one more than `init_blocks` in "huggingface", whose last local
+            block takes the place of one by score.
         variant: "paper" sees `window_size / block_size` local blocks (InfLLM-V2: 1 initial + 63 chosen + 32 local);
             "huggingface" one more and one fewer by score, out of the same number; "cpm_cu" never ranks local blocks
             and adds them to the top-k, which gives the blocks of "paper".
@@ -50,6 +51,9 @@ class BlockSelection:
         def refuse(field: str, accepted: str) -> None:
             raise UnsupportedError(f"block selection: {field} = {getattr(self, field)!r}: must be {accepted}")
 
+        for field in ("kernel_size", "kernel_stride", "init_blocks", "block_size", "window_size", "topk"):
+            if not isinstance(getattr(self, field), int):
+                refuse(field, "an int")
         if self.kernel_stride < 1:
             refuse("kernel_stride", "at least 1")
         if self.kernel_size < self.kernel_stride:
@@ -60,10 +64,15 @@ class BlockSelection:
             refuse("window_size", f"a multiple of block_size = {self.block_size}, at least one block")
         if self.init_blocks < 0:
             refuse("init_blocks", "at least 0")
-        if self.topk < max(self.init_blocks, 1):
-            refuse("topk", f"at least 1 and init_blocks = {self.init_blocks}, which are among them")
         if self.variant not in get_args(Variant):
             refuse("variant", f"one of {', '.join(map(repr, get_args(Variant)))}")
+        if self.topk < max(self.init_blocks, 1):
+            refuse("topk", f"at least 1 and init_blocks = {self.init_blocks}, which are among them")
+        if self.topk + self.window_size // self.block_size < self.init_blocks + self.num_local:
+            refuse(
+                "topk",
+                f"above init_blocks = {self.init_blocks} with variant = 'huggingface', or no local block is left",
+            )
 
     @property
     def num_local(self) -> int:

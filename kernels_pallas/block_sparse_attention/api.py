@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kernels_pallas.block_sparse_attention import pallas_gpu, pallas_tpu, reference, xla
-from kernels_pallas.dispatch import UnsupportedError, choose_implementation
+from kernels_pallas.dispatch import UnsupportedError, check_sizes, check_types, choose_implementation
 
 Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu"]
 _IMPLEMENTATIONS = {
@@ -123,6 +123,7 @@ def _check_arguments(
             f"q, k, v have shapes {q.shape}, {k.shape}, {v.shape}: must be [B, T, N, H], [B, S, K, H] and the shape "
             "of k"
         )
+    check_sizes("block_sparse_attention", q=q.shape, k=k.shape)
     if q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3] or q.shape[2] % k.shape[2]:
         refuse(
             f"q has shape {q.shape} and k has {k.shape}: batch and head width must be equal, and the number of query "
@@ -132,8 +133,8 @@ def _check_arguments(
         refuse(f"q has shape {q.shape} and k has {k.shape}: lengths must be equal without query_positions")
     if query_positions is not None and query_positions.shape != q.shape[:2]:
         refuse(f"query_positions has shape {query_positions.shape}: must be [B, T] = {q.shape[:2]}")
-    if block_size < 1:
-        refuse(f"block_size = {block_size}: must be at least 1")
+    if not isinstance(block_size, int) or block_size < 1:
+        refuse(f"block_size = {block_size}: must be an int of at least 1")
     lists = q.shape[0], k.shape[2], q.shape[1]
     # The length of a cache that `select_blocks` infers from its kernels may be a block more than there is.
     blocks = math.ceil(k.shape[1] / block_size) + (query_positions is not None)
@@ -144,3 +145,6 @@ def _check_arguments(
         )
     if segment_ids is not None and segment_ids.shape != k.shape[:2]:
         refuse(f"segment_ids has shape {segment_ids.shape}: must be [B, S] = {k.shape[:2]}")
+    check_sizes("block_sparse_attention", block_ids=block_ids.shape)
+    integers = {"block_ids": block_ids, "query_positions": query_positions, "segment_ids": segment_ids}
+    check_types("block_sparse_attention", {"q": q, "k": k, "v": v}, integers)

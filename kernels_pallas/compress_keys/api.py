@@ -5,7 +5,7 @@ from typing import Literal, get_args
 from jaxtyping import Array, Float
 
 from kernels_pallas.compress_keys import reference, xla
-from kernels_pallas.dispatch import UnsupportedError
+from kernels_pallas.dispatch import UnsupportedError, check_types
 
 Implementation = Literal["reference", "xla"]
 _IMPLEMENTATIONS = {"reference": reference.compress_keys, "xla": xla.compress_keys}
@@ -38,8 +38,9 @@ def compress_keys(
     if k.ndim != 4:
         raise UnsupportedError(f"compress_keys: k has shape {k.shape}: must be [B, S, K, H]")
     for name, value in (("kernel_size", kernel_size), ("kernel_stride", kernel_stride)):
-        if value < 1:
-            raise UnsupportedError(f"compress_keys: {name} = {value}: must be at least 1")
+        if not isinstance(value, int) or value < 1:
+            raise UnsupportedError(f"compress_keys: {name} = {value}: must be an int of at least 1")
+    check_types("compress_keys", {"k": k}, {})
     implementation = "xla" if implementation is None else implementation
     if implementation not in _IMPLEMENTATIONS:
         accepted = ", ".join(map(repr, get_args(Implementation)))

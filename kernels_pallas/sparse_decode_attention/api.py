@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kernels_pallas.dispatch import UnsupportedError, choose_implementation
+from kernels_pallas.dispatch import UnsupportedError, check_sizes, check_types, choose_implementation
 from kernels_pallas.sparse_decode_attention import pallas_gpu, pallas_tpu, reference, xla
 
 Implementation = Literal["reference", "xla", "pallas_tpu", "pallas_gpu"]
@@ -93,8 +93,8 @@ def _check_arguments(
     def refuse(what: str) -> None:
         raise UnsupportedError(f"sparse_decode_attention: {what}")
 
-    if block_size < 1:
-        refuse(f"block_size = {block_size}: must be at least 1")
+    if not isinstance(block_size, int) or block_size < 1:
+        refuse(f"block_size = {block_size}: must be an int of at least 1")
     axes = "" if layer is None else "L, "
     layout = f"[{axes}B, K, S, H]" if page_table is None else f"[{axes}K, P, page_size, H]"
     if q.ndim != 4 or k_cache.ndim != 4 + (layer is not None) or k_cache.shape != v_cache.shape:
@@ -102,6 +102,9 @@ def _check_arguments(
             f"q, k_cache, v_cache have shapes {q.shape}, {k_cache.shape}, {v_cache.shape}: must be [B, T, N, H], "
             f"{layout} and the shape of k_cache"
         )
+    check_sizes("sparse_decode_attention", q=q.shape, k_cache=k_cache.shape)
+    if isinstance(layer, int) and not 0 <= layer < k_cache.shape[0]:
+        refuse(f"layer = {layer}: must be from 0 to {k_cache.shape[0] - 1}, the layers of k_cache")
     batch, length, heads, size = q.shape
     kv_heads = k_cache.shape[-4 if page_table is not None else -3]
     if k_cache.shape[-1] != size or heads % kv_heads or (page_table is None and k_cache.shape[-4] != batch):
@@ -126,4 +129,7 @@ def _check_arguments(
             f"block_ids has shape {block_ids.shape}: I must be at most {num_blocks + 1}, one more than the blocks of "
             f"{block_size} keys in {held}"
         )
+    check_sizes("sparse_decode_attention", block_ids=block_ids.shape)
+    integers = {"block_ids": block_ids, "query_positions": query_positions, "page_table": page_table}
+    check_types("sparse_decode_attention", {"q": q, "k_cache": k_cache, "v_cache": v_cache}, integers)
     return slots

@@ -43,6 +43,16 @@ def test_unmet_rows_of_all_files_come_first(tmp_path, capsys):
     assert [line.split()[0] for line in lines[2:4]] == ["a", "b"]
 
 
+def test_results_in_folders_are_shown_under_the_folders_name(tmp_path, capsys):
+    _benchmark("a").write(tmp_path)
+    (tmp_path / "longer").mkdir()
+    _benchmark("a").write(tmp_path / "longer")
+    capsys.readouterr()
+    assert [result["name"] for result in load(tmp_path)] == ["a", "longer/a"]
+    assert main(["--directory", str(tmp_path)]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:4]] == ["a", "longer/a"]
+
+
 def test_costing_nothing_beats_everything_and_equals_nothing():
     bench = Benchmark("x", "x")
     assert bench.add("stall", "s", 0.0, larger_is_better=False, baseline_name="o", baseline=1.0, goal=10.0).met

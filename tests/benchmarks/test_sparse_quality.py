@@ -1,5 +1,6 @@
 """Rows, sums and the table of `sparse_quality`, on losses that are made up, and the texts' format."""
 
+import csv
 import json
 import math
 import struct
@@ -209,8 +210,9 @@ def test_the_report_says_where_selection_does_not_win(tmp_path):
     dense, ours = (line for line in markdown(Losses(work, {}), plan).splitlines()[2:4])
     assert dense.startswith("| dense | 3")
     assert ours.count("(+0.1") == 3
-    held = json.loads((tmp_path / "sparse_quality" / "shares.json").read_text())
-    assert held["lse, 4 blocks"][1][0] == pytest.approx(0.9, abs=1e-3)
-    assert held["window, 8 blocks"][2][1] == 0.5
+    with (tmp_path / "sparse_quality_shares.csv").open(newline="") as file:
+        held = {(r["rule"], r["blocks"], r["layer"], r["head"]): float(r["share"]) for r in csv.DictReader(file)}
+    assert held["lse", "4", "1", "0"] == pytest.approx(0.9, abs=1e-3)
+    assert held["window", "8", "2", "1"] == 0.5
     for name in ("positions", "blocks", "shares_lse", "shares_window", "training"):
         assert (tmp_path / f"sparse_quality_{name}.svg").read_text().startswith("<svg")

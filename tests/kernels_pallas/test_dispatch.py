@@ -29,6 +29,8 @@ def test_the_choice_is_the_platforms_kernel_where_it_can_serve(platform, unsuppo
             assert choose_implementation("op", None, NAMES, unsupported) == chosen
     [line] = caplog.messages  # once
     assert chosen in line
+    refused = unsupported.get(dispatch._KERNELS.get(platform)) is not None
+    assert caplog.records[0].levelno == (logging.WARNING if refused else logging.INFO)
     assert ("too wide" in line) == ("too wide" in unsupported.values())
 
 

@@ -189,6 +189,12 @@ def test_document_starts():
         ({"kernel_size": 8}, "kernel_size = 8: must be at least kernel_stride = 16"),
         ({"kernel_stride": 0}, "kernel_stride = 0: must be at least 1"),
         ({"topk": 2, "init_blocks": 3}, "topk = 2: must be at least 1 and init_blocks = 3"),
+        (
+            {"topk": 1, "variant": "huggingface"},
+            "topk = 1: must be above init_blocks = 1 with variant = 'huggingface', or no local block is left",
+        ),
+        ({"topk": 4.0}, "topk = 4.0: must be an int"),
+        ({"block_size": None}, "block_size = None: must be an int"),
         ({"init_blocks": -1}, "init_blocks = -1: must be at least 0"),
         ({"variant": "nsa"}, "variant = 'nsa': must be one of 'paper', 'huggingface', 'cpm_cu'"),
     ],
@@ -213,3 +219,21 @@ def test_arguments_that_do_not_fit():
         select_blocks(q, fine, coarse, selection=SMALL, segment_ids=jnp.zeros((1, 5), jnp.int32))
     with pytest.raises(ValueError, match="implementation = 'cuda': must be None or one of 'reference'"):
         select_blocks(q, fine, coarse, selection=SMALL, implementation="cuda")
+    with pytest.raises(ValueError, match=r"q has shape \(0, 64, 4, 8\): every size must be at least 1"):
+        select_blocks(q[:0], fine[:0], coarse[:0], selection=SMALL)
+    with pytest.raises(ValueError, match=r"k_compressed has shape \(1, 0, 8\): every size"):
+        select_blocks(q, fine[:, :, :0], coarse[:, :, :0], selection=SMALL)
+    with pytest.raises(ValueError, match="q is of int32: must be floats"):
+        select_blocks(q.astype(jnp.int32), fine, coarse, selection=SMALL)
+    with pytest.raises(ValueError, match="segment_ids is of float32: must be integers"):
+        select_blocks(q, fine, coarse, selection=SMALL, segment_ids=jnp.zeros((1, 64)))
+
+
+@pytest.mark.parametrize("topk", [2, 3])
+def test_a_local_block_takes_no_place_of_an_initial_one(topk):
+    selection = BlockSelection(4, 2, 1, 8, 16, topk, "huggingface")
+    q, k = inputs(80)
+    ids = np.asarray(select_blocks(q, *kernels_of(k, selection), selection=selection))
+    own = np.arange(80) // 8
+    assert (ids == own[None, None, :, None]).any(axis=-1).all()
+    assert (ids == 0).any(axis=-1).all()

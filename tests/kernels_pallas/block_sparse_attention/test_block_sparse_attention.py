@@ -307,12 +307,16 @@ def test_arguments_that_do_not_fit():
     ]:
         with pytest.raises(ValueError, match=message):
             block_sparse_attention(*args, block_size=8)
-    with pytest.raises(ValueError, match="block_size = 0: must be at least 1"):
+    with pytest.raises(ValueError, match="block_size = 0: must be an int of at least 1"):
         block_sparse_attention(q, k, v, ids, block_size=0)
     positions = jnp.zeros((1, 24), jnp.int32)
     with pytest.raises(ValueError, match=r"query_positions has shape \(1, 24\): must be \[B, T\] = \(1, 5\)"):
         block_sparse_attention(q[:, :5], k, v, ids[:, :, :5], block_size=8, query_positions=positions)
     with pytest.raises(ValueError, match=r"segment_ids has shape \(1, 5\): must be \[B, S\] = \(1, 24\)"):
         block_sparse_attention(q, k, v, ids, block_size=8, segment_ids=jnp.zeros((1, 5), jnp.int32))
+    with pytest.raises(ValueError, match=r"block_ids has shape \(1, 2, 24, 0\): every size must be at least 1"):
+        block_sparse_attention(q, k, v, ids[..., :0], block_size=8)
+    with pytest.raises(ValueError, match="block_ids is of float32: must be integers"):
+        block_sparse_attention(q, k, v, ids.astype(jnp.float32), block_size=8)
     with pytest.raises(ValueError, match="implementation = 'cuda': must be None or one of 'reference'"):
         block_sparse_attention(q, k, v, ids, block_size=8, implementation="cuda")

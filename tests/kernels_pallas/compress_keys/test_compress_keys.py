@@ -70,8 +70,10 @@ def test_chunk_by_chunk_equals_whole(size, stride, chunk):
 
 def test_bad_input():
     k = jnp.zeros((1, 8, 1, 4))
-    with pytest.raises(ValueError, match="kernel_stride = 0: must be at least 1"):
+    with pytest.raises(ValueError, match="kernel_stride = 0: must be an int of at least 1"):
         compress_keys(k, kernel_size=4, kernel_stride=0)
+    with pytest.raises(ValueError, match="k is of int32: must be floats"):
+        compress_keys(k.astype(jnp.int32), kernel_size=4, kernel_stride=4)
     with pytest.raises(ValueError, match=r"k has shape \(8, 1, 4\): must be \[B, S, K, H\]"):
         compress_keys(k[0], kernel_size=4, kernel_stride=4)
     with pytest.raises(ValueError, match="implementation = 'cuda': must be None or one of 'reference'"):

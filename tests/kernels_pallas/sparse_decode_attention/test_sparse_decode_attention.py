@@ -192,7 +192,11 @@ def test_reads_no_more_than_the_chosen_blocks() -> None:
             "block_ids has shape (2, 2, 3, 7): I must be at most 6, one more than the blocks of 16 keys in 77 keys",
         ),
         ({"query_positions": (2,)}, "query_positions has shape (2,): must be [B, T] = (2, 3)"),
-        ({"block_size": 0}, "block_size = 0: must be at least 1"),
+        ({"block_size": 0}, "block_size = 0: must be an int of at least 1"),
+        (
+            {"q": (2, 0, 4, 16), "block_ids": (2, 2, 0, 3), "query_positions": (2, 0)},
+            "q has shape (2, 0, 4, 16): every size",
+        ),
         ({"implementation": "cuda"}, "implementation = 'cuda': must be None or one of 'reference', 'xla'"),
         ({"layer": 0}, "must be [B, T, N, H], [L, B, K, S, H]"),
     ],
@@ -201,9 +205,19 @@ def test_what_does_not_fit_is_named(changes: dict, message: str) -> None:
     names = ("q", "k_cache", "v_cache", "block_ids", "query_positions")
     shapes = {name: x.shape for name, x in zip(names, make(SPECS["odd"]), strict=True)}
     options = {"block_size": 16} | {name: value for name, value in changes.items() if name not in names}
-    arrays = {name: np.zeros(changes.get(name, shape)) for name, shape in shapes.items()}
+    integers = ("block_ids", "query_positions")
+    arrays = {n: np.zeros(changes.get(n, x), np.int32 if n in integers else np.float32) for n, x in shapes.items()}
     with pytest.raises(ValueError, match=re.escape(message)):
         sparse_decode_attention(**arrays, **options)
+
+
+def test_a_layer_that_is_not_there_and_lists_of_floats_are_named() -> None:
+    q, k, v, ids, positions = make(SPECS["odd"])
+    layers = [np.stack([x, x]) for x in (k, v)]
+    with pytest.raises(ValueError, match="layer = 2: must be from 0 to 1, the layers of k_cache"):
+        sparse_decode_attention(q, *layers, ids, positions, block_size=16, layer=2)
+    with pytest.raises(ValueError, match="block_ids is of float32: must be integers"):
+        sparse_decode_attention(q, k, v, np.asarray(ids, np.float32), positions, block_size=16)
 
 
 def test_pages_hold_whole_blocks() -> None:
