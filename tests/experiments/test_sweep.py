@@ -242,17 +242,30 @@ def test_trials_of_one_program_are_those_that_are_trained_alone(make, tmp_path):
     assert (folder / "report.html").exists()
 
 
+SWEEP = """
+import sys
+from pathlib import Path
+from experiments import sweep
+workdir = Path(sys.argv[1])
+sweep.run(sweep.read_settings((workdir / sweep.SETTINGS_FILE).read_text()), workdir)
+"""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_program_that_is_stopped_or_killed_is_ended_by_trials_alone(make, tmp_path, number):
+@pytest.mark.parametrize("ended", ["worker, SIGTERM", "worker, SIGKILL", "sweep, SIGKILL"])
+def test_a_program_that_is_stopped_or_killed_is_ended_by_trials_alone(make, tmp_path, ended):
     space = "product(values('PEAK_LR', 0.003, 0.03), values('SEED', 0, 1))"
     config = make(space, bindings={"TRAIN_STEPS": 100}, trials_per_program=4, grace_seconds=3)
     study = set_up(config, tmp_path)
-    process = start_worker(tmp_path)
+    if ended.startswith("sweep"):
+        process = subprocess.Popen([sys.executable, "-c", SWEEP, str(tmp_path)])
+    else:
+        process = start_worker(tmp_path)
     wait_for(lambda: len(list(tmp_path.glob("trials/*/checkpoints/10"))) == 4)
-    process.send_signal(number)
+    family = [pid for child in children(process.pid) for pid in (child, *children(child))]
+    process.send_signal(signal.SIGTERM if ended.endswith("SIGTERM") else signal.SIGKILL)
     process.wait()
-    wait_for(lambda: not any(alive(pid) for pid in children(process.pid)) if alive(process.pid) else True)
+    wait_for(lambda: not any(alive(pid) for pid in family))  # they end with what started them
     begun = last_checkpoint(tmp_path)
     assert 0 < begun < 100
     worker.run(worker.WorkerConfig(), tmp_path)
