@@ -58,8 +58,9 @@ def cells(part: Part) -> Iterator[Cell]:
     rules: tuple[Rule, ...] = ("lse", "window", "random", "exact")
     if part == "rows":
         yield Cell("published", "dense", 0, LENGTH, "plain")
-        yield from (Cell("published", rule, budget, LENGTH, "plain") for budget in BUDGETS for rule in rules)
-        yield from (Cell("published", rule, budget, LENGTH, "plain") for budget in TILE_BUDGETS for rule in TILES)
+        for budget in BUDGETS:
+            of_budget = (*rules, *TILES) if budget in TILE_BUDGETS else rules
+            yield from (Cell("published", rule, budget, LENGTH, "plain") for rule in of_budget)
     elif part == "training":
         for weights in ("trained_sparse", "trained_dense"):
             yield Cell(weights, "dense", 0, LENGTH, "plain")
