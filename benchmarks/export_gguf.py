@@ -122,7 +122,8 @@ def compare(bench: Benchmark, title: str, path: Path, python: str, context: int,
               baseline_name=f"tokens; of the others {ties} within rounding", baseline=total,
               goal=1.0 if exactly else None)  # fmt: skip
     bench.add(f"{title}: largest difference of logits", "", max(errors), larger_is_better=False,
-              baseline_name="1e-4 of the largest logit", baseline=1e-4 * largest, goal=1.0 if exactly else None)  # fmt: skip
+              baseline_name="1e-4 of the largest logit", baseline=1e-4 * largest,
+              goal=1.0 if exactly else None)  # fmt: skip
     bench.add(f"{title}: perplexity in llama.cpp", "", theirs_ppl, larger_is_better=False,
               baseline_name="ours, of the same file", baseline=ours_ppl, goal=0.995 if closely else None)  # fmt: skip
 
