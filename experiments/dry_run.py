@@ -14,6 +14,7 @@ from jax.sharding import AbstractMesh
 from cpm_jax.checkpoints.hf_config import find_layout, read_config
 from cpm_jax.checkpoints.manager import CHECKPOINTS_DIR, find_checkpoint, list_steps, read_meta
 from cpm_jax.checkpoints.sources import open_source
+from cpm_jax.checkpoints.weights import is_foreign
 from cpm_jax.common.config import config_from_dict
 from cpm_jax.common.sharding import MeshConfig, make_abstract_mesh
 from cpm_jax.data.loader import open_datasets
@@ -30,7 +31,8 @@ from cpm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from cpm_jax.training.schedules import ScheduleConfig, make_schedule
 from cpm_jax.training.train_state import abstract_state
 from experiments import plan, sft
-from experiments.convert import ConvertConfig, is_foreign
+from experiments.convert import ConvertConfig
+from experiments.export import ExportConfig
 from experiments.generate import GenerateConfig
 from experiments.plan import PlanConfig
 from experiments.pretrain import PretrainConfig, check_divides, check_fits
@@ -63,6 +65,7 @@ def describe(config: Any, workdir: Path) -> str:
         GenerateConfig: _describe_generate,
         PlanConfig: _describe_plan,
         ConvertConfig: _describe_convert,
+        ExportConfig: _describe_export,
         SweepConfig: _describe_sweep,
     }
     lines = describers[type(config)](config, workdir) if type(config) in describers else []
@@ -132,6 +135,11 @@ def _describe_generate(config: GenerateConfig, workdir: Path) -> list[str]:
 
 
 def _describe_convert(config: ConvertConfig, workdir: Path) -> list[str]:
+    model, described = _model_at(Path(config.source))
+    return [f"source       {described}", *model_lines(model, model.max_position_embeddings)]
+
+
+def _describe_export(config: ExportConfig, workdir: Path) -> list[str]:
     model, described = _model_at(Path(config.source or workdir))
     return [f"source       {described}", *model_lines(model, model.max_position_embeddings)]
 

@@ -39,7 +39,7 @@ class Verb:
 
 
 VERBS = {
-    "convert": Verb("published weights into a checkpoint, checkpoints into Hugging Face folders", reads_runs=True),
+    "convert": Verb("published weights into a checkpoint to start from", reads_runs=True),
     "curate": Verb("filter, deduplicate and decontaminate raw documents, with a card", uses_devices=False),
     "prepare": Verb("tokenise and pack documents into a dataset folder", uses_devices=False),
     "classify": Verb("train a classifier of documents on two pools, or score documents with one", uses_devices=False),
@@ -54,6 +54,7 @@ VERBS = {
         "train many small models over a space of settings: which to take; the same command resumes", uses_devices=False
     ),
     "worker": Verb("take trials of the sweep in --workdir and train them", uses_devices=False, reads_runs=True),
+    "export": Verb("a model as a Hugging Face folder or a GGUF file, checked; or verify an export", reads_runs=True),
     "quickstart": Verb("prepare, pretrain, evaluate, sample and export a small model; ends with report.html"),
     "predict": Verb("what a family of small runs says about a large one, and the next run to make", uses_devices=False),
     "plan": Verb("what a TPU pod will do: memory, time and cost, compiled without the pod", uses_devices=False),

@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -23,11 +23,12 @@ import safetensors.numpy
 
 from cpm_jax.checkpoints.hf_config import LAYOUTS, Layout, default_layout, write_config
 from cpm_jax.checkpoints.hf_layouts import Tensor, flatten, tensors, to_theirs
-from cpm_jax.checkpoints.sources import CONFIG_FILE, GENERATION_CONFIG_FILE
+from cpm_jax.checkpoints.sources import CONFIG_FILE, GENERATION_CONFIG_FILE, HfSource
 from cpm_jax.common.config import ConfigError
-from cpm_jax.common.files import write_json, write_text
+from cpm_jax.common.files import publish_folder, write_json, write_text
 from cpm_jax.data.tokenizer import Tokenizer
 from cpm_jax.modeling.config import ModelConfig
+from export.folders import ExportError, check_replaceable, on_host
 
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -46,6 +47,7 @@ class HfExport:
         parameters: number of values in the tensors.
         left_out: number of values that the class has no place for (MTP layers).
         files: names of the weight files.
+        tensors: number of tensors in them.
     """
 
     folder: Path
@@ -53,6 +55,7 @@ class HfExport:
     parameters: int
     left_out: int
     files: tuple[str, ...]
+    tensors: int
 
 
 def _token_ids(tokenizer: Tokenizer) -> dict[str, int | None]:
@@ -120,7 +123,7 @@ def _read_tensor(flat: Mapping[str, Any], tensor: Tensor, config: ModelConfig, d
     """
     if not tensor.paths:
         return np.zeros(tensor.shape, DTYPES[dtype])
-    values = [np.asarray(flat[path] if tensor.layer is None else flat[path][tensor.layer]) for path in tensor.paths]
+    values = [on_host(flat[path], tensor.layer) for path in tensor.paths]
     theirs = to_theirs(tensor, values, config)
     with np.errstate(over="ignore"):
         stored = theirs.astype(DTYPES[dtype])
@@ -196,21 +199,24 @@ def _model_card(config: ModelConfig, layout: Layout, result: HfExport, facts: Ma
     return "\n".join(lines) + "\n"
 
 
+def left_out_notes(config: ModelConfig, result: HfExport) -> tuple[str, ...]:
+    """What a folder does not have, in sentences."""
+    notes = []
+    if result.left_out:
+        notes.append(
+            f"{result.left_out:,} parameters of {config.num_nextn_predict_layers} MTP layers are left out: only the "
+            "layout mimo has a place for them. The next token's probabilities do not depend on them"
+        )
+    layout = next(layout for layout in LAYOUTS.values() if layout.architecture == result.architecture)
+    if config.sparse_config is not None and layout.in_transformers:
+        notes.append(
+            f"sparse attention (InfLLM v2) is left out: {result.architecture} attends densely, with the same weights"
+        )
+    return tuple(notes)
+
+
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
-
-
-def check_replaceable(folder: Path) -> None:
-    """Checks that a folder does not exist, is empty, or holds an earlier export.
-
-    Raises:
-        ConfigError: it holds something else.
-    """
-    if folder.exists() and not (folder / "config.json").is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise ConfigError(
-            f"folder = {str(folder)!r}: holds files that are no Hugging Face export; give an empty or a new folder",
-            field="folder",
-        )
 
 
 def export_hf(
@@ -220,7 +226,7 @@ def export_hf(
     folder: Path,
     *,
     layout: str = "",
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    dtype: str = "float32",
     max_shard_bytes: int = 5_000_000_000,
     facts: Mapping[str, str] | None = None,
     imported_config: Mapping[str, Any] | None = None,
@@ -234,7 +240,7 @@ def export_hf(
         tokenizer: what the model was trained with.
         folder: where to write; an earlier export there is replaced.
         layout: architecture of the folder, a key of `hf_config.LAYOUTS`; "" takes a class that transformers has.
-        dtype: type to store the weights in.
+        dtype: type to store the weights in, a key of `DTYPES`.
         max_shard_bytes: larger models are split into several weight files, with an index.
         facts: lines for the model card, for example steps and losses.
         imported_config: the config.json that the weights once came with. What it says beyond our config (several ids
@@ -271,6 +277,7 @@ def export_hf(
         parameters=sum(math.prod(part.shape) for part in parts),
         left_out=sum(math.prod(leaf.shape) for path, leaf in flat.items() if path not in held),
         files=tuple(_write_weights(flat, parts, config, partial, dtype, max_shard_bytes)),
+        tensors=len(parts),
     )
     write_json(partial / CONFIG_FILE, content)
     generation = {name: content[name] for name in _token_ids(tokenizer)}
@@ -281,9 +288,7 @@ def export_hf(
     tokenizer.save(partial)
     _complete_tokenizer_config(partial / "tokenizer_config.json", config)
     write_text(partial / "README.md", _model_card(config, chosen, result, facts or {}))
-    if folder.exists():
-        shutil.rmtree(folder)
-    partial.rename(folder)
+    publish_folder(partial, folder)
     return result
 
 
@@ -293,3 +298,29 @@ def _complete_tokenizer_config(path: Path, config: ModelConfig) -> None:
     settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
     settings["model_max_length"] = config.max_position_embeddings
     write_json(path, settings)
+
+
+def check_read_back(folder: Path, params: dict[str, Any], config: ModelConfig, layout: str, dtype: str) -> int:
+    """Reads every tensor of a folder back: it must be the model's, after the rounding of the type, bit for bit.
+
+    Args:
+        folder: written by `export_hf`.
+        params: our tree of arrays.
+        config: its model.
+        layout: as for `export_hf`.
+        dtype: as for `export_hf`.
+
+    Returns:
+        The number of values compared.
+
+    Raises:
+        ExportError: a value differs, or tensors are missing.
+    """
+    chosen, source, flat = LAYOUTS[layout] if layout else default_layout(config), HfSource(folder), flatten(params)
+    parts = tensors(chosen.names, config)
+    if differing := {part.name for part in parts} ^ set(source.names()):
+        raise ExportError(f"{folder} and the model differ in the tensors {', '.join(sorted(differing))}")
+    for part in parts:
+        if source.read(part.name).tobytes() != _read_tensor(flat, part, config, dtype).tobytes():
+            raise ExportError(f"{folder}: {part.name} reads back with other values than it had")
+    return sum(math.prod(part.shape) for part in parts)

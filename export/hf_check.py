@@ -1,4 +1,4 @@
-"""Proves that a Hugging Face folder computes what we do: `transformers` loads it, and both read the same real text."""
+"""Proves that an export computes what we do: `transformers` loads it, and both read the same real text."""
 
 import dataclasses
 import functools
@@ -19,10 +19,7 @@ from cpm_jax.common.extras import how_to_install
 from cpm_jax.data.tokenizer import Tokenizer
 from cpm_jax.modeling.config import ModelConfig
 from cpm_jax.modeling.decoder import bind
-
-
-class ExportError(Exception):
-    """A Hugging Face folder does not give what our model gives."""
+from export.folders import ExportError
 
 
 @dataclass(frozen=True)
@@ -35,6 +32,8 @@ class HfCheck:
         largest_logit: largest absolute logit, the scale that float32 rounds to.
         tokens: number of positions compared.
         greedy_tokens: number of greedily chosen tokens that agree.
+        other_ids: number of texts to which transformers gives other token ids, as it does not know the rule by which a
+            GGUF file says that text is split; both sides then read our ids. Always 0 for a folder.
     """
 
     architecture: str
@@ -42,6 +41,7 @@ class HfCheck:
     largest_logit: float
     tokens: int
     greedy_tokens: int
+    other_ids: int = 0
 
     def __str__(self) -> str:
         return (
@@ -51,25 +51,35 @@ class HfCheck:
         )
 
 
-def _load(folder: Path) -> tuple[Any, Any, Any]:
+def _load(path: Path) -> tuple[Any, Any, Any]:
     try:
         import torch
         import transformers
     except ImportError as error:
         raise ConfigError(f"checking against transformers needs {error.name}: {how_to_install('export')}") from error
-    layout = find_layout(json.loads((folder / CONFIG_FILE).read_text("utf-8")))
-    if not layout.in_transformers:
-        known = ", ".join(name for name, other in LAYOUTS.items() if other.in_transformers)
-        raise ConfigError(f"transformers has no class {layout.architecture} to check {folder} with; it has {known}")
+    if path.suffix == ".gguf":
+        folder, options = path.parent, {"gguf_file": path.name}
+    else:
+        folder, options = path, {}
+        layout = find_layout(json.loads((folder / CONFIG_FILE).read_text("utf-8")))
+        if not layout.in_transformers:
+            known = ", ".join(name for name, other in LAYOUTS.items() if other.in_transformers)
+            raise ConfigError(f"transformers has no class {layout.architecture} to check {folder} with; it has {known}")
     transformers.utils.logging.disable_progress_bar()
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True, local_files_only=True
+        folder,
+        dtype=torch.float32,
+        attn_implementation="eager",
+        output_loading_info=True,
+        local_files_only=True,
+        **options,
     )
     model, info = loaded
     problems = {name: sorted(map(str, found)) for name, found in info.items() if found}
     if problems:
-        raise ExportError(f"transformers loads {folder} with {problems}")
-    return torch, model.eval(), transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        raise ExportError(f"transformers loads {path} with {problems}")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
+    return torch, model.eval(), tokenizer
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -77,6 +87,37 @@ def _logits(config: ModelConfig, params: Any, tokens: jax.Array) -> jax.Array:
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
     decoder = bind(config, params)
     return decoder.logits(decoder(tokens, positions, jnp.ones_like(tokens)))
+
+
+def logits_of(config: ModelConfig, params: Any, ids: Sequence[int]) -> np.ndarray:
+    """Our logits of one row of tokens, float32 [T, V]."""
+    return np.asarray(_logits(config, params, jnp.asarray([ids], jnp.int32)))[0]
+
+
+def greedy(
+    config: ModelConfig, params: Any, ids: Sequence[int], count: int, follow: Sequence[int] = (), tie: float = 0.0
+) -> list[int]:
+    """The tokens by which our decoder goes on, the most probable one each time.
+
+    Args:
+        config: the model.
+        params: its parameters.
+        ids: what to continue.
+        count: by how many tokens.
+        follow: tokens to choose where they are as probable as the best.
+        tie: difference of logits up to which two tokens are.
+    """
+    # One row of fixed length, so that it compiles once; what follows a position is not seen by it.
+    row = np.zeros((1, len(ids) + count), np.int32)
+    row[0, : len(ids)] = ids
+    for step in range(count):
+        place = len(ids) + step
+        logits = np.asarray(_logits(config, params, jnp.asarray(row)))[0, place - 1]
+        token = int(logits.argmax())
+        if step < len(follow) and logits[token] - logits[follow[step]] <= tie:
+            token = follow[step]
+        row[0, place] = token
+    return row[0, len(ids) :].tolist()
 
 
 def check_hf(
@@ -97,8 +138,8 @@ def check_hf(
     angles of the rotary embedding to float32, which at position p is off by up to p · 2^-24 radians.
 
     Args:
-        folder: written by `export.hf.export_hf`.
-        params: our tree.
+        folder: written by `export.hf.export_hf`; or a .gguf file, of an architecture that transformers has.
+        params: our tree; of a .gguf file as it reads back, because its types are not ours.
         config: its model.
         tokenizer: ours.
         texts: what to compare on.
@@ -115,21 +156,24 @@ def check_hf(
         ConfigError: torch or transformers is not installed, transformers has no class for the layout, or the texts
             have no tokens.
     """
-    torch, model, hf_tokenizer = _load(Path(folder))
-    stored = json.loads((Path(folder) / "config.json").read_text("utf-8"))["dtype"]
+    torch, model, hf_tokenizer = _load(folder := Path(folder))
+    is_gguf = folder.suffix == ".gguf"
+    stored = "float32" if is_gguf else json.loads((folder / CONFIG_FILE).read_text("utf-8"))["dtype"]
     params = jax.tree.map(lambda leaf: jnp.asarray(leaf).astype(stored).astype(jnp.float32), params)
     config = dataclasses.replace(config, dtype="float32", param_dtype="float32", fp8=False, remat="none")
-    max_error, largest, positions, agreed = 0.0, 0.0, 0, 0
+    max_error, largest, positions, agreed, other_ids = 0.0, 0.0, 0, 0, 0
     for text in texts:
         ids = tokenizer.encode(text)
         theirs = hf_tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-        if ids != theirs:
+        if ids != theirs and is_gguf:
+            other_ids += 1
+        elif ids != theirs:
             raise ExportError(f"token ids differ on {text[:60]!r}: ours {ids[:8]}…, transformers {theirs[:8]}…")
         if not (ids := ids[:max_tokens]):
             continue
         with torch.no_grad():
             expected = model(torch.tensor([ids])).logits[0].numpy()
-        ours = np.asarray(_logits(config, params, jnp.asarray([ids])))[0]
+        ours = logits_of(config, params, ids)
         max_error = max(max_error, float(np.abs(ours - expected).max()))
         largest = max(largest, float(np.abs(expected).max()))
         positions += len(ids)
@@ -142,7 +186,7 @@ def check_hf(
             f"logits of {folder} differ from ours by {max_error:.3g}: more than {tolerance:g} of the largest, "
             f"{largest:.3g}"
         )
-    return HfCheck(type(model).__name__, max_error, largest, positions, agreed)
+    return HfCheck(type(model).__name__, max_error, largest, positions, agreed, other_ids)
 
 
 def _greedy(

@@ -21,8 +21,8 @@ from cpm_jax.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class _Architecture:
-    """What `general.architecture` says of a file.
+class GgufArchitecture:
+    """What `general.architecture` says of a file; `export/gguf.py` writes by the same tables.
 
     Attributes:
         hf_class: class of `transformers` (or of the model's own repository) that it was converted from.
@@ -38,19 +38,19 @@ class _Architecture:
 
 
 _Q_K = frozenset({"attn_q.weight", "attn_k.weight"})
-_ARCHITECTURES = {
-    "llama": _Architecture("LlamaForCausalLM", "llama", _Q_K | {"attn_q.bias", "attn_k.bias"}),
-    "qwen2": _Architecture("Qwen2ForCausalLM", "qwen2"),
-    "minicpm": _Architecture("MiniCPMForCausalLM", "minicpm", _Q_K, mup=True),
+ARCHITECTURES = {
+    "llama": GgufArchitecture("LlamaForCausalLM", "llama", _Q_K | {"attn_q.bias", "attn_k.bias"}),
+    "qwen2": GgufArchitecture("Qwen2ForCausalLM", "qwen2"),
+    "minicpm": GgufArchitecture("MiniCPMForCausalLM", "minicpm", _Q_K, mup=True),
 }
 
 # GGUF's name, Hugging Face's, and the shape in the letters of docs/architecture.md (Q and K: the rows of q and k).
-_TOP = {
+TOP = {
     "token_embd.weight": ("model.embed_tokens.weight", "VD"),
     "output_norm.weight": ("model.norm.weight", "D"),
     "output.weight": ("lm_head.weight", "VD"),
 }
-_LAYER = {
+LAYER = {
     "attn_norm.weight": ("input_layernorm.weight", "D"),
     "attn_q.weight": ("self_attn.q_proj.weight", "QD"),
     "attn_q.bias": ("self_attn.q_proj.bias", "Q"),
@@ -65,11 +65,11 @@ _LAYER = {
     "ffn_up.weight": ("mlp.up_proj.weight", "FD"),
     "ffn_down.weight": ("mlp.down_proj.weight", "DF"),
 }
-_OPTIONAL = {"output.weight", *(name for name in _LAYER if name.endswith(".bias"))}
+_OPTIONAL = {"output.weight", *(name for name in LAYER if name.endswith(".bias"))}
 # They go into the configuration, not among the parameters. One value for each of the head_dim/2 frequencies.
-_ROPE_FREQS = "rope_freqs.weight"
-_ROPE_LONG, _ROPE_SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
-_ROPE = (_ROPE_FREQS, _ROPE_LONG, _ROPE_SHORT)
+ROPE_FREQS = "rope_freqs.weight"
+ROPE_LONG, ROPE_SHORT = "rope_factors_long.weight", "rope_factors_short.weight"
+_ROPE = (ROPE_FREQS, ROPE_LONG, ROPE_SHORT)
 
 
 class GgufSource:
@@ -88,11 +88,11 @@ class GgufSource:
         """
         self._file = GgufFile(path)
         name = self._file.metadata.get("general.architecture")
-        if not isinstance(name, str) or name not in _ARCHITECTURES:
+        if not isinstance(name, str) or name not in ARCHITECTURES:
             raise GgufError(
-                f"{self._file.path}: general.architecture is {name!r}; known are {', '.join(sorted(_ARCHITECTURES))}"
+                f"{self._file.path}: general.architecture is {name!r}; known are {', '.join(sorted(ARCHITECTURES))}"
             )
-        self._name, self._architecture = name, _ARCHITECTURES[name]
+        self._name, self._architecture = name, ARCHITECTURES[name]
         if (parts := self._file.metadata.get("split.count", 1)) not in (0, 1):
             raise GgufError(
                 f"{self._file.path} is one of {parts} parts: give the whole file, which llama.cpp's llama-gguf-split "
@@ -225,10 +225,11 @@ class GgufSource:
                 f"{self._file.path}: {self._name}.logit_scale = {logit_scale}: expected {self._name}.embedding_length "
                 f"= {self._width} divided by a whole number, dim_model_base"
             )
-        depth = self._number("residual_scale") * math.sqrt(layers)
+        residual = self._number("residual_scale")
+        depth = residual * math.sqrt(layers)
         return {
             "scale_emb": self._number("embedding_scale"),
-            "scale_depth": _shortest(depth, rel_tol=1e-6),
+            "scale_depth": depth if residual == 1 else _shortest(depth, rel_tol=1e-6),  # 1 is no multiplier, exactly
             "dim_model_base": base,
         }
 
@@ -237,25 +238,23 @@ class GgufSource:
         kind = self._get("rope.scaling.type", lambda value: value in kinds, f"one of {', '.join(kinds)}", "none")
         given = {name: self._file.read(name).tolist() for name in _ROPE if name in self._file.tensors}
         original = self._integer("rope.scaling.original_context_length", self._integer("context_length"))
-        if _ROPE_FREQS in given:
+        if ROPE_FREQS in given:
             # Llama 3.1's scaling: one divisor for each frequency, at any length, which LongRoPE with equal lists is.
-            given = {_ROPE_LONG: given[_ROPE_FREQS], _ROPE_SHORT: given[_ROPE_FREQS]}
+            given = {ROPE_LONG: given[ROPE_FREQS], ROPE_SHORT: given[ROPE_FREQS]}
         if given:
             if len(given) != 2:
-                raise GgufError(f"{self._file.path} has only one of {_ROPE_LONG} and {_ROPE_SHORT}: expected both")
+                raise GgufError(f"{self._file.path} has only one of {ROPE_LONG} and {ROPE_SHORT}: expected both")
             # Where the file does not say up to what length the short factors hold, it is the whole context, as in
             # llama.cpp.
             return {
                 "rope_type": "longrope",
-                "long_factor": given[_ROPE_LONG],
-                "short_factor": given[_ROPE_SHORT],
+                "long_factor": given[ROPE_LONG],
+                "short_factor": given[ROPE_SHORT],
                 "original_max_position_embeddings": original,
                 "attention_factor": self._number("rope.scaling.attn_factor", 1.0),
             }
         if kind == "longrope":
-            raise GgufError(
-                f"{self._file.path}: rope.scaling.type is longrope: expected {_ROPE_LONG} and {_ROPE_SHORT}"
-            )
+            raise GgufError(f"{self._file.path}: rope.scaling.type is longrope: expected {ROPE_LONG} and {ROPE_SHORT}")
         if kind == "none":
             return None
         scaling = {"rope_type": kind, "factor": self._number("rope.scaling.factor")}
@@ -288,11 +287,11 @@ class GgufSource:
             "Q": self._heads * self._head_dim,
             "K": self._kv_heads * self._head_dim,
         }
-        expected = {name: (theirs, tuple(sizes[s] for s in shape)) for name, (theirs, shape) in _TOP.items()}
+        expected = {name: (theirs, tuple(sizes[s] for s in shape)) for name, (theirs, shape) in TOP.items()}
         for layer in range(layers):
             expected |= {
                 f"blk.{layer}.{name}": (f"model.layers.{layer}.{theirs}", tuple(sizes[s] for s in shape))
-                for name, (theirs, shape) in _LAYER.items()
+                for name, (theirs, shape) in LAYER.items()
             }
         required = [name for name in expected if re.sub(r"^blk\.\d+\.", "", name) not in _OPTIONAL]
         if missing := [name for name in required if name not in tensors]:
@@ -312,6 +311,13 @@ class GgufSource:
                     f"{path}: tensor {name} has shape {tensor.shape}: by the metadata of the file expected {shape}"
                 )
         return {expected[name][0]: name for name in tensors if name not in rope}
+
+
+def interleaved_rows(values: np.ndarray, heads: int) -> np.ndarray:
+    """The rows of each head in llama.cpp's order of neighbouring pairs: (0, H/2, 1, H/2 + 1, …)."""
+    half = len(values) // heads // 2
+    halves = values.reshape(heads, 2, half, *values.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(values.shape)
 
 
 def _half_split_rows(values: np.ndarray, heads: int) -> np.ndarray:

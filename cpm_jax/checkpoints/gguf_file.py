@@ -218,7 +218,7 @@ class GgufFile:
                 raw = np.fromfile(file, np.uint8, len(part) * bytes_per_row)
                 if len(raw) != len(part) * bytes_per_row:
                     raise GgufError(f"{self.path} ends within tensor {name!r}: it has changed since it was opened")
-                part[:] = _dequantise(raw.reshape(len(part), bytes_per_row), tensor.kind)
+                part[:] = dequantise(raw.reshape(len(part), bytes_per_row), tensor.kind)
         return values.reshape(tensor.shape) if rows is None else values
 
 
@@ -231,7 +231,8 @@ def _num_bytes(kind: gguf.GGMLQuantizationType, shape: tuple[int, ...]) -> int:
     return math.prod(shape) // block * size
 
 
-def _dequantise(rows: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+def dequantise(rows: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """The values of rows of bytes as the file has them, uint8 [rows, bytes]."""
     if kind in _PLAIN:
         return rows.view(_PLAIN[kind])
     return gguf.dequantize(rows, kind)
@@ -249,7 +250,7 @@ def _known_kinds() -> dict[int, gguf.GGMLQuantizationType]:
     known = {}
     for kind in gguf.GGMLQuantizationType:
         try:
-            _dequantise(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+            dequantise(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
         except NotImplementedError:
             continue
         known[kind.value] = kind

@@ -88,6 +88,33 @@ def remove_folder(folder: Path) -> None:
         folder.fs.rm(folder.path, recursive=True)
 
 
+def publish_folder(partial: Path, folder: Path) -> None:
+    """Gives a finished folder its name, in place of an earlier one: a reader sees the old one or the new one, whole.
+
+    What is in it is on the disk before it gets the name. Between the two renames a kill leaves neither name; the old
+    folder is then beside it, as `.<name>.old`.
+
+    Args:
+        partial: the finished folder, on the same filesystem.
+        folder: the name.
+
+    Raises:
+        OSError: a file cannot be written to the disk, or the name cannot be given.
+    """
+    for path in (*partial.rglob("*"), partial):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes UTF-8 text atomically: a reader, or a restart after a kill, sees the old file or the new one.
 

@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from cpm_jax.data.errors import DataError
 from cpm_jax.data.tokenizer import Tokenizer
 
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|DIGITS| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -26,7 +26,7 @@ _TEKKEN = (
 
 
 @dataclass(frozen=True)
-class _Splitting:
+class Splitting:
     """How a byte-level tokenizer cuts text before the merges.
 
     Attributes:
@@ -42,22 +42,29 @@ class _Splitting:
     nfc: bool = False
 
 
-_DIGITS_APART = _Splitting((r"\p{N}", _GPT2))
-_LLAMA3 = _Splitting((_WORDS.replace("DIGITS", r"\p{N}{1,3}"),), ignore_merges=True, add_bos=True)
-_QWEN = _Splitting((_WORDS.replace("DIGITS", r"\p{N}"),))
-_SPLITTINGS = {
-    "default": _Splitting((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
-    "gpt-2": _Splitting((_GPT2,)),
+_DIGITS_APART = Splitting((r"\p{N}", GPT2_PATTERN))
+_LLAMA3 = Splitting((_WORDS.replace("DIGITS", r"\p{N}{1,3}"),), ignore_merges=True, add_bos=True)
+_QWEN = Splitting((_WORDS.replace("DIGITS", r"\p{N}"),))
+SPLITTINGS = {
+    "default": Splitting((r"[\p{P}\$\+<=>\^~\|]+", GPT2_PATTERN, r"\p{N}+", "[0-9][0-9][0-9]")),
+    "gpt-2": Splitting((GPT2_PATTERN,)),
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r", "codeshell"), _DIGITS_APART),
     **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3", "pixtral"), _LLAMA3),
-    "smaug-bpe": _Splitting(_LLAMA3.patterns),
-    "qwen2": _Splitting(_QWEN.patterns, nfc=True),
+    "smaug-bpe": Splitting(_LLAMA3.patterns),
+    "qwen2": Splitting(_QWEN.patterns, nfc=True),
     **dict.fromkeys(("deepseek-r1-qwen", "megrez", "stablelm2"), _QWEN),
-    "tekken": _Splitting((_TEKKEN,), ignore_merges=True, add_bos=True),
-    "minicpm5": _Splitting((r"\p{N}{1,3}", _WORDS.replace("DIGITS", r"\p{N}+")), ignore_merges=True),
+    "tekken": Splitting((_TEKKEN,), ignore_merges=True, add_bos=True),
+    "minicpm5": Splitting((r"\p{N}{1,3}", _WORDS.replace("DIGITS", r"\p{N}+")), ignore_merges=True),
 }
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 3, 4, 5, 6
-_IDS = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = (
+    1,
+    2,
+    3,
+    4,
+    5,
+    6,
+)  # what tokenizer.ggml.token_type says of a token
+IDS = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
 _SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}  # where the file does not say
 
 
@@ -97,12 +104,12 @@ class _Reader:
         self._metadata = metadata
         self._path = path
         self._tokens: list[str] = self._list("tokens", str)
-        self._types: list[int] = self._list("token_type", int, len(self._tokens), [_NORMAL] * len(self._tokens))
+        self._types: list[int] = self._list("token_type", int, len(self._tokens), [NORMAL] * len(self._tokens))
         # llama.cpp fills the vocabulary up to the rows of the embedding with tokens that no text has.
         self._vocab = {
             token: index
             for index, (token, type_) in enumerate(zip(self._tokens, self._types, strict=True))
-            if not (type_ == _UNUSED and token.startswith("[PAD"))
+            if not (type_ == UNUSED and token.startswith("[PAD"))
         }
 
     def _list(self, name: str, of: type, length: int | None = None, default: list[Any] | None = None) -> list[Any]:
@@ -117,11 +124,11 @@ class _Reader:
 
     def byte_level(self) -> Tokenizer:
         name = self._metadata.get("tokenizer.ggml.pre", "default")
-        if name not in _SPLITTINGS:
+        if name not in SPLITTINGS:
             raise DataError(
-                f"{self._path}: tokenizer.ggml.pre is {name!r}; known are {', '.join(sorted(_SPLITTINGS))}: {_ADVICE}"
+                f"{self._path}: tokenizer.ggml.pre is {name!r}; known are {', '.join(sorted(SPLITTINGS))}: {_ADVICE}"
             )
-        splitting = _SPLITTINGS[name]
+        splitting = SPLITTINGS[name]
         merges = []
         for merge in self._list("merges", str):
             left, _, right = merge.partition(" ")
@@ -146,7 +153,7 @@ class _Reader:
         The `tokenizers` library merges by rank, so all ways to cut a token in two are ranked by its score.
         """
         scores = self._list("scores", float, len(self._tokens))
-        normal = {token: scores[index] for token, index in self._vocab.items() if self._types[index] == _NORMAL}
+        normal = {token: scores[index] for token, index in self._vocab.items() if self._types[index] == NORMAL}
         cuts = [
             (score, token[:place], token[place:])
             for token, score in normal.items()
@@ -161,7 +168,7 @@ class _Reader:
                 merges=[(left, right) for _, left, right in cuts],
                 unk_token=self._special("unknown", special),
                 fuse_unk=True,
-                byte_fallback=_BYTE in self._types,
+                byte_fallback=BYTE in self._types,
             )
         )
         space = normalizers.Replace(" ", "▁")
@@ -189,9 +196,9 @@ class _Reader:
 
     def _finish(self, backend: tokenizers.Tokenizer, defaults: Mapping[str, int], *, add_bos: bool) -> Tokenizer:
         """Adds what stays whole in a text, the bos token, and the settings of tokenizer_config.json."""
-        for type_ in (_CONTROL, _USER_DEFINED):
+        for type_ in (CONTROL, USER_DEFINED):
             whole = [
-                AddedToken(token, special=type_ == _CONTROL, normalized=False)
+                AddedToken(token, special=type_ == CONTROL, normalized=False)
                 for token, index in self._vocab.items()
                 if self._types[index] == type_
             ]
@@ -199,7 +206,7 @@ class _Reader:
         settings: dict[str, Any] = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "clean_up_tokenization_spaces": False,
-            **{ours: token for ours, name in _IDS.items() if (token := self._special(name, defaults)) is not None},
+            **{ours: token for ours, name in IDS.items() if (token := self._special(name, defaults)) is not None},
         }
         if self._metadata.get("tokenizer.ggml.add_bos_token", add_bos):
             if (bos := settings.get("bos_token")) is None:

@@ -26,6 +26,7 @@ class Tokenizer:
         eos_id: the token that ends a document, or None.
         pad_id: the token to pad with; `eos_id` if the tokenizer names none.
         add_bos: whether the tokenizer's own convention is to begin every text with `bos_id`.
+        affixes: all tokens that it puts around a text by its own convention, in their order.
         special_tokens: the named special tokens, such as {"eos_token": "</s>"}.
     """
 
@@ -41,7 +42,8 @@ class Tokenizer:
         self.eos_id = self._special_id("eos_token")
         pad_id = self._special_id("pad_token")
         self.pad_id = self.eos_id if pad_id is None else pad_id
-        self.add_bos = self.bos_id is not None and backend.encode("").ids[:1] == [self.bos_id]
+        self.affixes: list[int] = backend.encode("").ids
+        self.add_bos = self.bos_id is not None and self.affixes[:1] == [self.bos_id]
         self.chat_template = _chat_template(settings, self.special_tokens)
 
     def _special_id(self, name: str) -> int | None:
@@ -137,6 +139,10 @@ class Tokenizer:
         (folder / "tokenizer.json").write_text(self._backend.to_str(pretty=True), "utf-8")
         settings = json.dumps(self._settings, indent=2, ensure_ascii=False, sort_keys=True)
         (folder / "tokenizer_config.json").write_text(settings + "\n", "utf-8")
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of tokenizer.json."""
+        return json.loads(self._backend.to_str())
 
     @property
     def sha256(self) -> str:

@@ -80,10 +80,11 @@ def test_every_file_builds_its_config_and_so_does_what_is_saved_of_it(name, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [name for name, command in COMMANDS.items() if command[0] not in ("convert", "sft", "generate")]
+    "name", [name for name, command in COMMANDS.items() if command[0] not in ("convert", "export", "sft", "generate")]
 )
 def test_every_file_dry_runs(name, tmp_path, capsys):
-    # Those that need a checkpoint or weights dry-run in test_end_to_end.py (sft, generate) and test_convert.py.
+    # Those that need a checkpoint or weights dry-run in test_end_to_end.py (sft, generate) and test_convert.py
+    # (convert, export).
     arguments = [a for a in COMMANDS[name] if not a.startswith("--workdir=")]
     code = run.main([*arguments, f"--workdir={tmp_path / 'work'}", "--dry_run"])
     printed = capsys.readouterr()

@@ -218,7 +218,7 @@ def test_an_earlier_export_is_replaced_and_other_folders_are_not(plain, tokenize
     assert "| Steps | 10 \\| 20 |" in (tmp_path / "hf/README.md").read_text()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").write_text("x")
-    with pytest.raises(ConfigError, match="no Hugging Face export"):
+    with pytest.raises(ConfigError, match="no export"):
         export_hf(params, plain, tokenizer, tmp_path / "mine")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 

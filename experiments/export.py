@@ -1,0 +1,262 @@
+"""The verb `export`: a model becomes a Hugging Face folder or a GGUF file, with a manifest; or one is verified."""
+
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import safetensors
+from pydantic import PositiveInt
+
+from cpm_jax.checkpoints.hf_config import find_layout
+from cpm_jax.checkpoints.weights import Weights, load_weights
+from cpm_jax.common.config import ConfigError, InputError, config_dataclass
+from cpm_jax.common.files import publish_folder
+from cpm_jax.common.sharding import MeshConfig, make_mesh
+from export.checks import (
+    TEXTS,
+    compare_source,
+    compare_transformers,
+    describe,
+    read_export,
+    record,
+    verify_export,
+)
+from export.folders import check_replaceable
+from export.hf import DTYPES
+from export.manifest import Check, RecordedText, write_manifest
+
+_GGUF_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@config_dataclass
+class ExportConfig:
+    """What to export, and as what.
+
+    Attributes:
+        source: a workdir, checkpoints folder or checkpoint of ours, a Hugging Face folder, or a .gguf file; "" is the
+            job's own workdir.
+        format: "hf" writes a Hugging Face folder in the layout that the weights came in or, where they came in none, of
+            a class of transformers; "gguf" a GGUF file for llama.cpp; the other values choose the layout.
+        type: type of the stored weights: "float32", "bfloat16" or "float16" in a Hugging Face folder, one of GGUF's
+            ("Q8_0", …) in GGUF. "" is the one that loses nothing.
+        tokenizer: a tokenizer.json or its folder; "" is the one of the source.
+        name: of the model, in GGUF and in the name of its file; "" is that of the source.
+        max_shard_bytes: size of the files in a Hugging Face folder above which there are several.
+        check: whether to read the export back and compare it before it gets its name.
+        verify: an export to verify, instead of writing one.
+        mesh: how the parameters lie on devices meanwhile.
+    """
+
+    source: str = ""
+    format: Literal["hf", "llama", "qwen2", "granite", "minicpm", "internlm2", "mimo", "gguf"] = "hf"
+    type: str = ""
+    tokenizer: str = ""
+    name: str = ""
+    max_shard_bytes: PositiveInt = 5_000_000_000
+    check: bool = True
+    verify: str = ""
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self) -> None:
+        if self.format != "gguf" and self.type not in ("", *DTYPES):
+            raise ConfigError(
+                f"ExportConfig.type = {self.type!r}: with format {self.format!r} accepted are {', '.join(DTYPES)}; "
+                "GGUF's types need FORMAT=gguf",
+                field="ExportConfig.type",
+            )
+        if set(self.name) & set("/\\"):
+            raise ConfigError(
+                f"ExportConfig.name = {self.name!r}: it is part of a file's name, without slashes",
+                field="ExportConfig.name",
+            )
+
+
+def run(config: ExportConfig, workdir: Path) -> None:
+    """Exports `config.source` into a folder in `workdir`, or verifies `config.verify`.
+
+    Raises:
+        InputError: the source cannot be read, or the export is not what it should be.
+        ConfigError: the format has no place for what the model computes, or the folder holds something else.
+    """
+    if config.verify:
+        print("\n".join(verify_export(Path(config.verify))))
+        return
+    start = time.monotonic()
+    if jax.process_count() > 1:
+        raise ConfigError(
+            f"ExportConfig.format = {config.format!r}: exports are written by one process; {jax.process_count()} run",
+            field="ExportConfig.format",
+        )
+    path = Path(config.source or workdir)
+    if config.format == "gguf" and config.type:
+        from export.gguf import check_kind  # needs the extra `gguf`
+
+        named(config, lambda: check_kind(config.type))
+    # The type may follow from the weights: what can be said before they are read is said now.
+    if config.type or config.format != "gguf":
+        check_target(config, path, workdir / folder_name(config, config.type))
+    weights = load_weights(path, config.tokenizer, mesh=make_mesh(config.mesh))
+    dtype = config.type or (_GGUF_TYPES[weights.dtype] if config.format == "gguf" else weights.dtype)
+    folder = workdir / folder_name(config, dtype)
+    check_target(config, path, folder)
+    print(f"{write(config, weights, dtype, folder)}, in {time.monotonic() - start:.1f} s")
+
+
+def folder_name(config: ExportConfig, dtype: str) -> str:
+    """The folder of an export within a workdir; files of several GGUF types stand side by side."""
+    return f"gguf-{dtype}" if config.format == "gguf" else "hf"
+
+
+def check_target(config: ExportConfig, source: Path, folder: Path) -> None:
+    """Checks that the folder to write is free, or an earlier export, and not what is read.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if folder.resolve() in (source.resolve(), *source.resolve().parents):
+        raise ConfigError(
+            f"ExportConfig.source = {config.source!r}: what is written would replace it; give another --workdir",
+            field="ExportConfig.source",
+        )
+    check_replaceable(folder)
+
+
+def write(config: ExportConfig, weights: Weights, dtype: str, folder: Path) -> str:
+    """Writes, checks and describes an export beside its place, and puts it there; says what was written.
+
+    Raises:
+        ExportError: a check fails; nothing is then left, and an earlier export is as it was.
+        ConfigError: the format has no place for what the model computes.
+        InputError: the folder cannot be written.
+    """
+    stage = folder.with_name(f".{folder.name}.export")
+    shutil.rmtree(stage, ignore_errors=True)
+    write_format = write_gguf if config.format == "gguf" else write_hf
+    try:
+        fields = named(config, lambda: write_format(config, weights, dtype, stage))
+        path = stage / fields.pop("file", "")
+        read_back = fields.pop("read_back")
+        checked = check(path, weights, read_back) if config.check else Checked(not_made={"all": "CHECK=False"})
+        write_manifest(
+            stage,
+            format="gguf" if config.format == "gguf" else "hf",
+            source=dict(weights.origin),
+            checks=checked.passed,
+            not_checked=dict(checked.not_made),
+            texts=checked.texts,
+            **fields,
+        )
+        publish_folder(stage, folder)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{folder} cannot be written: {error}. An earlier export there is as it was") from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+    for note in fields["left_out"]:
+        print(note, file=sys.stderr)
+    for passed in checked.passed:
+        print(f"check {passed.name}: {describe(passed)}")
+    for name, reason in checked.not_made.items():
+        print(f"not checked, {name}: {reason}")
+    return (
+        f"{folder / path.relative_to(stage)}: {fields['architecture']}, {fields['parameters']:,} parameters in {dtype}"
+    )
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the checks of an export found.
+
+    Attributes:
+        passed: the checks that were passed.
+        texts: what the exported model says of texts.
+        not_made: checks that could not be made, and why.
+    """
+
+    passed: tuple[Check, ...] = ()
+    texts: tuple[RecordedText, ...] = ()
+    not_made: Mapping[str, str] = field(default_factory=dict)
+
+
+def check(path: Path, weights: Weights, read_back: Callable[[], int]) -> Checked:
+    """Makes all checks of an export.
+
+    Args:
+        path: the folder or file that a runtime loads.
+        weights: what it was made of.
+        read_back: compares every value, and returns their number.
+
+    Raises:
+        ExportError: one is not passed.
+    """
+    passed = [Check("read_back", {"values": read_back()})]
+    exported = read_export(path)
+    passed.append(compare_source(exported, weights.params, weights.model, weights.tokenizer))
+    against = compare_transformers(exported, list(TEXTS.values()))
+    not_made = {"transformers": against} if isinstance(against, str) else {}
+    return Checked((*passed, *(() if isinstance(against, str) else (against,))), record(exported), not_made)
+
+
+def named(config: ExportConfig, action: Any) -> Any:
+    """Does something; a complaint about a type is one about `ExportConfig.type`, which has another name there."""
+    try:
+        return action()
+    except ConfigError as error:
+        if error.field not in ("dtype", "kind"):
+            raise
+        raise ConfigError(f"ExportConfig.type: {error}", field="ExportConfig.type") from error
+
+
+def write_hf(config: ExportConfig, weights: Weights, dtype: str, folder: Path) -> dict[str, Any]:
+    """Writes a Hugging Face folder; returns what its manifest says of it, and how it is read back."""
+    from export import hf
+
+    layout: str = config.format
+    if layout == "hf":
+        layout = find_layout(weights.imported["config"]).model_type if weights.imported else ""
+    result = hf.export_hf(
+        weights.params,
+        weights.model,
+        weights.tokenizer,
+        folder,
+        layout=layout,
+        dtype=dtype,
+        max_shard_bytes=config.max_shard_bytes,
+        facts=weights.facts,
+        imported_config=weights.imported.get("config"),
+        imported_generation_config=weights.imported.get("generation_config"),
+    )
+    return {
+        "architecture": result.architecture,
+        "types": {dtype: result.tensors},
+        "parameters": result.parameters,
+        "left_out": hf.left_out_notes(weights.model, result),
+        "read_back": lambda: hf.check_read_back(folder, weights.params, weights.model, layout, dtype),
+    }
+
+
+def write_gguf(config: ExportConfig, weights: Weights, dtype: str, folder: Path) -> dict[str, Any]:
+    """Writes a folder with a GGUF file; returns what its manifest says of it, and how it is read back."""
+    from export import gguf
+
+    name = config.name or model_name(str(weights.origin["name"]))
+    result = gguf.export_gguf(weights.params, weights.model, weights.tokenizer, folder, kind=dtype, name=name)
+    return {
+        "file": result.file,
+        "architecture": result.architecture,
+        "types": dict(result.types),
+        "parameters": result.parameters,
+        "left_out": result.notes,
+        "read_back": lambda: gguf.check_read_back(folder / result.file, weights.params, weights.model, dtype),
+    }
+
+
+def model_name(source: str) -> str:
+    """The name of a source without what says how it was stored: "SmolLM2-135M.Q4_1.gguf" is "SmolLM2-135M"."""
+    name = source.partition("/")[0].removesuffix(".gguf")
+    return re.sub(r"[-.](F32|F16|BF16|MXFP4|I?T?Q\d_\w+)$", "", name, flags=re.IGNORECASE) or "model"
