@@ -251,6 +251,7 @@ def report(work: Path, directory: Path = RESULTS_DIR) -> Path:
     command = f"python -m benchmarks.quantization --work DIR --rows {settings['rows']}"
     command += f" --calibration_rows {settings['calibration_rows']} --length {settings['length']}"
     bench = Benchmark("quantization", command)
+    directory.mkdir(parents=True, exist_ok=True)
     what = (
         f"4 bits, groups of {settings['group_size']}, calibrated on {settings['calibration_rows']} × "
         f"{settings['length']} tokens"

@@ -74,6 +74,8 @@ def run(config: QuantizeConfig, workdir: Path) -> None:
     start = time.monotonic()
     check_free(workdir)
     weights = load(ConvertConfig(source=config.source, format="hf", tokenizer=config.tokenizer), workdir)
+    if config.pack:
+        _check_packing(config, weights)
     tokens: np.ndarray | None = None
     if config.quantization.calibrates:
         length = min(config.seq_len, weights.model.max_position_embeddings)
@@ -82,7 +84,7 @@ def run(config: QuantizeConfig, workdir: Path) -> None:
     quantized = quantize_model(
         weights.params, weights.model, config.quantization, tokens, batch_size=config.batch_size, progress=True
     )
-    if config.pack:  # first: what it refuses leaves no checkpoint behind
+    if config.pack:
         _pack(config, weights, quantized, workdir)
     _write_checkpoint(weights, quantized, workdir)
     worst = {name: max(errors) for name, errors in quantized.errors.items()}
@@ -95,6 +97,14 @@ def _said(config: QuantizeConfig) -> str:
     from export.gptq import describe
 
     return describe(config.quantization)
+
+
+def _check_packing(config: QuantizeConfig, weights: Weights) -> None:
+    from export.gptq import check_gptq
+    from export.marlin import check_marlin
+
+    check = check_gptq if config.pack == "gptq" else check_marlin
+    check(weights.model, config.quantization)
 
 
 def _pack(config: QuantizeConfig, weights: Weights, quantized: QuantizedModel, workdir: Path) -> None:

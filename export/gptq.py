@@ -25,8 +25,10 @@ from cpm_jax.checkpoints.hf_layouts import Tensor, flatten, tensors
 from cpm_jax.common.config import ConfigError
 from cpm_jax.common.files import write_text
 from cpm_jax.data.tokenizer import Tokenizer
+from cpm_jax.modeling.config import ModelConfig
+from cpm_jax.modeling.decoder import abstract_params
 from cpm_jax.quantization.config import QuantizationConfig
-from cpm_jax.quantization.layer import LINEARS
+from cpm_jax.quantization.layer import LINEARS, linear_of
 from cpm_jax.quantization.pipeline import QuantizedModel
 from export.hf import (
     HfExport,
@@ -163,16 +165,27 @@ def write_quantized(
     return HfExport(folder, layout.architecture, kept, sum(sizes.values()) - kept, files)
 
 
-def _check_packable(quantized: QuantizedModel) -> None:
-    bits = quantized.quantization.bits
+def kernel_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Inputs and outputs of each linear layer, by our names."""
+    layers = abstract_params(config)["layers"]
+    return {name: linear_of(layers, name)["kernel"].shape[1:] for name in LINEARS}
+
+
+def check_gptq(config: ModelConfig, quantization: QuantizationConfig) -> None:
+    """Checks, before anything is quantised, that `export_gptq` can pack it.
+
+    Raises:
+        ConfigError: codes do not fill words.
+    """
+    bits = quantization.bits
     if bits not in PACKED_BITS:
         raise ConfigError(
             f"QuantizationConfig.bits = {bits}: codes of {bits} bits do not fill words of 32; quantise to one of "
             f"{', '.join(map(str, PACKED_BITS))} bits",
             field="QuantizationConfig.bits",
         )
-    for name, linear in quantized.linears.items():
-        for what, size in zip(("inputs", "outputs"), linear.codes.shape[1:], strict=True):
+    for name, shape in kernel_shapes(config).items():
+        for what, size in zip(("inputs", "outputs"), shape, strict=True):
             if size * bits % WORD:
                 raise ConfigError(
                     f"{name} has {size} {what}: the GPTQ format packs {WORD // bits} codes of {bits} bits into a word, "
@@ -227,7 +240,7 @@ def export_gptq(
         ConfigError: codes that do not fill words, a layout that fuses layers or has no place for something that the
             model computes, a tokenizer that is not the model's, or a folder that holds something else.
     """
-    _check_packable(quantized)
+    check_gptq(quantized.config, quantized.quantization)
     chosen = choose_layout(layout, quantized.config, tokenizer)
     packed, rest = split_tensors(quantized, chosen)
     parts = list(stored(flatten(quantized.params), rest, quantized.config, DTYPE))

@@ -23,8 +23,9 @@ from cpm_jax.checkpoints.hf_layouts import flatten
 from cpm_jax.common.config import ConfigError
 from cpm_jax.data.tokenizer import Tokenizer
 from cpm_jax.modeling.config import ModelConfig
+from cpm_jax.quantization.config import QuantizationConfig
 from cpm_jax.quantization.pipeline import QuantizedModel
-from export.gptq import DTYPE, pack_words, split_tensors, write_quantized
+from export.gptq import DTYPE, kernel_shapes, pack_words, split_tensors, write_quantized
 from export.hf import HfExport, choose_layout, stored
 
 BITS, GROUP_SIZE = 4, 128  # what CPM.cu loads
@@ -63,11 +64,15 @@ def _fuse(quantized: QuantizedModel, names: Sequence[str], layer: int) -> tuple[
     return codes, np.concatenate([linear.scales[layer] for linear in linears], axis=1)
 
 
-def _check(quantized: QuantizedModel) -> None:
-    settings, config = quantized.quantization, quantized.config
+def check_marlin(config: ModelConfig, quantization: QuantizationConfig) -> None:
+    """Checks, before anything is quantised, that `export_marlin` can pack it.
+
+    Raises:
+        ConfigError: other bits or groups than CPM.cu loads, biases, or outputs that are no multiple of 64.
+    """
     for field, value, accepted in (
-        ("bits", settings.bits, BITS),
-        ("group_size", settings.group_size, GROUP_SIZE),
+        ("bits", quantization.bits, BITS),
+        ("group_size", quantization.group_size, GROUP_SIZE),
     ):
         if value != accepted:
             raise ConfigError(
@@ -80,8 +85,9 @@ def _check(quantized: QuantizedModel) -> None:
             "ModelConfig.attention_bias = True: CPM.cu's fused 4-bit layers have no biases; write the GPTQ format",
             field="ModelConfig.attention_bias",
         )
+    shapes = kernel_shapes(config)
     for fused, names in FUSED.items():
-        outputs = sum(quantized.linears[name].codes.shape[2] for name in names)
+        outputs = sum(shapes[name][1] for name in names)
         if outputs % CHUNK:
             raise ConfigError(
                 f"{fused} has {outputs} outputs: Marlin takes multiples of {CHUNK}; write the GPTQ format",
@@ -118,7 +124,7 @@ def export_marlin(
         ConfigError: other bits or groups, biases, outputs that are no multiple of 64, a tokenizer that is not the
             model's, or a folder that holds something else.
     """
-    _check(quantized)
+    check_marlin(quantized.config, quantized.quantization)
     chosen = choose_layout(_marlin_layout(quantized.config), quantized.config, tokenizer)
     _, rest = split_tensors(quantized, chosen)
 

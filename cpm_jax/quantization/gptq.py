@@ -5,8 +5,8 @@ With H the second moments of the inputs, rounding input i off by e changes the o
 weights change by -e · U[i, later] / U[i, i], where U is the upper triangular matrix with H⁻¹ = Uᵀ U.
 
 All is float32. Damping bounds the condition of H by K / damping; U is found without forming H⁻¹, from one Cholesky
-factorisation of H in reversed order and one triangular solve, so that float64 is not needed (a test holds it against
-elimination in float64).
+factorisation of H in reversed order and one triangular solve. Tests hold it against float64, with massive activations
+too; where float32 cannot factorise H, that is said, and more damping helps.
 """
 
 import functools
@@ -66,7 +66,7 @@ def quantize_gptq(
             changes the time, and nothing else but the order of summation.
 
     Returns:
-        Codes and scales.
+        Codes and scales; scales that are not numbers where the damped Hessian has no Cholesky factor in float32.
     """
     size, width = kernel.shape
     # Weights of an input that is always zero may as well be zero (as in the paper's code).
@@ -74,6 +74,8 @@ def quantize_gptq(
     kernel = jnp.where(alive[:, None], kernel.astype(jnp.float32), 0.0)
     scales = group_scales(kernel, group_size, bits)
     factor = inverse_factor(hessian, damping)
+    # Codes have no value that says so: without it they would be zeros.
+    scales = jnp.where(jnp.all(jnp.isfinite(factor)), scales, jnp.nan)
 
     block_size = min(block_size, size)
     padding = -size % block_size

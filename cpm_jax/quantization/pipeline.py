@@ -182,10 +182,12 @@ def _quantize_group(
         else:
             codes, scales = quantize_nearest(given, **settings)
         quantized = dequantize(codes, scales)
-        if not (np.isfinite(scales).all() and (hessian is None or np.isfinite(hessian).all())):
+        # Each by itself: XLA's maximum on CPU may pass over what is not a number.
+        if not all(np.isfinite(array).all() for array in (kernel, scales, hessian) if array is not None):
             raise QuantizationError(
-                f"{name} of layer {index}: weights beyond the range of float16 scales, or activations that are not "
-                "finite; is the model in bfloat16 or float32 whole?"
+                f"{name} of layer {index}: weights that are not finite or beyond the range of float16 scales, "
+                "activations that are not finite, or a Hessian that float32 cannot factorise: then raise "
+                f"QuantizationConfig.damping = {quantization.damping}"
             )
         if hessian is not None:
             done.errors.setdefault(name, []).append(float(output_error(given, quantized, hessian)))

@@ -131,13 +131,6 @@ def test_rounding_needs_no_data(config, params, quantized):
         np.testing.assert_array_equal(model.linears[name].codes, quantized["rtn"].linears[name].codes)
 
 
-def test_the_first_tokens_matter_to_the_result(config, params, quantized, tokens):
-    all_tokens = dataclasses.replace(SETTINGS, skip_initial_tokens=0)
-    model = quantize_model(params, config, all_tokens, np.asarray(tokens), batch_size=2)
-    codes = [found.linears["mlp/down_proj"].codes for found in (model, quantized["gptq"])]
-    assert (codes[0] != codes[1]).any()
-
-
 def test_what_is_refused(config, params, tokens):
     tokens = np.asarray(tokens)
     with pytest.raises(QuantizationError, match="method = 'gptq' needs calibration sequences"):
@@ -150,7 +143,7 @@ def test_what_is_refused(config, params, tokens):
         quantize_model(params, config, dataclasses.replace(SETTINGS, group_size=64), tokens)
     broken = jax.tree.map(np.array, params)
     broken["layers"]["mlp"]["up_proj"]["kernel"][1, 3, 5] = np.nan
-    with pytest.raises(QuantizationError, match="mlp/up_proj of layer 1: weights beyond the range"):
+    with pytest.raises(QuantizationError, match="mlp/up_proj of layer 1: weights that are not finite"):
         quantize_model(broken, config, dataclasses.replace(SETTINGS, method="rtn"))
 
 
