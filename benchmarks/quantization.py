@@ -11,6 +11,7 @@ Beside it: the largest activation of the residual stream by position and layer, 
 """
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -58,17 +59,17 @@ CLAIMS = (
 
 def methods(group_size: int) -> dict[str, QuantizationConfig | None]:
     """What is measured, in the order in which it is."""
-    gptq = {"group_size": group_size, "skip_initial_tokens": 0}
-    p_gptq = {"group_size": group_size, "skip_initial_tokens": 4}
+    gptq = QuantizationConfig(group_size=group_size, skip_initial_tokens=0)
+    p_gptq = dataclasses.replace(gptq, skip_initial_tokens=4)
     return {
         FLOAT: None,
-        "RTN": QuantizationConfig(method="rtn", **gptq),
-        "GPTQ": QuantizationConfig(**gptq),
-        "P-GPTQ": QuantizationConfig(**p_gptq),
-        "S-GPTQ": QuantizationConfig(smoothing=True, **gptq),
-        "S-P-GPTQ": QuantizationConfig(smoothing=True, **p_gptq),
-        "R-P-GPTQ": QuantizationConfig(rotation=True, **p_gptq),
-        "R-GPTQ": QuantizationConfig(rotation=True, **gptq),
+        "RTN": dataclasses.replace(gptq, method="rtn"),
+        "GPTQ": gptq,
+        "P-GPTQ": p_gptq,
+        "S-GPTQ": dataclasses.replace(gptq, smoothing=True),
+        "S-P-GPTQ": dataclasses.replace(p_gptq, smoothing=True),
+        "R-P-GPTQ": dataclasses.replace(p_gptq, rotation=True),
+        "R-GPTQ": dataclasses.replace(gptq, rotation=True),
     }
 
 

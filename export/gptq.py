@@ -12,6 +12,7 @@ CPM.cu asks for. All else is float16. The weights that it stands for are the fak
 bit for bit.
 """
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -210,7 +211,7 @@ def _stored_linear(quantized: QuantizedModel, theirs: str, name: str, layer: int
         "g_idx": 4 * inputs,
     }
     for part, size in num_bytes.items():
-        yield StoredTensor(f"{theirs}.{part}", size, lambda part=part: read(part))
+        yield StoredTensor(f"{theirs}.{part}", size, functools.partial(read, part))
 
 
 def export_gptq(

@@ -29,12 +29,13 @@ def calibration_sequences(
         QuantizationError: the texts are too short for `count` sequences.
     """
     rng = np.random.default_rng(seed)
-    begin = [tokenizer.bos_id] if tokenizer.add_bos else []
+    begin = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+    end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     size = length - len(begin)
     kept: list[list[int]] = []
     seen, rest = 0, []
     for text in texts:
-        rest += [*tokenizer.encode(text), tokenizer.eos_id]
+        rest += tokenizer.encode(text) + end
         while len(rest) >= size:
             sequence, rest = begin + rest[:size], rest[size:]
             # Reservoir sampling: each of the sequences so far is kept with the same probability.

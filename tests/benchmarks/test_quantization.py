@@ -49,7 +49,7 @@ def test_rows_are_of_all_excerpts_in_turn_and_do_not_overlap():
 def test_methods_are_measured_once_and_reported(tmp_path, monkeypatch):
     monkeypatch.setattr(quantization, "POSITIONS", 16)
     params = init_params(CONFIG, jax.random.key(0))
-    wanted = [quantization.FLOAT, "RTN", "P-GPTQ"]
+    wanted = [quantization.FLOAT, "RTN"]
     args = argparse.Namespace(**SETTINGS, methods=wanted, seconds=0.0)
     write_json(tmp_path / quantization.SETTINGS_FILE, SETTINGS)
     measure(tmp_path, CONFIG, params, _texts(), args, deadline=0.0)  # is over: nothing is begun
@@ -58,7 +58,7 @@ def test_methods_are_measured_once_and_reported(tmp_path, monkeypatch):
     cells = {method: Measured.load(tmp_path, method) for method in wanted}
     assert cells["RTN"].nats.shape == (4,)
     assert np.abs(cells["RTN"].nats - cells[quantization.FLOAT].nats).max() > 1e-4
-    assert sum(cells["P-GPTQ"].errors["mlp/up_proj"]) < sum(cells["RTN"].errors["mlp/up_proj"])
+    assert len(cells["RTN"].errors["mlp/up_proj"]) == CONFIG.num_layers
     monkeypatch.setattr(quantization, "quantize_model", None)  # kept: not measured again
     measure(tmp_path, CONFIG, params, _texts(), args, deadline=math.inf)
     report(tmp_path, tmp_path / "results")
