@@ -272,7 +272,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--weights", type=Path, help="GGUF file of SmolLM2; its installed package's is the default")
     parser.add_argument("--methods", nargs="*", choices=known, default=known)
     parser.add_argument("--group_size", type=int, default=64, help="64 divides SmolLM2's width of 576, 128 does not")
-    parser.add_argument("--calibration_rows", type=int, default=128)
+    parser.add_argument("--calibration_rows", type=int, default=32)
     parser.add_argument("--rows", type=int, default=72, help="to measure on, of 9 excerpts from 3 kinds of text")
     parser.add_argument("--length", type=int, default=512, help="tokens of a row")
     parser.add_argument("--seconds", type=float, default=math.inf, help="after which no method is begun")
