@@ -45,6 +45,7 @@ VERBS = {
     "classify": Verb("train a classifier of documents on two pools, or score documents with one", uses_devices=False),
     "pretrain": Verb("train a model on dataset folders; the same command resumes"),
     "sft": Verb("fine-tune a checkpoint on conversations, with the loss on assistant turns only"),
+    "quantize": Verb("a model with 4-bit weights: a checkpoint, and packed for other runtimes", uses_devices=False),
     "generate": Verb("continue prompts with a trained model", reads_runs=True),
     "evaluate": Verb("score a model on tasks, item by item, and compare it with another; the same command resumes"),
     "ruler": Verb("ask a model, ours or behind a server, about long texts: a score for every length and depth"),

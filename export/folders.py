@@ -1,5 +1,8 @@
 """What all exports have in common: where they are written, what they read, and the error of one that is not right."""
 
+import contextlib
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +10,7 @@ import jax
 import numpy as np
 
 from cpm_jax.common.config import ConfigError, InputError
+from cpm_jax.common.files import publish_folder
 
 MANIFEST_FILE = "manifest.json"
 
@@ -28,6 +32,24 @@ def check_replaceable(folder: Path) -> None:
         raise ConfigError(
             f"folder = {str(folder)!r}: holds files that are no export; give an empty or a new folder", field="folder"
         )
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into that gets its name, in place of an earlier export, when the block ends well.
+
+    Raises:
+        ConfigError: as `check_replaceable`.
+    """
+    check_replaceable(folder)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        publish_folder(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def on_host(leaf: Any, layer: int | None) -> np.ndarray:

@@ -5,9 +5,9 @@ An architecture of llama.cpp is chosen that computes what the model does: `minic
 token's probabilities, and left out, with a note, if it does not.
 """
 
+import contextlib
 import math
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -33,11 +33,10 @@ from cpm_jax.checkpoints.hf_config import LAYOUTS
 from cpm_jax.checkpoints.hf_layouts import Tensor, flatten, tensors, to_theirs
 from cpm_jax.common import provenance
 from cpm_jax.common.config import ConfigError
-from cpm_jax.common.files import publish_folder
 from cpm_jax.data.tokenizer import Tokenizer
 from cpm_jax.modeling.config import ModelConfig
 from cpm_jax.modeling.rotary import attention_factor, inverse_frequencies
-from export.folders import ExportError, check_replaceable, on_host
+from export.folders import ExportError, check_replaceable, on_host, whole_folder
 from export.gguf_tokenizer import normalises, tokenizer_to_gguf
 
 # The types that the gguf package can write, and what llama.cpp calls a file of them.
@@ -134,12 +133,8 @@ def export_gguf(
     left_out = sum(math.prod(leaf.shape) for path, leaf in flat.items() if path not in held)
     notes = (*_notes(config, left_out), *_fallback_notes(planned, kind), *_tokenizer_notes(vocabulary))
 
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
     file = f"{name}-{kind}.gguf"
-    writer = gguf.GGUFWriter(partial / file, architecture)
-    try:
+    with whole_folder(folder) as partial, contextlib.closing(gguf.GGUFWriter(partial / file, architecture)) as writer:
         for key, value in (metadata | vocabulary).items():
             _add(writer, key, value)
         for rope_name, values in factors.items():
@@ -155,12 +150,6 @@ def export_gguf(
             writer.write_tensor_data(values)
         for item in planned:
             writer.write_tensor_data(_stored(flat, item, config, architecture))
-        writer.close()
-        publish_folder(partial, folder)
-    except BaseException:
-        writer.close()
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
     return GgufExport(
         folder=folder,
         file=file,

@@ -8,14 +8,14 @@ embeddings, residual branches, attention and logits under other names. Biases on
 MTP layers have a place in the layout of MiMo only; elsewhere they are left out, as model card and result say.
 """
 
+import functools
 import json
 import math
 import re
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -25,10 +25,10 @@ from cpm_jax.checkpoints.hf_config import LAYOUTS, Layout, default_layout, write
 from cpm_jax.checkpoints.hf_layouts import Tensor, flatten, tensors, to_theirs
 from cpm_jax.checkpoints.sources import CONFIG_FILE, GENERATION_CONFIG_FILE, HfSource
 from cpm_jax.common.config import ConfigError
-from cpm_jax.common.files import publish_folder, write_json, write_text
+from cpm_jax.common.files import write_json, write_text
 from cpm_jax.data.tokenizer import Tokenizer
 from cpm_jax.modeling.config import ModelConfig
-from export.folders import ExportError, check_replaceable, on_host
+from export.folders import ExportError, on_host, whole_folder
 
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -101,17 +101,30 @@ def hf_config(
     return usual | kept | write_config(config, layout) | {"dtype": dtype} | ids
 
 
-def _shards(parts: Sequence[Tensor], itemsize: int, limit: int) -> list[list[Tensor]]:
+class StoredTensor(NamedTuple):
+    """A tensor of a weight file.
+
+    Attributes:
+        name: in the file.
+        num_bytes: as it is stored.
+        read: gives its values.
+    """
+
+    name: str
+    num_bytes: int
+    read: Callable[[], np.ndarray]
+
+
+def _shards(parts: Sequence[StoredTensor], limit: int) -> list[list[StoredTensor]]:
     """Splits the tensors, in order, into files of at most `limit` bytes; a larger tensor has a file of its own."""
-    shards: list[list[Tensor]] = [[]]
+    shards: list[list[StoredTensor]] = [[]]
     size = 0
     for part in parts:
-        num_bytes = math.prod(part.shape) * itemsize
-        if shards[-1] and size + num_bytes > limit:
+        if shards[-1] and size + part.num_bytes > limit:
             shards.append([])
             size = 0
         shards[-1].append(part)
-        size += num_bytes
+        size += part.num_bytes
     return shards
 
 
@@ -136,21 +149,21 @@ def _read_tensor(flat: Mapping[str, Any], tensor: Tensor, config: ModelConfig, d
     return stored
 
 
-def _write_weights(
-    flat: Mapping[str, Any],
-    parts: Sequence[Tensor],
-    config: ModelConfig,
-    folder: Path,
-    dtype: str,
-    max_shard_bytes: int,
-) -> Iterator[str]:
+def stored(flat: Mapping[str, Any], parts: Sequence[Tensor], config: ModelConfig, dtype: str) -> Iterator[StoredTensor]:
+    """Hugging Face tensors of a type, each read when its file is written."""
+    for part in parts:
+        num_bytes = math.prod(part.shape) * DTYPES[dtype].itemsize
+        yield StoredTensor(part.name, num_bytes, functools.partial(_read_tensor, flat, part, config, dtype))
+
+
+def write_weights(parts: Sequence[StoredTensor], folder: Path, max_shard_bytes: int) -> Iterator[str]:
     """Writes the weight files one after another, so that only one is held in memory; yields their names."""
-    shards = _shards(parts, DTYPES[dtype].itemsize, max_shard_bytes)
+    shards = _shards(parts, max_shard_bytes)
     weight_map: dict[str, str] = {}
     total = 0
     for index, shard in enumerate(shards, start=1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{index:05d}-of-{len(shards):05d}.safetensors"
-        arrays = {part.name: _read_tensor(flat, part, config, dtype) for part in shard}
+        arrays = {part.name: part.read() for part in shard}
         safetensors.numpy.save_file(arrays, folder / name, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(arrays, name)
         total += sum(array.nbytes for array in arrays.values())
@@ -193,10 +206,15 @@ def _model_card(config: ModelConfig, layout: Layout, result: HfExport, facts: Ma
             f"It may attend sparsely beyond {max(config.sparse_config.dense_len, 0):,} tokens (InfLLM v2). "
             f"{result.architecture} attends densely, with the same weights.",
         ]
-    if facts:
-        lines += ["", "## Training", "", "| | |", "|---|---|"]
-        lines += [f"| {_cell(name)} | {_cell(value)} |" for name, value in facts.items()]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + facts_table(facts)) + "\n"
+
+
+def facts_table(facts: Mapping[str, str]) -> list[str]:
+    """The lines of a model card that say how the model was trained; none without facts."""
+    if not facts:
+        return []
+    rows = [f"| {_cell(name)} | {_cell(value)} |" for name, value in facts.items()]
+    return ["", "## Training", "", "| | |", "|---|---|", *rows]
 
 
 def left_out_notes(config: ModelConfig, result: HfExport) -> tuple[str, ...]:
@@ -217,6 +235,41 @@ def left_out_notes(config: ModelConfig, result: HfExport) -> tuple[str, ...]:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
+
+
+def choose_layout(layout: str, config: ModelConfig, tokenizer: Tokenizer) -> Layout:
+    """The layout of that name, or that of a class of transformers for "".
+
+    Raises:
+        ConfigError: there is none, or the tokenizer has more tokens than the model.
+    """
+    if layout and layout not in LAYOUTS:
+        raise ConfigError(f"layout = {layout!r}: accepted are {', '.join(LAYOUTS)}", field="layout")
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ConfigError(
+            f"ModelConfig.vocab_size = {config.vocab_size}: the tokenizer has {tokenizer.vocab_size} tokens, so it is "
+            "not the one that this model was trained with",
+            field="ModelConfig.vocab_size",
+        )
+    return LAYOUTS[layout] if layout else default_layout(config)
+
+
+def write_companions(
+    folder: Path,
+    content: Mapping[str, Any],
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    imported_generation_config: Mapping[str, Any] | None,
+) -> None:
+    """Writes what lies beside the weights: config.json, generation_config.json and the tokenizer."""
+    write_json(folder / CONFIG_FILE, content)
+    generation = {name: content[name] for name in _token_ids(tokenizer)}
+    generation |= {
+        name: value for name, value in (imported_generation_config or {}).items() if name != "transformers_version"
+    }
+    write_json(folder / GENERATION_CONFIG_FILE, generation)
+    tokenizer.save(folder)
+    _complete_tokenizer_config(folder / "tokenizer_config.json", config)
 
 
 def export_hf(
@@ -254,41 +307,22 @@ def export_hf(
         ConfigError: the layout has no place for something that the model computes, the tokenizer has more tokens than
             the model, values are beyond the range of `dtype`, or `folder` holds something else than an export.
     """
-    if layout and layout not in LAYOUTS:
-        raise ConfigError(f"layout = {layout!r}: accepted are {', '.join(LAYOUTS)}", field="layout")
-    chosen = LAYOUTS[layout] if layout else default_layout(config)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ConfigError(
-            f"ModelConfig.vocab_size = {config.vocab_size}: the tokenizer has {tokenizer.vocab_size} tokens, so it is "
-            "not the one that this model was trained with",
-            field="ModelConfig.vocab_size",
-        )
+    chosen = choose_layout(layout, config, tokenizer)
     content = hf_config(config, tokenizer, dtype, chosen, imported_config)
     folder = Path(folder)
-    check_replaceable(folder)
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    flat, parts = flatten(params), tensors(chosen.names, config)
-    held = {path for part in parts for path in part.paths}
-    result = HfExport(
-        folder=folder,
-        architecture=chosen.architecture,
-        parameters=sum(math.prod(part.shape) for part in parts),
-        left_out=sum(math.prod(leaf.shape) for path, leaf in flat.items() if path not in held),
-        files=tuple(_write_weights(flat, parts, config, partial, dtype, max_shard_bytes)),
-        tensors=len(parts),
-    )
-    write_json(partial / CONFIG_FILE, content)
-    generation = {name: content[name] for name in _token_ids(tokenizer)}
-    generation |= {
-        name: value for name, value in (imported_generation_config or {}).items() if name != "transformers_version"
-    }
-    write_json(partial / GENERATION_CONFIG_FILE, generation)
-    tokenizer.save(partial)
-    _complete_tokenizer_config(partial / "tokenizer_config.json", config)
-    write_text(partial / "README.md", _model_card(config, chosen, result, facts or {}))
-    publish_folder(partial, folder)
+    with whole_folder(folder) as partial:
+        flat, parts = flatten(params), tensors(chosen.names, config)
+        held = {path for part in parts for path in part.paths}
+        result = HfExport(
+            folder=folder,
+            architecture=chosen.architecture,
+            parameters=sum(math.prod(part.shape) for part in parts),
+            left_out=sum(math.prod(leaf.shape) for path, leaf in flat.items() if path not in held),
+            files=tuple(write_weights(list(stored(flat, parts, config, dtype)), partial, max_shard_bytes)),
+            tensors=len(parts),
+        )
+        write_companions(partial, content, config, tokenizer, imported_generation_config)
+        write_text(partial / "README.md", _model_card(config, chosen, result, facts or {}))
     return result
 
 

@@ -1,0 +1,1 @@
+"""Quantisation of trained weights: GPTQ without the first tokens, smoothing, rotation, layer by layer."""

@@ -1,0 +1,144 @@
+"""The verb `quantize`: a model with quantised weights, as a checkpoint that other verbs take, and packed for others."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from pydantic import PositiveInt
+
+from cpm_jax.checkpoints.manager import CHECKPOINTS_DIR, TOKENIZER_DIR, CheckpointConfig, Checkpointer
+from cpm_jax.checkpoints.weights import Weights, load_weights
+from cpm_jax.common import provenance
+from cpm_jax.common.config import ConfigError, as_tuple, config_dataclass, config_to_dict
+from cpm_jax.common.files import write_json
+from cpm_jax.data.corpus import clean_text
+from cpm_jax.data.sources import Document, read_documents
+from cpm_jax.quantization.calibration import calibration_sequences
+from cpm_jax.quantization.config import QuantizationConfig
+from cpm_jax.quantization.pipeline import QuantizedModel, quantize_model
+from experiments.convert import check_free, remove_earlier
+
+SUMMARY_FILE = "quantization.json"
+
+
+@config_dataclass
+class QuantizeConfig:
+    """What to quantise, and how.
+
+    Attributes:
+        source: a workdir, checkpoints folder or checkpoint of ours, a Hugging Face folder, or a .gguf file.
+        data: texts to calibrate on, as `prepare` takes them; not read where nothing depends on them.
+        quantization: the method.
+        sequences: calibration sequences, drawn evenly from the texts; the paper takes 1,024.
+        seq_len: tokens of each.
+        batch_size: sequences that run together.
+        pack: "gptq" or "marlin" writes a folder of that name too, for vLLM and others or for CPM.cu; "" none.
+        tokenizer: a tokenizer.json or its folder; "" is the one of the source.
+        text_field: field of the text in records.
+    """
+
+    source: str
+    data: str | tuple[str, ...] | list[str] = "stdlib"
+    quantization: QuantizationConfig = QuantizationConfig()
+    sequences: PositiveInt = 128
+    seq_len: PositiveInt = 512
+    batch_size: PositiveInt = 8
+    pack: Literal["", "gptq", "marlin"] = ""
+    tokenizer: str = ""
+    text_field: str = "text"
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            raise ConfigError(
+                "QuantizeConfig.source = '': give a checkpoint, a Hugging Face folder or a .gguf file",
+                field="QuantizeConfig.source",
+            )
+
+
+def _texts(config: QuantizeConfig) -> Iterator[str]:
+    for source in as_tuple(config.data):
+        for found in read_documents(source, text_field=config.text_field):
+            if isinstance(found, Document):
+                yield clean_text(found.text)
+
+
+def run(config: QuantizeConfig, workdir: Path) -> None:
+    """Quantises `config.source` into `workdir`.
+
+    Raises:
+        ConfigError: the workdir holds a training, or a setting does not fit the model.
+        InputError: source, tokenizer or texts cannot be read, or do not suffice.
+    """
+    start = time.monotonic()
+    check_free(workdir)
+    weights = load_weights(Path(config.source), config.tokenizer)
+    if config.pack:
+        _check_packing(config, weights)
+    tokens: np.ndarray | None = None
+    if config.quantization.calibrates:
+        length = min(config.seq_len, weights.model.max_position_embeddings)
+        seed = config.quantization.seed
+        tokens = calibration_sequences(_texts(config), weights.tokenizer, config.sequences, length, seed)
+    quantized = quantize_model(
+        weights.params, weights.model, config.quantization, tokens, batch_size=config.batch_size, progress=True
+    )
+    if config.pack:
+        _pack(config, weights, quantized, workdir)
+    _write_checkpoint(weights, quantized, workdir)
+    worst = {name: max(errors) for name, errors in quantized.errors.items()}
+    print(f"{workdir / CHECKPOINTS_DIR / '0'}: {_said(config)}, in {time.monotonic() - start:.1f} s")
+    for name, error in worst.items():
+        print(f"  {name}: at most {error:.2%} of the squares of its outputs on the calibration data is error")
+
+
+def _said(config: QuantizeConfig) -> str:
+    from export.gptq import describe
+
+    return describe(config.quantization)
+
+
+def _check_packing(config: QuantizeConfig, weights: Weights) -> None:
+    from export.gptq import check_gptq
+    from export.marlin import check_marlin
+
+    check = check_gptq if config.pack == "gptq" else check_marlin
+    check(weights.model, config.quantization)
+
+
+def _pack(config: QuantizeConfig, weights: Weights, quantized: QuantizedModel, workdir: Path) -> None:
+    from export.gptq import export_gptq
+    from export.marlin import export_marlin
+
+    write = export_gptq if config.pack == "gptq" else export_marlin
+    result = write(
+        quantized,
+        weights.tokenizer,
+        workdir / config.pack,
+        facts=weights.facts,
+        imported_config=weights.imported.get("config"),
+        imported_generation_config=weights.imported.get("generation_config"),
+    )
+    print(f"{result.folder}: {result.architecture}, {', '.join(result.files)}")
+
+
+def _write_checkpoint(weights: Weights, quantized: QuantizedModel, workdir: Path) -> None:
+    checkpoints = workdir / CHECKPOINTS_DIR
+    remove_earlier(checkpoints / "0")
+    shutil.rmtree(workdir / TOKENIZER_DIR, ignore_errors=True)
+    weights.tokenizer.save(workdir / TOKENIZER_DIR)
+    summary = {"quantization": config_to_dict(quantized.quantization)}
+    write_json(workdir / SUMMARY_FILE, summary | {"errors": quantized.errors, "exponents": quantized.exponents})
+    meta = {
+        "model": config_to_dict(quantized.config),
+        "fixed": {"tokenizer_sha256": weights.tokenizer.sha256},
+        "step": 0,
+        "tokens_seen": 0,
+        "git_revision": provenance.git_revision(),
+        "versions": provenance.versions(),
+        "imported": weights.imported,
+    } | summary
+    with Checkpointer(checkpoints, CheckpointConfig(every=1, asynchronous=False)) as checkpointer:
+        checkpointer.save(0, {"params": quantized.params}, meta)

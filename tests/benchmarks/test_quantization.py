@@ -1,0 +1,96 @@
+"""The benchmark of quantisation in miniature: its rows, its cells, and what it concludes from losses made up."""
+
+import argparse
+import math
+
+import jax
+import numpy as np
+import pytest
+
+from benchmarks import quantization
+from benchmarks.quantization import Measured, evaluation_rows, measure, methods, report
+from benchmarks.results import load
+from benchmarks.sparse_quality_texts import Excerpt, Rows
+from cpm_jax.common.files import write_json
+from cpm_jax.modeling.config import ModelConfig
+from cpm_jax.modeling.decoder import init_params
+
+CONFIG = ModelConfig(
+    vocab_size=64,
+    num_layers=2,
+    d_model=32,
+    num_heads=2,
+    num_kv_heads=1,
+    d_ff=64,
+    initializer_range=0.2,
+    dtype="float32",
+)
+SETTINGS = {"group_size": 16, "calibration_rows": 6, "rows": 4, "length": 24}
+ORIGIN = {"commit": "abc", "date": "2026-01-02T03:04:05+00:00", "machine": {"cpu": "of the cells"}}
+
+
+def _texts():
+    rng = np.random.default_rng(0)
+    excerpts = [Excerpt(f"novels{i}", rng.integers(0, 64, 120).astype(np.int32), np.arange(120)) for i in range(2)]
+    return Rows(excerpts, rng.integers(0, 64, (8, 40)).astype(np.int32))
+
+
+def test_rows_are_of_all_excerpts_in_turn_and_do_not_overlap():
+    texts = _texts()
+    rows = evaluation_rows(texts, 5, 24)
+    assert rows.shape == (5, 25)
+    np.testing.assert_array_equal(rows[0], texts.excerpts[0].tokens[:25])
+    np.testing.assert_array_equal(rows[1], texts.excerpts[1].tokens[:25])
+    np.testing.assert_array_equal(rows[4], texts.excerpts[0].tokens[-25:])
+    with pytest.raises(ValueError, match="5 rows of 25 tokens overlap in an excerpt of 120"):
+        evaluation_rows(texts, 10, 24)
+
+
+def test_methods_are_measured_once_and_reported(tmp_path, monkeypatch):
+    monkeypatch.setattr(quantization, "POSITIONS", 16)
+    params = init_params(CONFIG, jax.random.key(0))
+    wanted = [quantization.FLOAT, "RTN"]
+    args = argparse.Namespace(**SETTINGS, methods=wanted, seconds=0.0)
+    write_json(tmp_path / quantization.SETTINGS_FILE, SETTINGS)
+    measure(tmp_path, CONFIG, params, _texts(), args, deadline=0.0)  # is over: nothing is begun
+    assert not (tmp_path / "cells").exists()
+    measure(tmp_path, CONFIG, params, _texts(), args, deadline=math.inf)
+    cells = {method: Measured.load(tmp_path, method) for method in wanted}
+    assert cells["RTN"].nats.shape == (4,)
+    assert np.abs(cells["RTN"].nats - cells[quantization.FLOAT].nats).max() > 1e-4
+    assert len(cells["RTN"].errors["mlp/up_proj"]) == CONFIG.num_layers
+    monkeypatch.setattr(quantization, "quantize_model", None)  # kept: not measured again
+    measure(tmp_path, CONFIG, params, _texts(), args, deadline=math.inf)
+    report(tmp_path, tmp_path / "results")
+    (result,) = load(tmp_path / "results")
+    perplexities = [row for row in result["rows"] if row.metric.startswith("perplexity, RTN")]
+    assert perplexities[0].ours == pytest.approx(math.exp(cells["RTN"].nats.mean()))
+    assert "groups of 16, calibrated on 6 × 24 tokens" in perplexities[0].metric
+    assert "<svg" in (tmp_path / "results/quantization_activations.svg").read_text()
+
+
+def test_what_is_said_of_the_order(tmp_path):
+    base = np.linspace(2.0, 4.0, 60)
+    noise = np.random.default_rng(1).standard_normal(60)
+    made = {"RTN": base + 0.2, "GPTQ": base + 0.1 + 0.01 * noise, "P-GPTQ": base + 0.1 - 0.01 * noise}
+    made["S-GPTQ"] = base + 0.4 + 0.01 * noise
+    write_json(tmp_path / quantization.SETTINGS_FILE, SETTINGS)
+    for method, nats in made.items():
+        Measured(nats, 1.0, {}, ORIGIN).save(tmp_path, method)
+    np.savez(tmp_path / quantization.ACTIVATIONS_FILE, values=np.array([[90.0, 8, 7, 6] + [3.0] * 12, [2.0] * 16]))
+    report(tmp_path, tmp_path / "results")
+    (result,) = load(tmp_path / "results")
+    said = {row.metric.split(";")[0] for row in result["rows"] if " against " in row.metric}
+    assert said == {
+        "GPTQ against RTN: better",
+        "P-GPTQ against GPTQ: no difference is shown",
+        "S-GPTQ against GPTQ: worse",
+    }
+    assert result["machine"] == {"cpu": "of the cells"}
+    (first,) = (row for row in result["rows"] if row.metric == "largest activation before layer 0, token 0")
+    assert (first.ours, first.baseline) == (90.0, 3.0)
+
+
+def test_all_methods_differ():
+    settings = list(methods(64).values())
+    assert len(set(settings)) == len(settings)

@@ -1,0 +1,77 @@
+"""The verb `quantize`: from a checkpoint to quantised weights that other verbs take, and packed ones."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from cpm_jax.checkpoints.manager import CheckpointConfig, Checkpointer
+from cpm_jax.common import exit_codes
+from cpm_jax.common.config import config_to_dict
+from cpm_jax.data.tokenizer import Tokenizer
+from cpm_jax.inference.load import load_model
+from cpm_jax.modeling.config import ModelConfig
+from cpm_jax.modeling.decoder import init_params
+from experiments import run
+from export.gptq import pack_linear
+
+TEXTS = [f"Number {i}: after {i} comes {i + 1}, and before it {i - 1}." for i in range(300)]
+SIZES = {"vocab_size": 320, "num_layers": 2, "d_model": 64, "num_heads": 2, "num_kv_heads": 1, "d_ff": 128}
+CONFIG = ModelConfig(**SIZES, tie_word_embeddings=True, initializer_range=0.2, dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("source")
+    tokenizer = Tokenizer.train(TEXTS, 300)
+    tokenizer.save(folder / "tokenizer")
+    meta = {"model": config_to_dict(CONFIG), "fixed": {"tokenizer_sha256": tokenizer.sha256}, "step": 0}
+    with Checkpointer(folder / "checkpoints", CheckpointConfig(every=1, asynchronous=False)) as checkpointer:
+        checkpointer.save(0, {"params": init_params(CONFIG, jax.random.key(0))}, meta)
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return folder
+
+
+def quantize(source: Path, workdir: Path, **macros: object) -> int:
+    settings = {"SOURCE": source, "DATA": source / "texts.jsonl", "SEQUENCES": 8, "SEQ_LEN": 24, "GROUP_SIZE": 32}
+    flags = [f"--gin.{name}={value}" for name, value in (settings | macros).items()]
+    return run.main(["quantize", "--gin_file=runs/quantize.gin", f"--workdir={workdir}", *flags])
+
+
+def test_the_checkpoint_is_a_model_and_the_folder_its_codes(source, tmp_path, capsys):
+    assert quantize(source, tmp_path, PACK="gptq", ROTATION=True) == exit_codes.OK
+    said = capsys.readouterr().out
+    assert "GPTQ, 4 bits, symmetric, groups of 32; calibrated without the first 4 tokens" in said
+    assert "mlp/down_proj: at most" in said
+    made = load_model(tmp_path)
+    assert not made.config.tie_word_embeddings
+    kernel = np.asarray(made.params["layers"]["mlp"]["up_proj"]["kernel"][1])
+    tensors = safetensors.numpy.load_file(tmp_path / "gptq/model.safetensors")
+    scales = tensors["model.layers.1.mlp.up_proj.scales"].astype(np.float32)
+    codes = np.round(kernel / np.repeat(scales, 32, axis=0)).astype(np.int8)
+    np.testing.assert_array_equal(codes * np.repeat(scales, 32, axis=0), kernel)
+    expected = pack_linear(codes, scales, 4)["qweight"]
+    np.testing.assert_array_equal(tensors["model.layers.1.mlp.up_proj.qweight"], expected)
+    summary = json.loads((tmp_path / "quantization.json").read_text())
+    assert summary["quantization"]["skip_initial_tokens"] == 4
+    assert len(summary["errors"]["self_attn/q_proj"]) == 2
+    # The same command again replaces what it made.
+    assert quantize(source, tmp_path, PACK="gptq", METHOD="rtn", ROTATION=False) == exit_codes.OK
+
+
+@pytest.mark.parametrize(
+    ("macros", "code", "message"),
+    [
+        ({"GROUP_SIZE": 128}, exit_codes.BAD_CONFIG, "does not divide the 64 inputs of self_attn/q_proj; choose 64"),
+        ({"SEQUENCES": 100_000}, exit_codes.BAD_INPUT, "and 100000 are wanted"),
+        ({"PACK": "marlin"}, exit_codes.BAD_CONFIG, "QuantizationConfig.group_size = 32: CPM.cu loads Marlin"),
+        ({"SOURCE": "nowhere"}, exit_codes.BAD_INPUT, "'nowhere' cannot be converted"),
+    ],
+)
+def test_what_is_refused(macros, code, message, source, tmp_path, capsys):
+    assert quantize(source, tmp_path / "new", **macros) == code
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "new/checkpoints").exists()
