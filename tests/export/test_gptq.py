@@ -109,7 +109,7 @@ def test_a_failed_export_leaves_what_was_there(tokenizer, tmp_path, monkeypatch)
     assert "Other" not in (tmp_path / "gptq/README.md").read_text()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/notes.txt").write_text("keep")
-    with pytest.raises(ConfigError, match="holds files that are no Hugging Face export"):
+    with pytest.raises(ConfigError, match="holds files that are no export"):
         export_gptq(model, tokenizer, tmp_path / "mine")
 
 
