@@ -33,7 +33,7 @@ ARROWS = {
         "cpm_jax.inference",
         "cpm_jax.tools",
     },
-    "cpm_jax.scaling": {"cpm_jax.common", "cpm_jax.modeling", "cpm_jax.training"},
+    "cpm_jax.scaling": {"cpm_jax.common", "cpm_jax.modeling", "cpm_jax.checkpoints", "cpm_jax.training"},
     "cpm_jax.quantization": {"cpm_jax.common", "cpm_jax.modeling", "cpm_jax.data"},
     "cpm_jax.curation": {"cpm_jax.common", "cpm_jax.data", "cpm_jax.tools"},
     "cpm_jax.tools": {"cpm_jax.common"},

@@ -176,7 +176,6 @@ def train(
         jax.config.update("jax_compilation_cache_dir", config.compilation_cache_dir)
     check_batch_size(config.batch_size, data.seq_len, mesh, config.num_microbatches)
     tokens_per_step = config.batch_size * data.seq_len
-    key = jax.random.key(config.seed)
     update = make_optimizer(optimizer, schedule, model)
     about = describe_run(model, schedule, fixed, tokens_per_step, mesh)
     same = about | {"train": config_to_dict(config), "checkpoint": config_to_dict(checkpoint)}
@@ -194,7 +193,7 @@ def train(
             restored = (
                 initial_state(abstract)
                 if initial_state
-                else Restored(0, init_state(model, update, key, mesh), {"tokens_seen": 0})
+                else Restored(0, init_state(model, update, jax.random.key(config.seed), mesh), {"tokens_seen": 0})
             )
             if restored.step >= config.steps:
                 raise ConfigError(
@@ -267,7 +266,7 @@ def train(
 def describe_run(
     model: ModelConfig, schedule: ScheduleConfig, fixed: Mapping[str, Any], tokens_per_step: int, mesh: Mesh
 ) -> dict[str, Any]:
-    """What a run's checkpoints say of it, as JSON; `step` and `tokens_seen` come to it.
+    """What a run's checkpoints say of it, as JSON, beside `step` and `tokens_seen`.
 
     Args:
         model: the model.

@@ -68,7 +68,7 @@ def test_the_checkpoint_is_a_model_and_the_folder_its_codes(source, tmp_path, ca
         ({"GROUP_SIZE": 128}, exit_codes.BAD_CONFIG, "does not divide the 64 inputs of self_attn/q_proj; choose 64"),
         ({"SEQUENCES": 100_000}, exit_codes.BAD_INPUT, "and 100000 are wanted"),
         ({"PACK": "marlin"}, exit_codes.BAD_CONFIG, "QuantizationConfig.group_size = 32: CPM.cu loads Marlin"),
-        ({"SOURCE": "nowhere"}, exit_codes.BAD_INPUT, "'nowhere' cannot be converted"),
+        ({"SOURCE": "nowhere"}, exit_codes.BAD_INPUT, "'nowhere' cannot be read"),
     ],
 )
 def test_what_is_refused(macros, code, message, source, tmp_path, capsys):

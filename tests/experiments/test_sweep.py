@@ -224,11 +224,9 @@ def test_trials_of_one_program_are_those_that_are_trained_alone(make, tmp_path):
     sweep.run(make(space, trials_per_program=3), together)
     _, trials, _ = read(together)
     assert [t.status for t in trials] == ["done"] * 8 + ["diverged"]
-    said = (together / "workers" / "worker0.txt").read_text()
     logs = [(sweep_trials.trial_folder(together, t.id) / "log.txt").read_text() for t in trials]
     # D_FF = 64 in three and one, D_FF = 96 in three and one, and the last by itself
     assert ["3 trials in one program" in log for log in logs] == [True] * 3 + [False] + [True] * 3 + [False] * 2
-    assert said.count("done, loss") == 8
     sweep.run(make(space), alone)
     _, same, _ = read(alone)
     assert [t.id for t in same] == [t.id for t in trials]
@@ -243,11 +241,8 @@ def test_trials_of_one_program_are_those_that_are_trained_alone(make, tmp_path):
 
 
 SWEEP = """
-import sys
-from pathlib import Path
-from experiments import sweep
-workdir = Path(sys.argv[1])
-sweep.run(sweep.read_settings((workdir / sweep.SETTINGS_FILE).read_text()), workdir)
+from pathlib import Path; from experiments import sweep
+sweep.run(sweep.read_settings(Path({0!r}, sweep.SETTINGS_FILE).read_text()), Path({0!r}))
 """
 
 
@@ -255,10 +250,9 @@ sweep.run(sweep.read_settings((workdir / sweep.SETTINGS_FILE).read_text()), work
 @pytest.mark.parametrize("ended", ["worker, SIGTERM", "worker, SIGKILL", "sweep, SIGKILL"])
 def test_a_program_that_is_stopped_or_killed_is_ended_by_trials_alone(make, tmp_path, ended):
     space = "product(values('PEAK_LR', 0.003, 0.03), values('SEED', 0, 1))"
-    config = make(space, bindings={"TRAIN_STEPS": 100}, trials_per_program=4, grace_seconds=3)
-    study = set_up(config, tmp_path)
+    study = set_up(make(space, bindings={"TRAIN_STEPS": 100}, trials_per_program=4, grace_seconds=3), tmp_path)
     if ended.startswith("sweep"):
-        process = subprocess.Popen([sys.executable, "-c", SWEEP, str(tmp_path)])
+        process = subprocess.Popen([sys.executable, "-c", SWEEP.format(str(tmp_path))])
     else:
         process = start_worker(tmp_path)
     wait_for(lambda: len(list(tmp_path.glob("trials/*/checkpoints/10"))) == 4)
