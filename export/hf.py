@@ -269,26 +269,30 @@ def export_hf(
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    flat, parts = flatten(params), tensors(chosen.names, config)
-    held = {path for part in parts for path in part.paths}
-    result = HfExport(
-        folder=folder,
-        architecture=chosen.architecture,
-        parameters=sum(math.prod(part.shape) for part in parts),
-        left_out=sum(math.prod(leaf.shape) for path, leaf in flat.items() if path not in held),
-        files=tuple(_write_weights(flat, parts, config, partial, dtype, max_shard_bytes)),
-        tensors=len(parts),
-    )
-    write_json(partial / CONFIG_FILE, content)
-    generation = {name: content[name] for name in _token_ids(tokenizer)}
-    generation |= {
-        name: value for name, value in (imported_generation_config or {}).items() if name != "transformers_version"
-    }
-    write_json(partial / GENERATION_CONFIG_FILE, generation)
-    tokenizer.save(partial)
-    _complete_tokenizer_config(partial / "tokenizer_config.json", config)
-    write_text(partial / "README.md", _model_card(config, chosen, result, facts or {}))
-    publish_folder(partial, folder)
+    try:
+        flat, parts = flatten(params), tensors(chosen.names, config)
+        held = {path for part in parts for path in part.paths}
+        result = HfExport(
+            folder=folder,
+            architecture=chosen.architecture,
+            parameters=sum(math.prod(part.shape) for part in parts),
+            left_out=sum(math.prod(leaf.shape) for path, leaf in flat.items() if path not in held),
+            files=tuple(_write_weights(flat, parts, config, partial, dtype, max_shard_bytes)),
+            tensors=len(parts),
+        )
+        write_json(partial / CONFIG_FILE, content)
+        generation = {name: content[name] for name in _token_ids(tokenizer)}
+        generation |= {
+            name: value for name, value in (imported_generation_config or {}).items() if name != "transformers_version"
+        }
+        write_json(partial / GENERATION_CONFIG_FILE, generation)
+        tokenizer.save(partial)
+        _complete_tokenizer_config(partial / "tokenizer_config.json", config)
+        write_text(partial / "README.md", _model_card(config, chosen, result, facts or {}))
+        publish_folder(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
     return result
 
 
