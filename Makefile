@@ -85,14 +85,14 @@ $(VENV)/aot/.done: $(CONSTRAINTS)
 aot: $(VENV)/.run $(VENV)/aot/.done ## the compilers for TPUs (libtpu) and GPUs (triton) beside the environment: for `plan` and tests
 
 test: $(VENV)/.dev $(VENV)/aot/.done ## all tests, on CPU
-	$(PYTEST) -n 2 --max-worker-restart 0 --dist loadfile --durations 25 -m 'not multidevice and not aot'
+	$(PYTEST) -n 2 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder --durations 25 -m 'not multidevice and not aot'
 	# Of the last two each keeps one core busy: together they take as long as one.
 	PYTHONPATH=$(VENV)/aot $(PYTEST) -m aot > $(VENV)/aot.log 2>&1 & aot=$$!; \
 	XLA_FLAGS=--xla_force_host_platform_device_count=8 $(PYTEST) -m multidevice; multidevice=$$?; \
 	wait $$aot; aot=$$?; cat $(VENV)/aot.log; exit $$((multidevice | aot))
 
 test-fast: $(VENV)/.dev ## the tests to run while working (under 5 minutes)
-	$(PYTEST) -n 2 --max-worker-restart 0 --dist loadfile -m 'not slow and not multidevice and not aot'
+	$(PYTEST) -n 2 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder -m 'not slow and not multidevice and not aot'
 
 test-latest: ## the fast tests on the newest Python that resolves, without those that compare with torch
 	@command -v $(PYTHON_LATEST) >/dev/null || { echo "$(PYTHON_LATEST) is not installed: set PYTHON_LATEST"; exit 2; }

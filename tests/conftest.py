@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,13 @@ from cpm_jax.modeling.config import ModelConfig
 # Programs that a test starts share compiled code; the test process itself compiles anew. Reading large CPU programs
 # back (`deserialize_executable`) has crashed a test process, and with it all that the process had yet to run.
 jax.config.update("jax_enable_compilation_cache", False)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with the most slow tests first: of two processes neither waits at the end for the other's last file."""
+    slow = Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
+
 
 # `make test-latest` runs where no small build of PyTorch exists: files that compare with it are then left out, and the
 # header of the run says which.
