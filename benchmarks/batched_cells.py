@@ -24,7 +24,7 @@ from cpm_jax.training.train_state import TrainState, state_from_params
 from cpm_jax.training.train_step import make_train_step
 
 CELLS, STEPS = 4, 2
-# Name, model, tokens of a row and rows of a step: papers/minicpm4/verification_trust.gin and verification_trust_3h.gin.
+# Name, model, tokens of a row and rows of a step: that of papers/minicpm4/verification_trust.gin, and a larger one.
 CASES = (
     ("0.23M parameters", small_model(2048, 2, 64, 2, 128), 128, 10),
     ("0.85M parameters", small_model(2048, 3, 128, 2, 128), 128, 20),
