@@ -3,7 +3,9 @@
 import dataclasses
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
@@ -67,9 +69,15 @@ def run(config: ConvertConfig, workdir: Path) -> None:
     weights = load_weights(
         path, config.tokenizer, param_dtype=config.param_dtype, dtype=config.dtype, mesh=make_mesh(config.mesh)
     )
-    written = write_checkpoint(config, weights, workdir)
+    model = weights.model
+    write_checkpoint(weights, workdir, {MODEL_GIN: model_gin(model, path.name)})
     if jax.process_index() == 0:
-        print(f"{written}, in {time.monotonic() - start:.1f} s")
+        print(
+            f"{workdir / CHECKPOINTS_DIR / '0'}: {find_layout(weights.imported['config']).architecture}, "
+            f"{count_params(model).total:,} parameters in {model.param_dtype} (they came in "
+            f"{weights.imported['dtype']}), up to {model.max_position_embeddings:,} tokens, in "
+            f"{time.monotonic() - start:.1f} s"
+        )
 
 
 def has_checkpoint(path: Path) -> bool:
@@ -133,15 +141,28 @@ def remove_earlier(checkpoint: Path) -> None:
         shutil.rmtree(old)
 
 
-def write_checkpoint(config: ConvertConfig, weights: Weights, workdir: Path) -> str:
-    """Writes `checkpoints/0`, `tokenizer/` and `model.gin`, from which other verbs start; says what was written."""
+def write_checkpoint(
+    weights: Weights, workdir: Path, files: Mapping[str, str], more: Mapping[str, Any] | None = None
+) -> None:
+    """Writes `checkpoints/0`, `tokenizer/` and further files, from which other verbs start.
+
+    Args:
+        weights: what is saved; an earlier import in the workdir is replaced.
+        workdir: where to.
+        files: texts beside it, by name.
+        more: of the checkpoint's metadata.
+
+    Raises:
+        ConfigError: the workdir cannot be written.
+    """
     checkpoints = workdir / CHECKPOINTS_DIR
     if jax.process_index() == 0:
         try:
             remove_earlier(checkpoints / "0")
             shutil.rmtree(workdir / TOKENIZER_DIR, ignore_errors=True)
             weights.tokenizer.save(workdir / TOKENIZER_DIR)
-            write_text(workdir / MODEL_GIN, model_gin(weights.model, Path(config.source).name))
+            for name, text in files.items():
+                write_text(workdir / name, text)
         except OSError as error:
             raise ConfigError(f"--workdir={workdir}: {error.strerror or error}: {error.filename}") from error
     if jax.process_count() > 1:
@@ -156,10 +177,4 @@ def write_checkpoint(config: ConvertConfig, weights: Weights, workdir: Path) -> 
         "imported": weights.imported,
     }
     with Checkpointer(checkpoints, CheckpointConfig(every=1, asynchronous=False)) as checkpointer:
-        checkpointer.save(0, {"params": weights.params}, meta)
-    model = weights.model
-    return (
-        f"{checkpoints / '0'}: {find_layout(weights.imported['config']).architecture}, "
-        f"{count_params(model).total:,} parameters in {model.param_dtype} (they came in {weights.imported['dtype']}), "
-        f"up to {model.max_position_embeddings:,} tokens"
-    )
+        checkpointer.save(0, {"params": weights.params}, meta | dict(more or {}))

@@ -1,6 +1,7 @@
 """The verb `quantize`: a model with quantised weights, as a checkpoint that other verbs take, and packed for others."""
 
-import shutil
+import dataclasses
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,17 +10,15 @@ from typing import Literal
 import numpy as np
 from pydantic import PositiveInt
 
-from cpm_jax.checkpoints.manager import CHECKPOINTS_DIR, TOKENIZER_DIR, CheckpointConfig, Checkpointer
+from cpm_jax.checkpoints.manager import CHECKPOINTS_DIR
 from cpm_jax.checkpoints.weights import Weights, load_weights
-from cpm_jax.common import provenance
 from cpm_jax.common.config import ConfigError, as_tuple, config_dataclass, config_to_dict
-from cpm_jax.common.files import write_json
 from cpm_jax.data.corpus import clean_text
 from cpm_jax.data.sources import Document, read_documents
 from cpm_jax.quantization.calibration import calibration_sequences
 from cpm_jax.quantization.config import QuantizationConfig
 from cpm_jax.quantization.pipeline import QuantizedModel, quantize_model
-from experiments.convert import check_free, remove_earlier
+from experiments.convert import check_free, write_checkpoint
 
 SUMMARY_FILE = "quantization.json"
 
@@ -87,7 +86,10 @@ def run(config: QuantizeConfig, workdir: Path) -> None:
     )
     if config.pack:
         _pack(config, weights, quantized, workdir)
-    _write_checkpoint(weights, quantized, workdir)
+    summary = {"quantization": config_to_dict(quantized.quantization)}
+    text = json.dumps(summary | {"errors": quantized.errors, "exponents": quantized.exponents}, indent=2) + "\n"
+    saved = dataclasses.replace(weights, model=quantized.config, params=quantized.params)
+    write_checkpoint(saved, workdir, {SUMMARY_FILE: text}, summary)
     worst = {name: max(errors) for name, errors in quantized.errors.items()}
     print(f"{workdir / CHECKPOINTS_DIR / '0'}: {_said(config)}, in {time.monotonic() - start:.1f} s")
     for name, error in worst.items():
@@ -122,23 +124,3 @@ def _pack(config: QuantizeConfig, weights: Weights, quantized: QuantizedModel, w
         imported_generation_config=weights.imported.get("generation_config"),
     )
     print(f"{result.folder}: {result.architecture}, {', '.join(result.files)}")
-
-
-def _write_checkpoint(weights: Weights, quantized: QuantizedModel, workdir: Path) -> None:
-    checkpoints = workdir / CHECKPOINTS_DIR
-    remove_earlier(checkpoints / "0")
-    shutil.rmtree(workdir / TOKENIZER_DIR, ignore_errors=True)
-    weights.tokenizer.save(workdir / TOKENIZER_DIR)
-    summary = {"quantization": config_to_dict(quantized.quantization)}
-    write_json(workdir / SUMMARY_FILE, summary | {"errors": quantized.errors, "exponents": quantized.exponents})
-    meta = {
-        "model": config_to_dict(quantized.config),
-        "fixed": {"tokenizer_sha256": weights.tokenizer.sha256},
-        "step": 0,
-        "tokens_seen": 0,
-        "git_revision": provenance.git_revision(),
-        "versions": provenance.versions(),
-        "imported": weights.imported,
-    } | summary
-    with Checkpointer(checkpoints, CheckpointConfig(every=1, asynchronous=False)) as checkpointer:
-        checkpointer.save(0, {"params": quantized.params}, meta)
