@@ -1,0 +1,110 @@
+"""What a comparison of two strategies says, and the page's table and figure of all of them."""
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+import scipy.stats
+from matplotlib.figure import Figure
+
+from benchmarks.results import Benchmark
+from cpm_jax.common.figures import COLORS
+
+IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
+MARGIN = 0.005  # of the loss: what "no worse" may cost
+Claim = Literal["better", "no worse", ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """Two strategies, each with some seeds, which they share: parameters and order of the data are paired.
+
+    Attributes:
+        question: what is asked.
+        arm: the strategy that something is claimed of.
+        reference: the other.
+        claim: that the arm is better, or that it is no worse; "" claims nothing.
+        losses: held-out, of each seed, in nats a token.
+        reference_losses: likewise of the reference.
+    """
+
+    question: str
+    arm: str
+    reference: str
+    claim: Claim
+    losses: Mapping[int, float]
+    reference_losses: Mapping[int, float]
+
+    @property
+    def differences(self) -> list[float]:
+        """Arm less reference, of each seed."""
+        return [self.losses[seed] - self.reference_losses[seed] for seed in sorted(self.losses)]
+
+    @property
+    def mean(self) -> float:
+        """Mean difference; below 0 the arm is better."""
+        return statistics.fmean(self.differences)
+
+    @property
+    def half(self) -> float:
+        """Half of the 95% interval of the mean difference, by Student's t over seeds."""
+        values = self.differences
+        return float(scipy.stats.t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values)))
+
+    @property
+    def verdict(self) -> str:
+        """ "holds": the whole interval agrees with the claim; "direction only": the mean does; "not at this scale".
+
+        Of "no worse" what agrees is a difference below `MARGIN` of the reference's loss. Without a claim: what the
+        interval says.
+        """
+        if not self.claim:
+            return "no difference told" if abs(self.mean) <= self.half else "better" if self.mean < 0 else "worse"
+        limit = MARGIN * statistics.fmean(self.reference_losses.values()) if self.claim == "no worse" else 0.0
+        if self.mean + self.half < limit:
+            return "holds"
+        return "direction only" if self.mean < limit else "not at this scale"
+
+    def __str__(self) -> str:
+        return (
+            f"{self.question}: {self.arm} against {self.reference}: {self.mean:+.4f} ± {self.half:.4f} nats a token"
+            f" ({f'claim: {self.claim}; ' if self.claim else ''}{self.verdict})"
+        )
+
+
+def write_results(name: str, found: Sequence[Comparison], size: str) -> None:
+    """Writes `results/<name>.json` and `docs/images/<name>.svg`."""
+    bench = Benchmark(name)
+    for one in found:
+        claimed = f"; claimed to be {one.claim}: {one.verdict}" if one.claim else f"; {one.verdict}"
+        bench.add(
+            f"{size}; {one.question}: {one.arm}",
+            "nats/token",
+            statistics.fmean(one.losses.values()),
+            larger_is_better=False,
+            baseline_name=f"{one.reference}; difference {one.mean:+.4f} ± {one.half:.4f}{claimed}",
+            baseline=statistics.fmean(one.reference_losses.values()),
+        )
+    bench.write()
+    draw(found, size).savefig(IMAGES / f"{name}.svg", format="svg", metadata={"Date": None})
+
+
+def draw(found: Sequence[Comparison], size: str) -> Figure:
+    """Differences with their intervals, one line each; the seeds as dots."""
+    colors = dict(zip(("holds", "direction only", "not at this scale"), (COLORS[2], COLORS[4], COLORS[1]), strict=True))
+    canvas = Figure(figsize=(8.6, 0.6 + 0.32 * len(found)), layout="constrained")
+    axis = canvas.subplots()
+    for row, one in enumerate(found):
+        color = colors.get(one.verdict, COLORS[6])
+        axis.errorbar(one.mean, row, xerr=one.half, fmt="o", color=color, capsize=3, markersize=5)
+        axis.plot(one.differences, [row] * len(one.differences), "|", color=color, alpha=0.6)
+    axis.axvline(0, color="#5b6675", linewidth=0.8)
+    axis.set_yticks(range(len(found)), [f"{one.question}: {one.arm} − {one.reference}" for one in found], fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel(f"difference of held-out loss, nats a token ({size})")
+    marks = [axis.plot([], [], "o", color=color, label=said)[0] for said, color in colors.items()]
+    axis.legend(handles=marks, fontsize=7, frameon=False)
+    return canvas

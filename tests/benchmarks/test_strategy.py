@@ -1,0 +1,106 @@
+"""What the study of strategies makes of losses. Its gin files are built in tests/experiments/test_gin_configs.py."""
+
+import math
+
+import pytest
+import scipy.stats
+
+from benchmarks.results import Benchmark
+from benchmarks.strategy import QUESTIONS, SEEDS, losses, step_law
+from benchmarks.strategy_report import MARGIN, Comparison, draw
+from cpm_jax.common.gin_files import list_gin_files
+from cpm_jax.scaling.runs import Run
+
+
+def compare(claim, *differences, reference=4.0):
+    """A comparison whose seeds differ by so much."""
+    base = dict.fromkeys(range(len(differences)), reference)
+    return Comparison("q", "a", "b", claim, {s: base[s] + d for s, d in enumerate(differences)}, base)
+
+
+def test_the_interval_is_that_of_a_t_test():
+    found = compare("better", -0.03, -0.01, -0.02)
+    low, high = scipy.stats.ttest_1samp([-0.03, -0.01, -0.02], 0).confidence_interval(0.95)
+    assert (found.mean - found.half, found.mean + found.half) == pytest.approx((low, high), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("claim", "differences", "verdict"),
+    [
+        ("better", (-0.03, -0.031, -0.029), "holds"),
+        ("better", (-0.03, 0.01, -0.02), "direction only"),
+        ("better", (0.001, 0.002, 0.001), "not at this scale"),
+        ("no worse", (0.001, 0.002, 0.001), "holds"),  # within the margin of 0.02
+        ("no worse", (-0.2, -0.25, -0.22), "holds"),
+        ("no worse", (0.0, 0.03, 0.01), "direction only"),
+        ("no worse", (0.03, 0.031, 0.029), "not at this scale"),
+        ("", (0.03, 0.031, 0.029), "worse"),
+        ("", (-0.03, -0.031, -0.029), "better"),
+        ("", (-0.03, 0.02, 0.01), "no difference told"),
+    ],
+)
+def test_verdicts(claim, differences, verdict):
+    assert pytest.approx(0.02) == MARGIN * 4.0
+    assert compare(claim, *differences).verdict == verdict
+
+
+def test_seeds_are_paired():
+    """Seeds that differ much from each other and not within themselves tell a small difference."""
+    ours, theirs = {0: 3.0, 1: 4.0, 2: 5.0}, {0: 3.01, 1: 4.01, 2: 5.011}
+    assert Comparison("q", "a", "b", "better", ours, theirs).verdict == "holds"
+
+
+def run_of(seed, loss, **config):
+    return Run(
+        id=f"{seed}{config}",
+        num_params=1,
+        num_embedding_params=1,
+        d_model=1,
+        num_layers=1,
+        tokens=1,
+        flops=1.0,
+        batch_tokens=1,
+        learning_rate=0.01,
+        seed=seed,
+        loss=loss,
+        config={"SEED": seed} | config,
+        status="done" if loss else "diverged",
+    )
+
+
+def test_losses_are_chosen_by_bindings_and_none_may_be_missing():
+    runs = [run_of(seed, seed + 1.5, FP8=fp8) for seed in SEEDS for fp8 in (False, True)]
+    assert losses(runs, {"FP8": True}) == {0: 1.5, 1: 2.5, 2: 3.5}
+    runs[-1] = run_of(2, None, FP8=True)
+    with pytest.raises(ValueError, match=r"\{'FP8': True\}: seeds \[0, 1, 2\] are needed, .*2: 'diverged'"):
+        losses(runs, {"FP8": True})
+
+
+def test_step_law_at_one_billion():
+    """The example of published_laws.py, and how it grows."""
+    rate, batch = step_law(1e9, 1e11)
+    assert rate == pytest.approx(1.79 * 1e9**-0.713 * 1e11**0.307)
+    assert 1.6e-3 < rate < 1.7e-3
+    assert math.log(step_law(1e9, 1e12)[1] / batch, 10) == pytest.approx(0.571)
+
+
+def test_every_question_has_its_file():
+    names = {path.stem for path in list_gin_files() if path.parent.name == "strategy"}
+    assert names == {*QUESTIONS, "base", "3h", "gpu"}
+
+
+def test_the_figure_has_a_line_for_each_comparison():
+    found = [compare("better", -0.03, -0.031, -0.029), compare("", 0.1, 0.2, 0.3)]
+    (axis,) = draw(found, "tiny").axes
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["q: a − b"] * 2
+
+
+def test_what_is_written_says_the_verdict(tmp_path, monkeypatch):
+    from benchmarks import strategy_report
+
+    written = {}
+    monkeypatch.setattr(strategy_report, "IMAGES", tmp_path)
+    monkeypatch.setattr(Benchmark, "write", lambda self: written.setdefault("rows", self.rows))
+    strategy_report.write_results("strategy", [compare("no worse", 0.001, 0.002, 0.001)], "tiny")
+    assert "claimed to be no worse: holds" in written["rows"][0].baseline_name
+    assert (tmp_path / "strategy.svg").exists()
