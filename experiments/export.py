@@ -1,4 +1,4 @@
-"""The verb `export`: a model becomes a Hugging Face folder or a GGUF file, with a manifest; or one is verified."""
+"""The verb `export`: a model becomes a Hugging Face folder, a GGUF file or StableHLO programs; or one is verified."""
 
 import re
 import shutil
@@ -13,15 +13,15 @@ import jax
 import safetensors
 from pydantic import PositiveInt
 
-from cpm_jax.checkpoints.hf_config import find_layout
+from cpm_jax.checkpoints.hf_config import eos_token_ids, find_layout
 from cpm_jax.checkpoints.weights import Weights, load_weights
 from cpm_jax.common.config import ConfigError, InputError, config_dataclass
 from cpm_jax.common.files import publish_folder
 from cpm_jax.common.sharding import MeshConfig, make_mesh
 from export.checks import (
     TEXTS,
+    compare_runtime,
     compare_source,
-    compare_transformers,
     describe,
     read_export,
     record,
@@ -31,7 +31,11 @@ from export.folders import check_replaceable
 from export.hf import DTYPES
 from export.manifest import Check, RecordedText, write_manifest
 
-_GGUF_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+# Where a format has other names or types than the weights, those that lose nothing.
+_LOSSLESS = {
+    "gguf": {"float32": "F32", "bfloat16": "BF16", "float16": "F16"},
+    "stablehlo": {"float16": "float32"},
+}
 
 
 @config_dataclass
@@ -42,9 +46,10 @@ class ExportConfig:
         source: a workdir, checkpoints folder or checkpoint of ours, a Hugging Face folder, or a .gguf file; "" is the
             job's own workdir.
         format: "hf" writes a Hugging Face folder in the layout that the weights came in or, where they came in none, of
-            a class of transformers; "gguf" a GGUF file for llama.cpp; the other values choose the layout.
-        type: type of the stored weights: "float32", "bfloat16" or "float16" in a Hugging Face folder, one of GGUF's
-            ("Q8_0", …) in GGUF. "" is the one that loses nothing.
+            a class of transformers; "gguf" a GGUF file for llama.cpp; "stablehlo" programs that run with JAX alone; the
+            other values choose the layout.
+        type: type of the stored weights: one of GGUF's ("Q8_0", …) in GGUF, else "float32", "bfloat16" or "float16";
+            programs compute in it too. "" is the one that loses nothing.
         tokenizer: a tokenizer.json or its folder; "" is the one of the source.
         name: of the model, in GGUF and in the name of its file; "" is that of the source.
         max_shard_bytes: size of the files in a Hugging Face folder above which there are several.
@@ -54,7 +59,7 @@ class ExportConfig:
     """
 
     source: str = ""
-    format: Literal["hf", "llama", "qwen2", "granite", "minicpm", "internlm2", "mimo", "gguf"] = "hf"
+    format: Literal["hf", "llama", "qwen2", "granite", "minicpm", "internlm2", "mimo", "gguf", "stablehlo"] = "hf"
     type: str = ""
     tokenizer: str = ""
     name: str = ""
@@ -102,7 +107,7 @@ def run(config: ExportConfig, workdir: Path) -> None:
     if config.type or config.format != "gguf":
         check_target(config, path, workdir / folder_name(config, config.type))
     weights = load_weights(path, config.tokenizer, mesh=make_mesh(config.mesh))
-    dtype = config.type or (_GGUF_TYPES[weights.dtype] if config.format == "gguf" else weights.dtype)
+    dtype = config.type or _LOSSLESS.get(config.format, {}).get(weights.dtype, weights.dtype)
     folder = workdir / folder_name(config, dtype)
     check_target(config, path, folder)
     print(f"{write(config, weights, dtype, folder)}, in {time.monotonic() - start:.1f} s")
@@ -110,7 +115,7 @@ def run(config: ExportConfig, workdir: Path) -> None:
 
 def folder_name(config: ExportConfig, dtype: str) -> str:
     """The folder of an export within a workdir; files of several GGUF types stand side by side."""
-    return f"gguf-{dtype}" if config.format == "gguf" else "hf"
+    return {"gguf": f"gguf-{dtype}", "stablehlo": "stablehlo"}.get(config.format, "hf")
 
 
 def check_target(config: ExportConfig, source: Path, folder: Path) -> None:
@@ -137,7 +142,7 @@ def write(config: ExportConfig, weights: Weights, dtype: str, folder: Path) -> s
     """
     stage = folder.with_name(f".{folder.name}.export")
     shutil.rmtree(stage, ignore_errors=True)
-    write_format = write_gguf if config.format == "gguf" else write_hf
+    write_format = {"gguf": write_gguf, "stablehlo": write_stablehlo}.get(config.format, write_hf)
     try:
         fields = named(config, lambda: write_format(config, weights, dtype, stage))
         path = stage / fields.pop("file", "")
@@ -145,7 +150,7 @@ def write(config: ExportConfig, weights: Weights, dtype: str, folder: Path) -> s
         checked = check(path, weights, read_back) if config.check else Checked(not_made={"all": "CHECK=False"})
         write_manifest(
             stage,
-            format="gguf" if config.format == "gguf" else "hf",
+            format=config.format if config.format in ("gguf", "stablehlo") else "hf",
             source=dict(weights.origin),
             checks=checked.passed,
             not_checked=dict(checked.not_made),
@@ -197,7 +202,7 @@ def check(path: Path, weights: Weights, read_back: Callable[[], int]) -> Checked
     passed = [Check("read_back", {"values": read_back()})]
     exported = read_export(path)
     passed.append(compare_source(exported, weights.params, weights.model, weights.tokenizer))
-    against = compare_transformers(exported, list(TEXTS.values()))
+    against = compare_runtime(exported, list(TEXTS.values()))
     not_made = {"transformers": against} if isinstance(against, str) else {}
     return Checked((*passed, *(() if isinstance(against, str) else (against,))), record(exported), not_made)
 
@@ -253,6 +258,23 @@ def write_gguf(config: ExportConfig, weights: Weights, dtype: str, folder: Path)
         "parameters": result.parameters,
         "left_out": result.notes,
         "read_back": lambda: gguf.check_read_back(folder / result.file, weights.params, weights.model, dtype),
+    }
+
+
+def write_stablehlo(config: ExportConfig, weights: Weights, dtype: str, folder: Path) -> dict[str, Any]:
+    """Writes a folder with StableHLO programs; returns what its manifest says of it, and how it is read back."""
+    from export import stablehlo
+
+    ends = eos_token_ids(weights.imported.get("config", {}), weights.imported.get("generation_config", {}))
+    result = stablehlo.export_stablehlo(
+        weights.params, weights.model, weights.tokenizer, folder, dtype=dtype, eos_token_ids=ends
+    )
+    return {
+        "architecture": "StableHLO",
+        "types": {dtype: result.tensors},
+        "parameters": result.parameters,
+        "left_out": result.notes,
+        "read_back": lambda: stablehlo.check_read_back(folder, weights.params, dtype),
     }
 
 

@@ -26,6 +26,7 @@ from cpm_jax.modeling.config import ModelConfig
 from export.folders import ExportError
 from export.hf_check import check_hf, greedy, logits_of
 from export.manifest import Check, RecordedText, check_files, read_manifest, tool_versions
+from export.stablehlo import compare_programs, is_stablehlo, read_model
 
 MAX_TOKENS, GREEDY_TOKENS, TOP, TOLERANCE = 64, 16, 8, 1e-4
 
@@ -76,9 +77,13 @@ def read_export(path: Path) -> Exported:
     """Reads an export back.
 
     Raises:
-        ExportError: it has no tokenizer.
+        ExportError: it has no tokenizer, or its programs' parameters cannot be read.
         SourceError: its weights or its configuration cannot be read.
     """
+    if is_stablehlo(path):
+        config, params = read_model(path)
+        wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
+        return Exported(path, exact(config), wide, Tokenizer.load(path))
     source = open_source(path)
     if (tokenizer := source.tokenizer()) is None:
         raise ExportError(f"{path} has no tokenizer")
@@ -165,6 +170,21 @@ def compare_source(exported: Exported, params: Any, config: ModelConfig, tokeniz
     )
 
 
+def compare_runtime(exported: Exported, texts: Sequence[str]) -> Check | str:
+    """Compares with what runs the export elsewhere: its own programs, or `transformers`.
+
+    Returns:
+        The check that was passed; or why it cannot be made, in words.
+
+    Raises:
+        ExportError: they differ.
+    """
+    if is_stablehlo(exported.path):
+        limit = _num_tokens(exported.config)
+        return compare_programs(exported.path, [exported.tokenizer.encode(text)[:limit] for text in texts])
+    return compare_transformers(exported, texts)
+
+
 def compare_transformers(exported: Exported, texts: Sequence[str]) -> Check | str:
     """Compares with `transformers`.
 
@@ -230,8 +250,8 @@ def verify_export(folder: Path) -> list[str]:
     else:
         found.append("no texts were recorded, as it was written without checks")
     texts = [text.text for text in manifest.texts] or list(TEXTS.values())
-    against = compare_transformers(exported, texts)
-    found.append(f"transformers: {against if isinstance(against, str) else describe(against)}")
+    against = compare_runtime(exported, texts)
+    found.append(f"transformers: {against}" if isinstance(against, str) else f"{against.name}: {describe(against)}")
     here = tool_versions()
     changed = {name: there for name, there in manifest.tools.items() if here.get(name, there) != there}
     if changed:

@@ -13,7 +13,7 @@ from cpm_jax.common.files import sha256, write_json
 from export.folders import MANIFEST_FILE, ExportError
 
 VERSION = 1
-TOOLS = ("gguf", "safetensors", "tokenizers", "torch", "transformers")
+TOOLS = ("flatbuffers", "gguf", "safetensors", "tokenizers", "torch", "transformers")
 
 
 @config_dataclass
@@ -68,7 +68,7 @@ class Manifest:
     """The content of `manifest.json`.
 
     Attributes:
-        format: "hf" or "gguf".
+        format: "hf", "gguf" or "stablehlo".
         architecture: what the runtime is to load it as.
         types: number of tensors of each stored type.
         parameters: number of values in them.

@@ -98,6 +98,25 @@ def test_gguf(kind: str, imported: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert not list(tmp_path.rglob(".*"))
 
 
+def test_stablehlo(minicpm: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Written in the type of the weights, checked, and verified; a changed program is named."""
+    assert export(tmp_path, SOURCE=minicpm, FORMAT="stablehlo", CHECK=True) == exit_codes.OK
+    folder = tmp_path / "stablehlo"
+    said = capsys.readouterr()
+    assert "sparse attention (InfLLM v2) is left out" in said.err
+    for name in ("read_back", "source", "stablehlo"):
+        assert f"check {name}: " in said.out
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["format"], list(manifest["types"])) == ("stablehlo", ["bfloat16"])
+    assert verify(folder) == exit_codes.OK
+    said = capsys.readouterr().out
+    assert "3 texts: tokens and greedy text as recorded" in said
+    assert "stablehlo: positions" in said
+    (folder / "decode.stablehlo").write_bytes(b"")
+    assert verify(folder) == exit_codes.BAD_INPUT
+    assert "decode.stablehlo has 0 bytes where the manifest says" in capsys.readouterr().err
+
+
 def test_what_verify_finds(minicpm: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """Another file, a missing one; and files that were changed together with their hashes."""
     assert export(tmp_path, SOURCE=minicpm, FORMAT="gguf", TYPE="F16", CHECK=True) == exit_codes.OK
