@@ -1,6 +1,6 @@
 """The Triton kernels of the PyTorch runtime through Triton's compiler: what they take of GPUs that are not there.
 
-    PYTHONPATH=.venv/aot python -m benchmarks.torch_runtime_kernels
+    JAX_PLATFORMS=cpu PYTHONPATH=.venv/aot python -m benchmarks.torch_runtime_kernels
 
 Each kernel is compiled at the shapes of MiniCPM4-8B for every GPU, and its machine code is asked for shared memory,
 registers, and the bytes a thread that do not fit them. Nothing is timed: `make aot` brings the compiler, not a GPU.
@@ -113,7 +113,8 @@ def compile_kernel(kernel: Kernel, capability: int) -> Usage:
         attrs={(at,): [["tt.divisibility", 16]] for at, kind in enumerate(types) if kind.startswith("*")},
     )
     target = GPUTarget("cuda", capability, 32)
-    return _usage(triton.compile(source, target=target, options={"num_warps": kernel.num_warps}))
+    options = {"num_warps": kernel.num_warps, "enable_fp_fusion": True}
+    return _usage(triton.compile(source, target=target, options=options))
 
 
 def _usage(compiled: Any) -> Usage:
@@ -133,7 +134,8 @@ def _usage(compiled: Any) -> Usage:
 def main(argv: Sequence[str] | None = None) -> None:
     """Compiles all kernels for all GPUs."""
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
-    benchmark = Benchmark("torch_runtime_kernels", "PYTHONPATH=.venv/aot python -m benchmarks.torch_runtime_kernels")
+    command = "JAX_PLATFORMS=cpu PYTHONPATH=.venv/aot python -m benchmarks.torch_runtime_kernels"
+    benchmark = Benchmark("torch_runtime_kernels", command)
     for name, kernel in KERNELS.items():
         used = {capability: compile_kernel(kernel, capability) for capability in SHARED_KIB}
         for capability, usage in used.items():

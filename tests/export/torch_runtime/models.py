@@ -1,6 +1,7 @@
 """Small models, exported, and what our decoder says of them: for the tests of the PyTorch runtime."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
@@ -48,17 +49,19 @@ def tokens_of(length: int, batch_size: int = 1) -> np.ndarray:
     return np.random.default_rng(3).integers(0, PLAIN.vocab_size, (batch_size, length)).astype(np.int32)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "cache_length"))
+def _logits(params, tokens, config, cache_length):
+    model = bind(config, params)
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    hidden, _ = model.decode(tokens, positions, init_cache(config, tokens.shape[0], cache_length))
+    return model.logits(hidden)
+
+
 def jax_logits(config: ModelConfig, params, tokens: np.ndarray, cache_length: int) -> np.ndarray:
-    """Logits of our decoder for a prompt that it reads into a cache."""
-
-    @jax.jit
-    def logits(params, tokens):
-        model = bind(config, params)
-        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-        hidden, _ = model.decode(tokens, positions, init_cache(config, tokens.shape[0], cache_length))
-        return model.logits(hidden)
-
-    return np.asarray(logits(params, tokens))
+    """Logits of our decoder for a prompt that it reads into a cache; models that differ in layout share a program."""
+    config = dataclasses.replace(config, num_nextn_predict_layers=0)
+    params = {name: part for name, part in params.items() if name != "mtp_layers"}
+    return np.asarray(_logits(params, tokens, config, cache_length))
 
 
 def exported(folder: Path, layout: str, tokenizer: Tokenizer, **changes) -> tuple[ModelConfig, dict, Decoder]:

@@ -105,12 +105,12 @@ def sparse_attentions() -> Errors:
 def whole_model(folder: str) -> Errors:
     """Logits of a prompt and of tokens after it."""
     model = load_model(folder, dtype=torch.float32)
-    tokens = torch.randint(0, model.config.vocab_size, (1, 43))
+    tokens = torch.randint(0, model.config.vocab_size, (1, 27))
     logits = []
     for kernels in ("torch", "triton"):
         model.use_kernels(kernels)
         cache = model.init_cache(64)
-        parts = [model(tokens[:, a:b], torch.arange(a, b), cache, b) for a, b in itertools.pairwise((0, 41, 42, 43))]
+        parts = [model(tokens[:, a:b], torch.arange(a, b), cache, b) for a, b in itertools.pairwise((0, 25, 26, 27))]
         logits.append(model.logits(torch.cat(parts, dim=1)))
     yield "logits of a model", error(*logits)
 
