@@ -1,0 +1,86 @@
+"""`python -m export.torch_runtime FOLDER`: continues a prompt and says how fast."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from export.torch_runtime.cache import LengthError
+from export.torch_runtime.config import FolderError
+from export.torch_runtime.generate import SamplingConfig, Speed, generate
+from export.torch_runtime.model import load_model
+from export.torch_runtime.text import Tokenizer
+from export.torch_runtime.weights import num_bytes
+
+OK, BAD_ARGUMENT, BAD_FOLDER = 0, 2, 3
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m export.torch_runtime", description="Continues a prompt with an exported folder, in PyTorch."
+    )
+    parser.add_argument("folder", help="with config.json, safetensors and tokenizer.json, as `export` writes it")
+    parser.add_argument("--prompt", help="the text to continue; without it stdin is read")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the most probable token")
+    parser.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens")
+    parser.add_argument("--top-p", type=float, default=0.95)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="default: the folder's on a GPU, float32 on a CPU"
+    )
+    parser.add_argument("--cache-length", type=int, metavar="N", help="default: what prompt and new tokens need")
+    parser.add_argument("--prefill-chunk", type=int, default=512, metavar="N", help="prompt tokens read at a time")
+    parser.add_argument("--compile", action="store_true", help="decode by torch.compile")
+    parser.add_argument("--kernels", choices=("torch", "triton"), default="torch", help="triton needs a GPU")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        argv: arguments without the program's name; None takes those of the process.
+
+    Returns:
+        0; 2 where an argument cannot be used, 3 where the folder cannot.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        _run(args)
+    except (FolderError, LengthError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_FOLDER if isinstance(error, FolderError) else BAD_ARGUMENT
+    return OK
+
+
+def _run(args: argparse.Namespace) -> None:
+    sampling = SamplingConfig(args.temperature, args.top_k, args.top_p, args.seed)
+    if args.kernels == "triton" and not args.device.startswith("cuda"):
+        raise ValueError(f"--kernels triton with --device {args.device}: Triton's kernels run on a GPU")
+    dtype = args.dtype or (None if args.device.startswith("cuda") else "float32")
+    model = load_model(args.folder, args.device, getattr(torch, dtype) if dtype else None)
+    model.use_kernels(args.kernels)
+    tokenizer = Tokenizer(args.folder, model.config)
+    prompt = tokenizer.encode_prompt(sys.stdin.read() if args.prompt is None else args.prompt)
+    speed = Speed()
+    tokens = generate(
+        model,
+        prompt,
+        args.max_new_tokens,
+        sampling,
+        cache_length=args.cache_length,
+        chunk=args.prefill_chunk,
+        compiled=args.compile,
+        speed=speed,
+    )
+    for piece in tokenizer.stream(tokens):
+        print(piece, end="", flush=True)
+    print()
+    print(
+        f"prompt: {speed.prompt_tokens} tokens, {speed.prefill_rate:.1f} tokens/s; new: {speed.new_tokens} tokens, "
+        f"{speed.decode_rate:.1f} tokens/s; weights: {num_bytes(model) / 2**20:.1f} MiB on {args.device}",
+        file=sys.stderr,
+    )

@@ -1,0 +1,122 @@
+"""Triton's kernels against plain PyTorch, in Triton's interpreter: a program of its own, as that is chosen at import.
+
+    TRITON_INTERPRET=1 python -m tests.export.torch_runtime.triton_cases FOLDER
+
+prints the largest error of each case as JSON. FOLDER holds a small model with int4 weights and sparse attention.
+"""
+
+import itertools
+import json
+import os
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from export.torch_runtime import infllm
+from export.torch_runtime.config import SparseConfig
+from export.torch_runtime.linear import QuantizedLinear
+from export.torch_runtime.model import RMSNorm, load_model
+from export.torch_runtime.triton_kernels.block_scores import block_scores
+from export.torch_runtime.triton_kernels.compress_keys import write_kernels
+from export.torch_runtime.triton_kernels.sparse_attention import sparse_attention
+
+Errors = Iterator[tuple[str, float]]
+SIZES = {"kernel_size": 8, "kernel_stride": 4, "block_size": 16, "window_size": 32, "topk": 3}
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """The largest difference, over the largest value where that is above 1."""
+    assert found.shape == expected.shape
+    assert found.dtype == expected.dtype
+    return float((found.float() - expected.float()).abs().max() / expected.float().abs().max().clamp(min=1))
+
+
+def int4_products() -> Errors:
+    """Rows and outputs that fill no tile; few rows, whose inputs are divided among programs, and many.
+
+    Not in bfloat16, whose products the interpreter takes for those of whole numbers.
+    """
+    for rows, inputs, outputs, group, dtype in (
+        (1, 256, 40, 128, torch.float32),
+        (5, 96, 72, 32, torch.float16),
+        (19, 128, 8, 128, torch.float16),
+        (70, 48, 136, 16, torch.float32),
+    ):
+        words = torch.randint(-(2**31), 2**31 - 1, (inputs // 8, outputs), dtype=torch.int32)
+        scales = torch.rand(inputs // group, outputs).half() / 8
+        zeros = torch.randint(0, 16, scales.shape, dtype=torch.uint8)
+        linear = QuantizedLinear(words, scales, zeros, torch.randn(outputs, dtype=dtype), bits=4)
+        x = torch.randn(2, rows, inputs, dtype=dtype) / inputs**0.5
+        expected = (x.float() @ linear.dequantize(torch.float32)).to(dtype) + linear.bias
+        linear.kernels = "triton"
+        yield (
+            f"int4 product of {rows} rows, {inputs} to {outputs}, groups of {group}, {dtype}",
+            error(linear(x), expected),
+        )
+
+
+def norms() -> Errors:
+    for shape, dtype in (((3, 7, 100), torch.float32), ((1, 1, 64), torch.float32), ((2, 130), torch.bfloat16)):
+        norm = RMSNorm(torch.rand(shape[-1]).to(dtype), 1e-5)
+        x, branch = torch.randn(2, *shape).to(dtype)
+        expected = norm.add(x, branch, 0.25)
+        norm.kernels = "triton"
+        for name, found, right in zip(("sum", "norm"), norm.add(x, branch, 0.25), expected, strict=True):
+            yield f"{name} of {list(shape)}, {dtype}", error(found, right)
+
+
+def sparse_attentions() -> Errors:
+    """Every step of sparse attention, on a cache that is longer than what is filled."""
+    cases = (
+        (SparseConfig(**SIZES), 61, 3, 2, 16),
+        (SparseConfig(**SIZES | {"kernel_size": 11, "variant": "paper", "init_blocks": 0}), 50, 1, 1, 24),
+        (SparseConfig(**SIZES | {"block_size": 32, "topk": 30}), 45, 5, 1, 32),
+    )
+    for (sparse, filled, group, kv_heads, size), exact in zip(cases, (False, True, False), strict=True):
+        name = f"{filled} keys, {group} heads on each of {kv_heads}, blocks of {sparse.block_size}"
+        slots = 128
+        at = torch.tensor([0, 16, filled // 2, filled - 2, filled - 1])
+        q = torch.randn(2, len(at), kv_heads * group, size)
+        keys, values = torch.randn(2, 2, kv_heads, slots, size)
+        found, expected = [], []
+        for kernel_size, stride in ((sparse.kernel_size, sparse.kernel_stride), sparse.coarse):
+            number = infllm.num_kernels(slots, kernel_size, stride)
+            for write, results in ((write_kernels, found), (infllm.write_kernels, expected)):
+                kernels = torch.zeros(2, kv_heads, number + 1, size)
+                for start, end in itertools.pairwise((0, 1, 20, 21, filled)):
+                    write(kernels, keys, torch.arange(start, end), kernel_size, stride)
+                results.append(kernels[:, :, : max(infllm.num_kernels(filled, kernel_size, stride), 1)])
+        for kind, kernels, right in zip(("fine", "coarse"), found, expected, strict=True):
+            yield f"{kind} kernels: {name}", error(kernels, right)
+        fine, coarse = expected[0], None if exact else expected[1]
+        scores = infllm.block_scores(q, fine, coarse, at, filled, 0.3, sparse)
+        yield f"block scores: {name}", error(block_scores(q, fine, coarse, at, filled, 0.3, sparse), scores)
+        ids = infllm.rank_blocks(scores, at, sparse)
+        args = (keys, values), (0.3, sparse.block_size)
+        right = infllm.attend_to_blocks(q, *args[0], ids, at, *args[1])
+        yield f"attention: {name}", error(sparse_attention(q, *args[0], ids, at, *args[1]), right)
+        last = slice(len(at) - 1, len(at))
+        one = sparse_attention(q[:, last], *args[0], ids[:, :, last], at[last], *args[1])
+        yield f"decoding: {name}", error(one, right[:, last])
+
+
+@torch.inference_mode()
+def whole_model(folder: str) -> Errors:
+    """Logits of a prompt and of tokens after it."""
+    model = load_model(folder, dtype=torch.float32)
+    tokens = torch.randint(0, model.config.vocab_size, (1, 27))
+    logits = []
+    for kernels in ("torch", "triton"):
+        model.use_kernels(kernels)
+        cache = model.init_cache(64)
+        parts = [model(tokens[:, a:b], torch.arange(a, b), cache, b) for a, b in itertools.pairwise((0, 25, 26, 27))]
+        logits.append(model.logits(torch.cat(parts, dim=1)))
+    yield "logits of a model", error(*logits)
+
+
+if __name__ == "__main__":
+    assert os.environ["TRITON_INTERPRET"] == "1"
+    torch.manual_seed(0)
+    cases = itertools.chain(int4_products(), norms(), sparse_attentions(), whole_model(sys.argv[1]))
+    print(json.dumps(dict(cases)))
