@@ -22,6 +22,8 @@ from export.marlin import export_marlin
 from tests.export.cuda.native_build import BACKEND, SOURCE, build
 from tests.export.quantized_models import rounded_model
 
+pytestmark = pytest.mark.slow  # all need the build
+
 HEADER = SOURCE / "include/cpm.h"
 PROMPT, NEW = 40, 24  # tokens
 LENGTH = PROMPT + NEW
