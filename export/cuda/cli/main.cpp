@@ -1,0 +1,250 @@
+// cpm FOLDER --ids 1,2,3: generates greedily from an exported folder. Takes and prints token ids.
+#include <algorithm>
+#include <cerrno>
+#include <chrono>
+#include <cinttypes>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <memory>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpm.h"
+#include "prompt_lookup.h"
+
+namespace {
+
+constexpr int64_t kLargestTree = 64;
+
+constexpr char kUsage[] =
+    "cpm FOLDER [--ids 1,2,3 | --ids-file FILE] [options]\n"
+    "  --ids LIST           token ids of the prompt, separated by commas or spaces\n"
+    "  --ids-file FILE      the same from a file\n"
+    "  --max-new-tokens N   how many tokens to generate greedily (default 0); a token that ends a text ends it\n"
+    "  --draft N            verify trees of up to N tokens at once, drafted from how the text went on before; the\n"
+    "                       tokens are the same (default 0: one at a time; at most 64)\n"
+    "  --ignore-eos         go on after such a token\n"
+    "  --capacity N         tokens that the KV cache holds (default: max_position_embeddings)\n"
+    "  --chunk N            prompt tokens computed together (default 128)\n"
+    "  --threads N          of the CPU (default: one for each core)\n"
+    "  --backend NAME       cpu, or cuda where it was built with it\n"
+    "  --logits FILE        write the logits after every token of the prompt, float32 [tokens, vocabulary]\n"
+    "Generated ids go to standard output; the memory plan and the speed to standard error.\n";
+
+struct Arguments {
+  std::string folder, logits_file, backend = "cpu";
+  std::vector<int32_t> ids;
+  int64_t max_new_tokens = 0, draft = 0;
+  bool ignore_eos = false;
+  cpm_options options{};
+};
+
+class UsageError : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+};
+
+int64_t whole(const std::string& name, const std::string& text, int64_t highest) {
+  char* end = nullptr;
+  errno = 0;
+  const long long value = std::strtoll(text.c_str(), &end, 10);
+  if (text.empty() || *end != '\0' || errno != 0 || value < 0 || value > highest) {
+    throw UsageError(name + " = " + text + ": accepted are whole numbers from 0 to " + std::to_string(highest));
+  }
+  return value;
+}
+
+std::vector<int32_t> parse_ids(const std::string& name, std::string text) {
+  std::replace(text.begin(), text.end(), ',', ' ');
+  std::istringstream words(text);
+  std::vector<int32_t> ids;
+  for (std::string word; words >> word;) ids.push_back(static_cast<int32_t>(whole(name, word, INT32_MAX)));
+  return ids;
+}
+
+std::string read_text(const std::string& file) {
+  std::ifstream stream(file);
+  std::ostringstream text;
+  if (!(text << stream.rdbuf())) throw UsageError("--ids-file " + file + " cannot be read, or is empty");
+  return text.str();
+}
+
+Arguments parse(int argc, char** argv) {
+  Arguments arguments;
+  for (int i = 1; i < argc; ++i) {
+    const std::string name = argv[i];
+    const auto value = [&]() -> std::string {
+      if (i + 1 == argc) throw UsageError(name + " needs a value");
+      return argv[++i];
+    };
+    if (name == "--ids") {
+      arguments.ids = parse_ids(name, value());
+    } else if (name == "--ids-file") {
+      arguments.ids = parse_ids(name, read_text(value()));
+    } else if (name == "--max-new-tokens") {
+      arguments.max_new_tokens = whole(name, value(), INT32_MAX);
+    } else if (name == "--draft") {
+      arguments.draft = whole(name, value(), kLargestTree);
+    } else if (name == "--ignore-eos") {
+      arguments.ignore_eos = true;
+    } else if (name == "--capacity") {
+      arguments.options.capacity = whole(name, value(), INT32_MAX);
+    } else if (name == "--chunk") {
+      arguments.options.chunk = static_cast<int32_t>(whole(name, value(), INT32_MAX));
+    } else if (name == "--threads") {
+      arguments.options.threads = static_cast<int32_t>(whole(name, value(), INT32_MAX));
+    } else if (name == "--backend") {
+      arguments.backend = value();
+    } else if (name == "--logits") {
+      arguments.logits_file = value();
+    } else if (name.rfind("--", 0) == 0 || !arguments.folder.empty()) {
+      throw UsageError(name + " is not known");
+    } else {
+      arguments.folder = name;
+    }
+  }
+  if (arguments.folder.empty()) throw UsageError("FOLDER is missing");
+  return arguments;
+}
+
+void check(int32_t result) {
+  if (result != 0) throw std::runtime_error(cpm_last_error());
+}
+
+void print_plan(const cpm_model* model) {
+  cpm_plan plan;
+  cpm_memory_plan(model, &plan);
+  constexpr double kMega = 1e6;
+  std::fprintf(stderr,
+               "weights mapped %.2f MB; pool %.2f MB = weights %.2f + activations %.2f + KV cache %.2f, for %" PRId64
+               " tokens, %s attention\n",
+               plan.mapped_bytes / kMega, plan.pool_bytes / kMega, plan.weights_bytes / kMega,
+               plan.activations_bytes / kMega, plan.cache_bytes / kMega, plan.capacity,
+               plan.sparse ? "sparse" : "dense");
+}
+
+double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+void print_speed(const char* what, int64_t tokens, double seconds) {
+  std::fprintf(stderr, "%s: %" PRId64 " tokens in %.3f s, %.2f tokens/s\n", what, tokens, seconds,
+               static_cast<double>(tokens) / std::max(seconds, 1e-9));
+}
+
+int32_t best(const std::vector<float>& logits) {
+  return static_cast<int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
+}
+
+// The prompt; returns the logits after its last token.
+std::vector<float> read_prompt(cpm_model* model, const Arguments& arguments) {
+  const auto vocabulary = static_cast<size_t>(cpm_vocab_size(model));
+  const auto count = static_cast<int64_t>(arguments.ids.size());
+  std::vector<float> last(vocabulary);
+  if (arguments.logits_file.empty()) {
+    check(cpm_prefill(model, arguments.ids.data(), count, last.data()));
+    return last;
+  }
+  std::vector<float> each(vocabulary * arguments.ids.size());
+  check(cpm_score(model, arguments.ids.data(), count, each.data()));
+  std::ofstream file(arguments.logits_file, std::ios::binary);
+  file.write(reinterpret_cast<const char*>(each.data()), static_cast<std::streamsize>(each.size() * sizeof(float)));
+  if (!file.flush()) throw std::runtime_error("--logits " + arguments.logits_file + " cannot be written");
+  std::copy(each.end() - static_cast<std::ptrdiff_t>(vocabulary), each.end(), last.begin());
+  return last;
+}
+
+// Prints tokens until there are enough of them, or one ends the text.
+class Output {
+ public:
+  Output(const cpm_model* model, const Arguments& arguments)
+      : model_(model), left_(arguments.max_new_tokens), ignore_eos_(arguments.ignore_eos) {}
+
+  // Whether more are wanted.
+  bool add(int32_t token) {
+    std::printf("%s%" PRId32, first_ ? "" : " ", token);
+    std::fflush(stdout);
+    first_ = false;
+    --left_;
+    done_ = left_ == 0 || (!ignore_eos_ && cpm_is_eos(model_, token));
+    if (done_) std::printf("\n");
+    return !done_;
+  }
+
+ private:
+  const cpm_model* model_;
+  int64_t left_;
+  bool ignore_eos_, first_ = true, done_ = false;
+};
+
+void generate(cpm_model* model, const Arguments& arguments, std::vector<float> logits) {
+  Output output(model, arguments);
+  for (int32_t token = best(logits); output.add(token); token = best(logits)) {
+    check(cpm_decode(model, token, logits.data()));
+  }
+}
+
+void generate_by_drafts(cpm_model* model, const Arguments& arguments, std::vector<float> logits, int64_t capacity) {
+  Output output(model, arguments);
+  std::vector<int32_t> text = arguments.ids, accepted(kLargestTree);
+  int64_t passes = 0, kept = 0;
+  for (bool more = true; more;) {
+    text.push_back(best(logits));
+    if (!output.add(text.back())) break;
+    const int64_t room = std::min(arguments.draft, capacity - cpm_length(model));
+    const DraftTree tree = draft_tree(text, static_cast<size_t>(std::max<int64_t>(room, 1)));
+    const auto count = static_cast<int32_t>(tree.tokens.size());
+    const int32_t number =
+        cpm_verify_tree(model, tree.tokens.data(), tree.parents.data(), count, accepted.data(), logits.data());
+    if (number < 0) throw std::runtime_error(cpm_last_error());
+    ++passes;
+    kept += number - 1;
+    for (int32_t i = 1; more && i < number; ++i) {
+      text.push_back(tree.tokens[static_cast<size_t>(accepted[static_cast<size_t>(i)])]);
+      more = output.add(text.back());
+    }
+  }
+  std::fprintf(stderr, "drafts: %" PRId64 " tokens accepted in %" PRId64 " passes\n", kept, passes);
+}
+
+void run(const Arguments& arguments) {
+  cpm_options options = arguments.options;
+  options.backend = arguments.backend.c_str();
+  const std::unique_ptr<cpm_model, decltype(&cpm_close)> model(cpm_open(arguments.folder.c_str(), &options), cpm_close);
+  if (model == nullptr) throw std::runtime_error(cpm_last_error());
+  print_plan(model.get());
+  if (arguments.ids.empty()) return;
+  auto start = std::chrono::steady_clock::now();
+  std::vector<float> logits = read_prompt(model.get(), arguments);
+  print_speed("prompt", cpm_length(model.get()), seconds_since(start));
+  if (arguments.max_new_tokens == 0) return;
+  const int64_t before = cpm_length(model.get());
+  start = std::chrono::steady_clock::now();
+  if (arguments.draft > 0) {
+    cpm_plan plan;
+    cpm_memory_plan(model.get(), &plan);
+    generate_by_drafts(model.get(), arguments, std::move(logits), plan.capacity);
+  } else {
+    generate(model.get(), arguments, std::move(logits));
+  }
+  print_speed("generated", cpm_length(model.get()) - before, seconds_since(start));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  try {
+    run(parse(argc, argv));
+    return 0;
+  } catch (const UsageError& error) {
+    std::fprintf(stderr, "cpm: %s\n\n%s", error.what(), kUsage);
+    return 2;
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "cpm: %s\n", error.what());
+    return 1;
+  }
+}
