@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast, get_args
 
 import flax.traverse_util
 import jax
@@ -24,7 +25,7 @@ from cpm_jax.common.config import ConfigError, config_from_dict, config_to_dict
 from cpm_jax.common.extras import import_extra
 from cpm_jax.common.files import write_json
 from cpm_jax.data.tokenizer import Tokenizer
-from cpm_jax.modeling.config import ModelConfig
+from cpm_jax.modeling.config import DType, ModelConfig
 from cpm_jax.modeling.decoder import Params, abstract_params, bind
 from cpm_jax.modeling.kv_cache import KEY_BLOCK, KVCache
 from export.folders import ExportError, on_host, whole_folder
@@ -34,7 +35,7 @@ from export.manifest import Check
 PLATFORMS = ("cpu", "cuda", "tpu")
 MODEL_FILE, PARAMS_FILE, SCRIPT_FILE = "model.json", "params.safetensors", "generate.py"
 PROGRAMS = {"prefill": "prefill.stablehlo", "decode": "decode.stablehlo"}
-DTYPES = ("float32", "bfloat16")  # those that our models compute in
+DTYPES = get_args(DType)  # those that our models compute in
 TOLERANCE = 1e-4
 FlatParams = dict[str, Array]
 
@@ -54,7 +55,7 @@ class StableHLOExport:
     notes: tuple[str, ...]
 
 
-def exported_model(config: ModelConfig, dtype: str) -> ModelConfig:
+def exported_model(config: ModelConfig, dtype: DType) -> ModelConfig:
     """The model that the programs compute: dense, without MTP layers, parameters and activations of one type."""
     return dataclasses.replace(
         config,
@@ -142,7 +143,7 @@ def export_stablehlo(
     if dtype not in DTYPES:
         raise ConfigError(f"dtype = {dtype!r}: accepted are {', '.join(DTYPES)}", field="dtype")
     import_extra("flatbuffers", "export", ExportError)
-    model = exported_model(config, dtype)
+    model = exported_model(config, cast(DType, dtype))
     names = flax.traverse_util.flatten_dict(abstract_params(model), sep=".")
     given = flax.traverse_util.flatten_dict(params, sep=".")
     arrays = {name: np.ascontiguousarray(on_host(given[name], None).astype(jnp.dtype(dtype))) for name in names}
