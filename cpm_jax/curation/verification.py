@@ -199,4 +199,10 @@ def verdict(scores: Scores, pairs: Sequence[Pair], tokens_per_cell: int, passes:
         said.append("With one seed the interval says nothing of how much seeds differ: add seeds before deciding.")
     if often := [f"{name} ({count:.1f} times)" for name, count in passes.items() if count > 4]:
         said.append(f"Read more than four times, so that repetition may weigh more than quality: {', '.join(often)}.")
+    # Seeds that read the same documents do not differ by which documents a candidate happens to have.
+    if shared := [name for name, count in passes.items() if count * first.seeds > 1]:
+        said.append(
+            f"The seeds together read more than there is of {', '.join(shared)}: the verdict is about these documents, "
+            "and another sample of the same source may come out otherwise."
+        )
     return " ".join(said)

@@ -62,12 +62,19 @@ def test_pairs_are_oriented_so_that_the_first_is_better(unit):
 
 def test_verdict_says_which_is_better_and_by_how_much():
     measured = scores(default=0.0, good=-0.1, bad=0.1)
-    text = verdict(measured, compare_pairs(measured), 1_000_000, {"good": 0.5, "bad": 7.0})
+    text = verdict(measured, compare_pairs(measured), 1_000_000, {"good": 0.3, "bad": 7.0})
     assert text.startswith("good is better than bad: +0.")
     assert "better than the default mix alone: good; worse than the default mix alone: bad" in text
     assert "after 3 annealings of 1,000,000 tokens" in text
     assert "bad (7.0 times)" in text
     assert "good (" not in text
+
+
+def test_verdict_is_about_the_documents_where_the_seeds_share_them():
+    """Three seeds that read a third of a candidate each may have read others; with more of it they did not."""
+    measured = scores(default=0.0, good=-0.1, bad=0.1)
+    text = verdict(measured, compare_pairs(measured), 1000, {"good": 1 / 3, "bad": 0.34})
+    assert "read more than there is of bad: the verdict is about these documents" in text
 
 
 def unclear(*, item_error, seed_error):
