@@ -1,6 +1,7 @@
 """`python -m export.torch_runtime FOLDER`: continues a prompt and says how fast."""
 
 import argparse
+import importlib.util
 import sys
 from collections.abc import Sequence
 
@@ -56,12 +57,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     return OK
 
 
+def _device(name: str) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: accepted are cpu, cuda, and cuda:0, cuda:1, …") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: PyTorch finds no GPU; its build for CUDA and a driver are needed")
+    return device
+
+
 def _run(args: argparse.Namespace) -> None:
     sampling = SamplingConfig(args.temperature, args.top_k, args.top_p, args.seed)
-    if args.kernels == "triton" and not args.device.startswith("cuda"):
-        raise ValueError(f"--kernels triton with --device {args.device}: Triton's kernels run on a GPU")
-    dtype = args.dtype or (None if args.device.startswith("cuda") else "float32")
-    model = load_model(args.folder, args.device, getattr(torch, dtype) if dtype else None)
+    device = _device(args.device)
+    if args.kernels == "triton" and device.type != "cuda":
+        raise ValueError(f"--kernels triton with --device {device}: Triton's kernels run on a GPU")
+    if args.kernels == "triton" and importlib.util.find_spec("triton") is None:
+        raise ValueError("--kernels triton: the package triton is not installed; PyTorch's builds for CUDA bring it")
+    dtype = args.dtype or (None if device.type == "cuda" else "float32")
+    model = load_model(args.folder, device, getattr(torch, dtype) if dtype else None)
     model.use_kernels(args.kernels)
     tokenizer = Tokenizer(args.folder, model.config)
     prompt = tokenizer.encode_prompt(sys.stdin.read() if args.prompt is None else args.prompt)
@@ -81,6 +95,6 @@ def _run(args: argparse.Namespace) -> None:
     print()
     print(
         f"prompt: {speed.prompt_tokens} tokens, {speed.prefill_rate:.1f} tokens/s; new: {speed.new_tokens} tokens, "
-        f"{speed.decode_rate:.1f} tokens/s; weights: {num_bytes(model) / 2**20:.1f} MiB on {args.device}",
+        f"{speed.decode_rate:.1f} tokens/s; weights: {num_bytes(model) / 2**20:.1f} MiB on {device}",
         file=sys.stderr,
     )

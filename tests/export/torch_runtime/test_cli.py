@@ -127,6 +127,7 @@ def test_arguments_that_cannot_be_used_are_named(folder, capsys):
         (["--max-new-tokens", "0"], 2, "max_new_tokens = 0: must be at least 1"),
         (["--top-p", "1.5"], 2, "top_p = 1.5: must be above 0 and at most 1"),
         (["--kernels", "triton"], 2, "--kernels triton with --device cpu"),
+        (["--device", "nowhere"], 2, "--device nowhere: accepted are cpu, cuda"),
     ):
         assert run(folder, *args) == code
         assert said in capsys.readouterr().err
