@@ -17,7 +17,11 @@ SOURCE = Path(__file__).parents[3] / "export/cuda"
 BACKEND = os.environ.get("CPM_TEST_BACKEND", "cpu")
 # A GPU's driver does not run with the sanitizers.
 OPTIONS = {"cpu": ["-DCPM_SANITIZE=ON"], "cuda": ["-DCPM_CUDA=ON", "-DCMAKE_CUDA_ARCHITECTURES=native"]}
-SANITIZERS = {"ASAN_OPTIONS": "allocator_may_return_null=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
+ENVIRONMENT = {
+    "ASAN_OPTIONS": "allocator_may_return_null=1",
+    "UBSAN_OPTIONS": "print_stacktrace=1",
+    "OMP_WAIT_POLICY": "passive",  # other tests need the cores
+}
 
 
 def skip_unless_it_builds(folder: Path) -> None:
@@ -54,7 +58,7 @@ class Build:
     def execute(self, program: str, *arguments: object) -> subprocess.CompletedProcess[str]:
         """Runs one of the programs."""
         command = [str(self.folder / program), *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, check=False, text=True, env=os.environ | SANITIZERS)
+        return subprocess.run(command, capture_output=True, check=False, text=True, env=os.environ | ENVIRONMENT)
 
     def run(self, model: Path, *arguments: object) -> Result:
         """Runs `cpm` on an exported folder."""
