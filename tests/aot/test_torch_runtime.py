@@ -1,6 +1,5 @@
 """The Triton kernels of the PyTorch runtime: their values by the interpreter, and machine code for GPUs."""
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -10,9 +9,9 @@ import sys
 import pytest
 
 from benchmarks.torch_runtime_kernels import KERNELS, MOST_REGISTERS, SHARED_KIB, compile_kernel
+from cpm_jax.modeling.config import SparseConfig
 from export.gptq import export_gptq
 from tests.export.quantized_models import rounded_model, small_tokenizer
-from tests.export.torch_runtime.models import SPARSE
 
 pytestmark = pytest.mark.aot
 
@@ -24,7 +23,7 @@ def triton_compiler():
 
 
 def test_values_are_those_of_plain_pytorch(tmp_path):
-    sparse = dataclasses.replace(SPARSE, dense_len=16)
+    sparse = SparseConfig(kernel_size=8, kernel_stride=4, block_size=16, window_size=16, topk=2, dense_len=16)
     model = rounded_model(num_layers=1, sparse_config=sparse)
     export_gptq(model, small_tokenizer(), tmp_path / "gptq", layout="minicpm")
     command = [sys.executable, "-m", "tests.export.torch_runtime.triton_cases", str(tmp_path / "gptq")]
