@@ -38,7 +38,7 @@ def add_rows(bench: Benchmark, found: Mapping[str, Any], summary: Mapping[str, A
         bench.add(
             f"{form['form']}{used}: of these within their intervals",
             "runs",
-            sum(held["covered"] for held in held_out),
+            int(sum(held["covered"] for held in held_out)),
             larger_is_better=True,
             baseline_name="runs",
             baseline=len(held_out),
