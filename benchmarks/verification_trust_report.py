@@ -61,11 +61,12 @@ def analyse(study: Study) -> dict[str, Any]:
     }
 
 
-def null_case(study: Study, redraws: int = 6) -> dict[str, Any]:
+def null_case(study: Study, redraws: int = 6, halvings: int = 40) -> dict[str, Any]:
     """How often differences are found among parts of one set.
 
-    Once as they are: a part is the same documents for every seed. And with the parts dealt out anew for every seed, so
-    that a candidate is a source of which every seed reads other documents.
+    Once as they are: a part is the same documents for every seed. With the parts dealt out anew for every seed, so
+    that a candidate is a source of which every seed reads other documents. And as two halves of the set, of which
+    each seed reads a part of its own, where there are parts enough.
     """
     parts = sorted(name for name in study.sets if name.startswith("part"))
     scores = study.scores("verify", parts)
@@ -81,6 +82,19 @@ def null_case(study: Study, redraws: int = 6) -> dict[str, Any]:
             for i, row in enumerate(deal)
         }
         found["redrawn"].append(compare_pairs(Scores(scores.unit, scores.weights, values)))
+    seeds = study.recipe.verify_seeds
+    if len(parts) >= 2 * seeds:
+        found["halves"] = []
+        for _ in range(halvings):
+            deal = rng.permutation(len(parts))[: 2 * seeds].reshape(2, seeds)
+            values = {
+                f"half{i}": {
+                    task: np.stack([scores.values[parts[part]][task][seed] for seed, part in enumerate(row)])
+                    for task in scores.weights
+                }
+                for i, row in enumerate(deal)
+            }
+            found["halves"].append(compare_pairs(Scores(scores.unit, scores.weights, values)))
     return {
         name: {
             "pairs": sum(map(len, rounds)),
@@ -127,6 +141,17 @@ def add_rows(bench: Benchmark, result: Mapping[str, Any]) -> None:
                 baseline=0.05,
                 goal=1.0,
             )
+    if halves := result["null"].get("halves"):
+        bench.add(
+            f"null case, two halves of the set, each seed with documents of its own: of {halves['pairs']} halvings "
+            "found different at the 5% level",
+            "of 1",
+            halves["significant_at_5_percent"] / halves["pairs"],
+            larger_is_better=False,
+            baseline_name="the level",
+            baseline=0.05,
+            goal=1.0,
+        )
     bench.add(
         "tokens of a training from scratch / of an annealing",
         "ratio",

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import random
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,10 +13,11 @@ from benchmarks import verification_trust_study
 from benchmarks.results import Benchmark
 from benchmarks.verification_corpora import CHUNK, QUALITY, Corpora, chunks, shuffled, templated, with_boilerplate
 from benchmarks.verification_trust import GIN_FILE, Sized, claim, read_recipe
-from benchmarks.verification_trust_report import add_rows, analyse
+from benchmarks.verification_trust_report import add_rows, analyse, null_case
 from benchmarks.verification_trust_study import Batches, Recipe, Rows, Study, prepare, small_model
 from cpm_jax.common.config import ConfigError
 from cpm_jax.common.gin_files import list_gin_files
+from cpm_jax.curation.verification import BITS_PER_BYTE, Scores
 from cpm_jax.data.records import PackedRecord
 from cpm_jax.modeling.model_size import count_params
 
@@ -134,3 +136,22 @@ def test_a_study_that_was_cut_off_goes_on_and_says_what_it_found(pool_texts, tmp
     bench = Benchmark("verification_trust", "test")
     add_rows(bench, result)
     assert any(row.baseline == 0.05 for row in bench.rows)
+
+
+def test_documents_that_all_seeds_share_are_told_apart_and_halves_of_their_set_are_not():
+    """Parts differ by what happens to be in them; halves of which each seed reads another part do not."""
+    rng, seeds, items = np.random.default_rng(0), 4, 100
+    effects = 0.05 * rng.standard_normal(8)
+    passages = rng.standard_normal(items)  # the same for all: comparisons are paired
+    values = {
+        f"part{i}": {"texts": passages + effect + 0.02 * rng.standard_normal((seeds, items))}
+        for i, effect in enumerate(effects)
+    }
+    scores = Scores(BITS_PER_BYTE, {"texts": np.ones(items)}, values)
+    study = SimpleNamespace(
+        sets=values, recipe=dataclasses.replace(SMOKE, verify_seeds=seeds), scores=lambda kind, names: scores
+    )
+    found = null_case(study, redraws=1, halvings=20)
+    assert found["parts"]["significant_after_holm"] > 20  # of 28
+    assert found["halves"]["pairs"] == 20
+    assert found["halves"]["significant_at_5_percent"] <= 3
