@@ -250,7 +250,9 @@ def write_gguf(config: ExportConfig, weights: Weights, dtype: str, folder: Path)
     from export import gguf
 
     name = config.name or model_name(str(weights.origin["name"]))
-    result = gguf.export_gguf(weights.params, weights.model, weights.tokenizer, folder, kind=dtype, name=name)
+    result = gguf.export_gguf(
+        weights.params, weights.model, weights.tokenizer, folder, kind=dtype, name=name, ternary=weights.ternary
+    )
     return {
         "file": result.file,
         "architecture": result.architecture,

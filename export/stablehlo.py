@@ -56,7 +56,12 @@ class StableHLOExport:
 
 
 def exported_model(config: ModelConfig, dtype: DType) -> ModelConfig:
-    """The model that the programs compute: dense, without MTP layers, parameters and activations of one type."""
+    """The model that the programs compute: dense, without MTP layers, parameters and activations of one type.
+
+    Raises:
+        ConfigError: the model is ternary.
+    """
+    config.refuse_ternary("a StableHLO program")
     return dataclasses.replace(
         config,
         dtype=dtype,
