@@ -2,7 +2,8 @@
 
 `python -m benchmarks.mup_transfer [--size half_hour | full]`: Python's standard library as bytes, files held out by
 name; MiniCPM4's multipliers, WSD. All learning rates of a width, depth and seed train as one program, in a process on a
-core of its own; each such cell stays in `--cells`, and a second call goes on. Writes `results/mup_transfer.json` and `docs/images/mup_transfer.svg`.
+core of its own; each such cell stays in `--cells`, and a second call goes on. Writes `results/mup_transfer.json` and
+`docs/images/mup_transfer.svg`.
 """
 
 import argparse
