@@ -5,8 +5,9 @@
 
 The size of the study is a gin file: `papers/minicpm4/bitcpm_study.gin` (half an hour of two idle cores), `…_3h.gin` and
 `…_gpu.gin`; `papers/minicpm4/bitcpm_groups.gin` asks what the group of 256 costs. DATASET is a folder that `prepare`
-wrote. Cells are kept in the workdir, so that it may run in pieces of `--seconds`; the last one writes
-`results/<name of the gin file>.json`, its cells beside it, and `docs/images/<name>.svg`. docs/bitcpm.md.
+wrote. Cells are kept in the workdir, so that it may run in pieces of `--seconds`, and in several processes; the one
+that ends last writes `results/<name of the gin file>.json`, the cells beside it, and `docs/images/<name>.svg`.
+docs/bitcpm.md.
 """
 
 import argparse

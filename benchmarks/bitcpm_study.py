@@ -3,16 +3,19 @@
 All arms see the same tokens in the same order. Full precision is trained once for each seed, at a constant rate after
 the warm-up; every arm that begins with it goes on from one of that run's checkpoints, with the optimizer's moments and
 the count of steps. A cell is one arm with one seed, an ordinary `pretrain` run in a folder of its own, which the same
-call resumes; when it is done its line is added to `cells.jsonl` and its folder removed.
+call resumes; when it is done its line is added to `cells.jsonl` and its folder removed. Several processes may work on
+one study.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import itertools
 import json
 import math
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -168,24 +171,47 @@ class Study:
         return [(arm, seed) for arm, seed in cells if (arm.name, seed) not in done]
 
     def run(self, deadline: float) -> bool:
-        """Trains what is left until all is done or the time is over; whether all is done."""
+        """Trains what is left and no other process has taken, until the time is over; whether all cells are done."""
         for arm, seed in self.left():
             if time.monotonic() > deadline:
                 return False
-            begin, folder = time.monotonic(), self._folder(arm.name, seed)
-            config = self.cell(arm, seed)
-            if config.init_from:
-                self._train_stable(seed)
-            pretrain.run(config, folder)
-            loss = next(row["eval/loss"] for row in reversed(read_metrics(folder / METRICS_FILE)) if "eval/loss" in row)
-            row = {"arm": arm.name, "seed": seed, "loss": loss, "seconds": time.monotonic() - begin} | origin()
-            with (self.workdir / CELLS_FILE).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            if arm.name != FULL_PRECISION:  # which is a teacher
-                shutil.rmtree(folder)
-            print(f"{arm.name}, seed {seed}: {loss:.4f} nats a token, {row['seconds']:.1f} s", flush=True)
+            with self._taken(arm.name, seed) as mine:
+                if mine and (arm, seed) in self.left():
+                    self._run(arm, seed)
+        if self.left():
+            return False
         shutil.rmtree(self.workdir / CELLS_DIR, ignore_errors=True)
         return True
+
+    def _run(self, arm: Arm, seed: int) -> None:
+        begin, folder = time.monotonic(), self._folder(arm.name, seed)
+        config = self.cell(arm, seed)
+        if config.init_from:
+            self._train_stable(seed)
+        if arm.distilled:
+            with self._taken(FULL_PRECISION, seed, wait=True):  # another process may still train the teacher
+                pass
+        pretrain.run(config, folder)
+        loss = next(row["eval/loss"] for row in reversed(read_metrics(folder / METRICS_FILE)) if "eval/loss" in row)
+        row = {"arm": arm.name, "seed": seed, "loss": loss, "seconds": time.monotonic() - begin} | origin()
+        with (self.workdir / CELLS_FILE).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        if arm.name != FULL_PRECISION:  # which is a teacher
+            shutil.rmtree(folder)
+        print(f"{arm.name}, seed {seed}: {loss:.4f} nats a token, {row['seconds']:.1f} s", flush=True)
+
+    @contextlib.contextmanager
+    def _taken(self, name: str, seed: int, wait: bool = False) -> Iterator[bool]:
+        """A run for this process alone; False where another one has it, unless it waits for its end."""
+        path = self._folder(name, seed).with_suffix(".lock")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                yield False
+            else:
+                yield True
 
     def cell(self, arm: Arm, seed: int) -> PretrainConfig:
         """The run of a cell; `init_from` is a checkpoint of the stable run, where it begins with that."""
@@ -232,8 +258,9 @@ class Study:
 
     def _train_stable(self, seed: int) -> None:
         config, folder = self.stable(seed), self._stable(seed)
-        if config.train.steps not in list_steps(folder / CHECKPOINTS_DIR):
-            pretrain.run(config, folder)
+        with self._taken("stable", seed, wait=True):
+            if config.train.steps not in list_steps(folder / CHECKPOINTS_DIR):
+                pretrain.run(config, folder)
 
     def _stable(self, seed: int) -> Path:
         return self._folder("stable", seed)

@@ -146,9 +146,16 @@ def test_a_study_in_pieces(tmp_path, monkeypatch):
     folder = tmp_path / "study"
     assert not Study(study, folder).run(time.monotonic() - 1)
     made = Study(study, folder)
-    monkeypatch.setattr(made, "left", lambda: Study(study, folder).left()[:3])  # full precision, and one more cell
-    made.run(float("inf"))
-    assert [(row["arm"], row["seed"]) for row in made.rows()][2:] == [(FROM_SCRATCH, 0)]
+    with made._taken(FULL_PRECISION, 1) as taken, made._taken(FROM_SCRATCH, 0) as other:
+        assert taken
+        assert other
+        assert not made.run(float("inf"))  # all but what other processes are at
+    assert [(row["arm"], row["seed"]) for row in made.rows()] == [
+        (FULL_PRECISION, 0),
+        (FROM_SCRATCH, 1),
+        ("50% ternary", 0),
+        ("50% ternary", 1),
+    ]
     again = Study(study, folder)
     assert again.run(float("inf"))
     assert not again.left()

@@ -57,7 +57,7 @@ def teacher(tmp_path_factory):
 
 
 def test_training_with_a_teacher(teacher, tiny_config, tmp_path):
-    """A ternary student of a dense teacher: the loss is the sum; one that counts little for tokens nears the teacher."""
+    """A ternary student of a dense teacher: the loss is the sum; where tokens count little, it nears the teacher."""
     loss = LossConfig(distillation=DistillationConfig(str(teacher(tiny_config)), weight=100.0, temperature=2.0))
     student = dataclasses.replace(tiny_config, ternary=TernaryConfig(32))
     fixed = {"tokenizer_sha256": "abc"}
