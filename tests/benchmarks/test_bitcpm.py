@@ -17,8 +17,8 @@ from tests.experiments.test_pretrain import config, make_dataset
 
 SIZES = {  # parameters, and thousands of tokens of a training with rows of 128
     "bitcpm_study": (229_000, 1_638),
-    "bitcpm_study_3h": (532_000, 9_830),
-    "bitcpm_study_gpu": (5_180_000, 393_216),
+    "bitcpm_study_3h": (520_000, 9_830),
+    "bitcpm_study_gpu": (4_951_000, 393_216),
     "bitcpm_groups": (1_640_000, 819),
 }
 NAMES = [path.stem for path in list_gin_files() if path.stem.startswith(("bitcpm_study", "bitcpm_groups"))]
