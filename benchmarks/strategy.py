@@ -1,10 +1,10 @@
 """MiniCPM4's questions of strategy at a laptop's scale: which holds, of which only the direction, which not.
 
-    python -m benchmarks.strategy --data DATASET [--size 3h.gin] [--workdir DIR] [--only QUESTION …] [--gin.X=VALUE …]
+    python -m benchmarks.strategy --data DATASET [--size full.gin] [--workdir DIR] [--only QUESTION …] [--gin.X=VALUE …]
 
 Each question is a sweep, `gin_configs/papers/minicpm4/strategy/<question>.gin`, or two. Sweeps go on where they were
 cut off, and what is trained is not trained again. A question's losses go to `results/strategy_losses.jsonl`
-(`strategy_3h_losses.jsonl`); from all that are there, also from another machine, `results/strategy.json` and
+(`strategy_full_losses.jsonl`); from all that are there, also from another machine, `results/strategy.json` and
 `docs/images/strategy.svg` are written. `--gin.` flags go to every sweep.
 """
 
@@ -261,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs what is left of the sweeps, and writes the answers down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="dataset folder, made by prepare")
-    parser.add_argument("--size", default="", help="3h.gin or gpu.gin; else that of base.gin")
+    parser.add_argument("--size", default="", help="full.gin or gpu.gin; else that of base.gin")
     parser.add_argument("--workdir", type=Path, help="of the sweeps; else runs/strategy or runs/strategy_<size>")
     parser.add_argument("--only", nargs="+", choices=QUESTIONS, default=list(QUESTIONS), help="train these alone")
     args, flags = parser.parse_known_args(argv)

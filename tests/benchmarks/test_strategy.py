@@ -87,7 +87,7 @@ def test_step_law_at_one_billion():
 
 def test_every_question_has_its_file():
     names = {path.stem for path in list_gin_files() if path.parent.name == "strategy"}
-    assert names == {*QUESTIONS, "base", "3h", "gpu"}
+    assert names == {*QUESTIONS, "base", "full", "gpu"}
 
 
 def test_the_figure_has_a_line_for_each_comparison():
