@@ -126,6 +126,7 @@ class QuantizedKVCache:
         keys = keys.at[jnp.arange(batch)[:, None], jnp.where(real, places, number * GROUP)].set(k, mode="drop")
         ends = jnp.where(real.any(1), positions[:, 0] % GROUP + real.sum(1), 0)
         held = jnp.arange(number * GROUP) < ends[:, None]
+        keys = jnp.where(held[..., None, None], keys, 0)  # `recent` has more of an older group
         return keys.reshape(batch, number, GROUP, heads, size), held.reshape(batch, number, GROUP)
 
     def read(

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from cpm_jax.common.config import ConfigError
+from cpm_jax.inference.decode_loop import DecodeState, extend
 from cpm_jax.inference.generate import unstack_on_cpu
+from cpm_jax.inference.sampling import SamplingConfig, sequence_keys
 from cpm_jax.modeling.config import ModelConfig
 from cpm_jax.modeling.decoder import Params, bind, init_params
 from cpm_jax.modeling.int8 import Int8Kernel, int8_matmul, quantize_kernel, quantize_layers
@@ -79,6 +81,22 @@ def test_bytes_of_the_layers(config: ModelConfig, params: Params) -> None:
 
     outputs = config.num_layers * (64 + 2 * 32 + 64 + 2 * 128 + 64)  # q, k and v, o, gate and up, down
     assert kernel_bytes(quantize_layers(config, params)) == kernel_bytes(params) // 4 + 2 * outputs
+
+
+def test_a_decoding_loop_holds_no_kernels_in_float(config: ModelConfig) -> None:
+    """Codes are the same for every token, but what they stand for is not computed before the loop and kept."""
+    config = dataclasses.replace(config, num_layers=4, d_model=256, d_ff=1024)
+
+    def arguments() -> tuple[Params, DecodeState]:
+        params = unstack_on_cpu(quantize_layers(config, init_params(config, jax.random.key(0))))
+        row, cache = jnp.zeros(1, jnp.int32), init_cache(config, 1, 64)
+        return params, DecodeState(cache, row, row, row, row > 0, sequence_keys(0, row), None)
+
+    params, state = jax.eval_shape(arguments)
+    settings = {"num_tokens": 8, "config": config, "sampling": SamplingConfig(temperature=0.0)}
+    program = extend.lower(params, state, jax.ShapeDtypeStruct((1,), jnp.int32), **settings).compile()
+    codes = sum(leaf.size for leaf in jax.tree.leaves(params["layers"]) if leaf.dtype == jnp.int8)
+    assert program.memory_analysis().temp_size_in_bytes < 4 * codes / 2
 
 
 def test_a_model_that_multiplies_in_fp8_is_refused(config: ModelConfig, params: Params) -> None:
