@@ -13,11 +13,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, BFloat16, Float, Int8
 
 from cpm_jax.common.config import ConfigError
+from cpm_jax.common.sharding import is_divided
 from cpm_jax.modeling.absmax import quantize_absmax
 from cpm_jax.modeling.config import ModelConfig
 
 # What the kernels of linear layers are held in; "" is what they are.
 WeightDType = Literal["", "int8"]
+
+# Outputs whose codes are in float together. A kernel that XLA sees converted as a whole it converts once, before the
+# loop over tokens, and keeps in float; where kernels are unrolled, XLA on CPU converts many of them ahead of their use.
+OUTPUT_BLOCK = 256
 
 
 @jax.tree_util.register_dataclass
@@ -41,9 +46,24 @@ def quantize_kernel(kernel: Float[Array, "... K N"]) -> Int8Kernel:
 
 
 def int8_matmul(x: Float[Array, "... K"], kernel: Int8Kernel) -> Float[Array, "... N"]:
-    """x @ kernel in the type of `x`."""
-    sums = jnp.matmul(x, kernel.codes.astype(x.dtype), preferred_element_type=jnp.float32)
-    return (sums * kernel.scales.astype(jnp.float32)).astype(x.dtype)
+    """x @ kernel in the type of `x`, some outputs at a time."""
+    outputs = kernel.codes.shape[-1]
+    if is_divided():
+        return _product(x, kernel.codes, kernel.scales)  # some outputs would be on one device
+    number = max(2, -(-outputs // OUTPUT_BLOCK))
+    size = -(-outputs // number)
+
+    def add_block(index: Array, out: Array) -> Array:
+        first = jnp.minimum(index * size, outputs - size)  # The last block may overlap the one before it.
+        block = (jax.lax.dynamic_slice_in_dim(leaf, first, size, axis=-1) for leaf in (kernel.codes, kernel.scales))
+        return jax.lax.dynamic_update_slice_in_dim(out, _product(x, *block), first, axis=-1)
+
+    return jax.lax.fori_loop(0, number, add_block, jnp.zeros((*x.shape[:-1], outputs), x.dtype))
+
+
+def _product(x: Array, codes: Array, scales: Array) -> Array:
+    sums = jnp.matmul(x, codes.astype(x.dtype), preferred_element_type=jnp.float32)
+    return (sums * scales.astype(jnp.float32)).astype(x.dtype)
 
 
 def quantize_layers(config: ModelConfig, params: dict[str, Any]) -> dict[str, Any]:
