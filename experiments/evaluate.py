@@ -15,6 +15,7 @@ from cpm_jax.common.files import write_json
 from cpm_jax.common.metrics import make_metric_writer
 from cpm_jax.inference.load import ComputeDType, LoadedModel, load_model
 from cpm_jax.modeling.config import SparseConfig
+from cpm_jax.modeling.int8 import WeightDType
 
 # What needs lm_eval is imported where it is used: `--help` and dry runs do not need the extra.
 
@@ -37,6 +38,7 @@ class EvaluateConfig:
         compare: folder of another evaluation of the same items; "" compares with none.
         allow_unsafe_code: whether code that the model wrote may run where no sandbox can be built.
         sparse_config: sparse attention to use with these weights; None is what the checkpoint says.
+        weight_dtype: "int8" rounds the kernels of the layers to int8 as they are loaded; "" leaves them.
     """
 
     checkpoint: str
@@ -52,6 +54,7 @@ class EvaluateConfig:
     compare: str = ""
     allow_unsafe_code: bool = False
     sparse_config: SparseConfig | None = None
+    weight_dtype: WeightDType = ""
 
     def __post_init__(self) -> None:
         if not self.tasks:
@@ -88,7 +91,9 @@ def run(config: EvaluateConfig, workdir: Path) -> None:
     if config.compare:
         read_results(Path(config.compare))  # better said now than after the evaluation
     tasks = make_tasks(config.task_names, options)  # a wrong name is said before the model is read
-    model = load_model(config.checkpoint, config.tokenizer or None, config.dtype, None, config.sparse_config)
+    model = load_model(
+        config.checkpoint, config.tokenizer or None, config.dtype, None, config.sparse_config, config.weight_dtype
+    )
     if config.chat:
         model.tokenizer.require_chat_template()
     identity = model_identity(model.config, model.params, model.tokenizer.sha256)

@@ -22,6 +22,8 @@ from cpm_jax.data.tokenizer import Tokenizer
 from cpm_jax.inference.generate import Generator, Piece, collect
 from cpm_jax.inference.sampling import SamplingConfig
 from cpm_jax.modeling.config import SparseConfig
+from cpm_jax.modeling.int8 import WeightDType
+from cpm_jax.modeling.kv_cache import CacheDType
 
 
 @config_dataclass
@@ -45,6 +47,8 @@ class GenerateConfig:
         output: .jsonl file to write the outputs to; "" writes none.
         mesh: how parameters and cache lie on the first devices of this machine; one device unless it says otherwise.
         sparse_config: sparse attention to use with these weights; None is what the checkpoint says.
+        weight_dtype: "int8" rounds the kernels of the layers to int8 as they are loaded; "" leaves them.
+        cache_dtype: what keys and values are held in: "int8", "int4", "bfloat16" or "float32"; "" is the compute dtype.
     """
 
     checkpoint: str = ""
@@ -60,6 +64,8 @@ class GenerateConfig:
     output: str = ""
     mesh: MeshConfig = MeshConfig(fsdp=1)
     sparse_config: SparseConfig | None = None
+    weight_dtype: WeightDType = ""
+    cache_dtype: CacheDType = ""
 
     def __post_init__(self) -> None:
         if self.prompts and self.prompts_file:
@@ -106,7 +112,12 @@ def run(config: GenerateConfig, workdir: Path) -> None:
     batches, mesh = read_batches(config), make_decoding_mesh(config.mesh)
     with open_output(config.output) as output:
         generator = Generator.from_checkpoint(
-            config.checkpoint or workdir, config.tokenizer or None, mesh, config.sparse_config
+            config.checkpoint or workdir,
+            config.tokenizer or None,
+            mesh,
+            config.sparse_config,
+            config.weight_dtype,
+            config.cache_dtype,
         )
         stop = config.stop
         if config.chat:

@@ -1,7 +1,7 @@
 """Cached decoding on the device: chunked prefill, then many tokens per call in one compiled loop.
 
-All shapes are static. Prompts are padded on the right, and slot p of the cache belongs to position p, so whatever
-padding leaves in later slots is overwritten before any token can attend to it. Rows never see each other.
+All shapes are static. Prompts are padded on the right, and slot p of the cache belongs to position p; padding gets
+positions beyond the cache, where nothing is written. Rows never see each other.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from cpm_jax.common.config import ConfigError
 from cpm_jax.inference.sampling import SamplingConfig, sample, sequence_keys
 from cpm_jax.modeling.config import ModelConfig
 from cpm_jax.modeling.decoder import Params, bind
-from cpm_jax.modeling.kv_cache import Cache, init_cache
+from cpm_jax.modeling.kv_cache import Cache, CacheDType, init_cache
 
 NO_TOKEN = -1
 SMALLEST_CACHE = 128
@@ -71,9 +71,16 @@ def cache_length(config: ModelConfig, length: int) -> int:
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
 def _prefill(
-    params: Params, tokens: Int[Array, "B C"], start: Int[Array, ""], cache: Cache, *, config: ModelConfig
+    params: Params,
+    tokens: Int[Array, "B C"],
+    lengths: Int[Array, " B"],
+    start: Int[Array, ""],
+    cache: Cache,
+    *,
+    config: ModelConfig,
 ) -> Cache:
-    positions = jnp.broadcast_to(start + jnp.arange(tokens.shape[1]), tokens.shape)
+    positions = start + jnp.arange(tokens.shape[1])
+    positions = jnp.where(positions < lengths[:, None], positions, cache.length)
     return bind(config, params).decode(tokens, positions, cache)[1]
 
 
@@ -86,6 +93,7 @@ def start(
     max_new_tokens: int,
     seed: int,
     indices: Sequence[int],
+    cache_dtype: CacheDType = "",
     prefill_chunks: Sequence[int] = PREFILL_CHUNKS,
 ) -> DecodeState:
     """Writes all but the last token of each prompt into a new cache, a chunk of positions per call.
@@ -98,6 +106,7 @@ def start(
         max_new_tokens: most tokens that a sequence gets.
         seed: of the random keys.
         indices: index of each sequence among all prompts of the run, for its random key.
+        cache_dtype: what keys and values are held in; "" is the compute dtype.
         prefill_chunks: sizes of chunks, from large to small: a call takes the largest that is more than half filled,
             else the last. None is larger than the cache.
 
@@ -106,15 +115,14 @@ def start(
     """
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
     slots = cache_length(config, int(lengths.max()) + max_new_tokens)
-    # Padding may run over the end of the cache: it is not written there.
     tokens = np.zeros((len(prompts), int(lengths.max()) + prefill_chunks[0]), np.int32)
     for row, prompt in enumerate(prompts):
         tokens[row, : len(prompt)] = prompt
-    cache = init_cache(config, len(prompts), slots)
+    cache = init_cache(config, len(prompts), slots, cache_dtype)
     first, end = 0, int(lengths.max()) - 1
     while first < end:
         size = min(next((size for size in prefill_chunks if size < 2 * (end - first)), prefill_chunks[-1]), slots)
-        cache = _prefill(params, tokens[:, first : first + size], np.int32(first), cache, config=config)
+        cache = _prefill(params, tokens[:, first : first + size], lengths - 1, np.int32(first), cache, config=config)
         first += size
     seen = None
     if sampling.repetition_penalty != 1:

@@ -20,6 +20,8 @@ from cpm_jax.inference.sampling import SamplingConfig
 from cpm_jax.inference.stop_strings import StopStringFilter
 from cpm_jax.modeling.config import ModelConfig, SparseConfig
 from cpm_jax.modeling.decoder import Params
+from cpm_jax.modeling.int8 import Int8Kernel, WeightDType
+from cpm_jax.modeling.kv_cache import CacheDType
 
 DEFAULT_SAMPLING = SamplingConfig()
 
@@ -105,6 +107,7 @@ class Generator:
         *,
         eos_ids: Sequence[int] = (),
         mesh: Mesh | None = None,
+        cache_dtype: CacheDType = "",
         tokens_per_call: int = 16,
         prefill_chunks: Sequence[int] = PREFILL_CHUNKS,
     ):
@@ -117,6 +120,7 @@ class Generator:
             eos_ids: tokens that end a sequence, besides the tokenizer's own.
             mesh: what the parameters lie on, from `common.sharding.make_mesh`; the cache is then divided over it by
                 sequences and key/value heads. None is one device.
+            cache_dtype: what keys and values are held in; "" is the compute dtype.
             tokens_per_call: tokens that the compiled loop makes before the host looks for stop strings and passes
                 text on.
             prefill_chunks: prompt tokens that are read per call, see `decode_loop.start`.
@@ -136,6 +140,7 @@ class Generator:
         if mesh is None:
             self._params = unstack_on_cpu(self._params)
         self._mesh = mesh
+        self._cache_dtype: CacheDType = cache_dtype
         self._tokens_per_call = tokens_per_call
         self._prefill_chunks = prefill_chunks
 
@@ -146,6 +151,8 @@ class Generator:
         tokenizer: str | Path | None = None,
         mesh: Mesh | None = None,
         sparse_config: SparseConfig | None = None,
+        weight_dtype: WeightDType = "",
+        cache_dtype: CacheDType = "",
     ) -> Self:
         """Loads model and tokenizer of a run.
 
@@ -154,13 +161,18 @@ class Generator:
             tokenizer: a tokenizer.json or its folder; None takes the one that lies with the model.
             mesh: how the parameters are to lie, whatever they were trained on; None is one device.
             sparse_config: sparse attention to use with these weights; None is what the checkpoint says.
+            weight_dtype: "int8" rounds the kernels of the layers to int8; "" leaves them.
+            cache_dtype: what keys and values are held in; "" is the compute dtype.
 
         Raises:
-            ConfigError: if the mesh does not divide the parameters, or `sparse_config` does not fit the model.
+            ConfigError: if the mesh does not divide the parameters, or `sparse_config` or `weight_dtype` does not fit
+                the model.
             InputError: if the checkpoint or its tokenizer cannot be used, see `load.load_model`.
         """
-        loaded = load_model(path, tokenizer, mesh=mesh, sparse_config=sparse_config)
-        return cls(loaded.config, loaded.params, loaded.tokenizer, eos_ids=loaded.eos_ids, mesh=mesh)
+        loaded = load_model(path, tokenizer, "", mesh, sparse_config, weight_dtype)
+        return cls(
+            loaded.config, loaded.params, loaded.tokenizer, eos_ids=loaded.eos_ids, mesh=mesh, cache_dtype=cache_dtype
+        )
 
     def stream(
         self,
@@ -190,8 +202,8 @@ class Generator:
             finish reason. The request is checked before it begins.
 
         Raises:
-            ConfigError: for an empty stop string, or for max_new_tokens that do not fit into the model's context
-                together with a prompt.
+            ConfigError: for an empty stop string, for max_new_tokens that do not fit into the model's context together
+                with a prompt, or for a sequence that attends sparsely where the cache is to be int8 or int4.
             InputError: for an empty prompt, or a token that the model does not have.
         """
         numbers = range(len(prompts)) if indices is None else indices
@@ -213,6 +225,7 @@ class Generator:
                     max_new_tokens=max_new_tokens,
                     seed=seed,
                     indices=chosen,
+                    cache_dtype=self._cache_dtype,
                     prefill_chunks=self._prefill_chunks,
                 )
             return self._run(state, chosen, sampling, max_new_tokens, stop)
@@ -310,17 +323,19 @@ def decoding_params(config: ModelConfig, params: Params) -> Params:
     """Parameters without MTP layers, with matrices and biases in the compute dtype.
 
     The model casts them to it in any case before it multiplies, so casting them once changes no result and halves what
-    every token has to read. Norm scales are used in float32; scales of FP8 and of ternary weights are taken from the
-    stored values.
+    every token has to read. Norm scales are used in float32, scales of FP8 and of ternary weights are taken from the
+    stored values, and int8 kernels are multiplied as they are.
     """
     params = {name: value for name, value in params.items() if name != "mtp_layers"}
     if config.fp8 or config.ternary is not None:
         return params
 
-    def cast(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.Array) -> jax.Array:
-        return leaf if path[-1].key == "scale" else jnp.asarray(leaf, config.dtype)
+    def cast(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.Array | Int8Kernel) -> jax.Array | Int8Kernel:
+        if isinstance(leaf, Int8Kernel) or path[-1].key == "scale":
+            return leaf
+        return jnp.asarray(leaf, config.dtype)
 
-    return jax.tree_util.tree_map_with_path(cast, params)
+    return jax.tree_util.tree_map_with_path(cast, params, is_leaf=lambda leaf: isinstance(leaf, Int8Kernel))
 
 
 def unstack_on_cpu(params: Params) -> Params:

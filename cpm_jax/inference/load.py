@@ -14,6 +14,7 @@ from cpm_jax.common.config import InputError, config_from_dict
 from cpm_jax.data.tokenizer import Tokenizer
 from cpm_jax.modeling.config import ModelConfig, SparseConfig
 from cpm_jax.modeling.decoder import Params, abstract_params
+from cpm_jax.modeling.int8 import WeightDType, quantize_layers
 from cpm_jax.modeling.ternary import materialize
 
 ComputeDType = Literal["", "float32", "bfloat16"]
@@ -45,6 +46,7 @@ def load_model(
     dtype: ComputeDType = "",
     mesh: Mesh | None = None,
     sparse_config: SparseConfig | None = None,
+    weight_dtype: WeightDType = "",
 ) -> LoadedModel:
     """Loads a model.
 
@@ -55,24 +57,32 @@ def load_model(
         dtype: what to compute in; "" is what the checkpoint says, float32 for weights from elsewhere.
         mesh: how the parameters are to lie, from `common.sharding.make_mesh`; None is one device.
         sparse_config: sparse attention to use with these weights; None is what the checkpoint says.
+        weight_dtype: "int8" rounds the kernels of the layers to int8; "" leaves them.
 
     Raises:
-        ConfigError: the mesh does not divide the parameters, or `sparse_config` does not fit the model.
+        ConfigError: the mesh does not divide the parameters, or `sparse_config` or `weight_dtype` does not fit the
+            model.
         CheckpointError: there is no checkpoint, none is whole, or no tokenizer was found with it.
         SourceError: weights from elsewhere that cannot be read or held.
         DataError: the tokenizer cannot be read.
         InputError: the tokenizer does not fit the model.
     """
     path = Path(path)
-    if path.suffix == ".gguf" or (path / CONFIG_FILE).is_file():
-        foreign = _load_foreign(path, tokenizer, dtype, mesh)
-        return foreign._replace(config=_with_sparse(foreign.config, sparse_config))
+    foreign = path.suffix == ".gguf" or (path / CONFIG_FILE).is_file()
+    loaded = (_load_foreign if foreign else _load_own)(path, tokenizer, dtype, mesh)
+    if sparse_config is not None:
+        loaded = loaded._replace(config=dataclasses.replace(loaded.config, sparse_config=sparse_config))
+    if weight_dtype == "int8":
+        loaded = loaded._replace(params=quantize_layers(loaded.config, loaded.params))
+    return loaded
+
+
+def _load_own(path: Path, tokenizer: str | Path | None, dtype: ComputeDType, mesh: Mesh | None) -> LoadedModel:
     step_dir = find_checkpoint(path)
     folder = tokenizer or find_tokenizer(step_dir)
     loaded = Tokenizer.load(folder)
     meta = read_meta(step_dir)
     config = config_from_dict(ModelConfig, meta["model"] | ({"dtype": dtype} if dtype else {}))
-    config = _with_sparse(config, sparse_config)
     params, _ = restore_params(step_dir, abstract_params(config, mesh) if mesh else None)
     trained_with = meta.get("fixed", {}).get("tokenizer_sha256", loaded.sha256)
     if trained_with != loaded.sha256:
@@ -84,10 +94,6 @@ def load_model(
     imported = meta.get("imported", {})
     eos_ids = eos_token_ids(imported.get("config", {}), imported.get("generation_config", {}))
     return LoadedModel(config, params, loaded, int(meta.get("step", 0)), step_dir, eos_ids)
-
-
-def _with_sparse(config: ModelConfig, sparse_config: SparseConfig | None) -> ModelConfig:
-    return config if sparse_config is None else dataclasses.replace(config, sparse_config=sparse_config)
 
 
 def _load_foreign(path: Path, tokenizer: str | Path | None, dtype: ComputeDType, mesh: Mesh | None) -> LoadedModel:

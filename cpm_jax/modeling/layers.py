@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from cpm_jax.common.sharding import activation_spec, is_divided
 from cpm_jax.modeling.config import ModelConfig
 from cpm_jax.modeling.fp8 import fp8_matmul
+from cpm_jax.modeling.int8 import Int8Kernel, int8_matmul
 from cpm_jax.modeling.ternary import fake_quantize
 from kernels_pallas.collectives import axis_names, gather_parameter
 
@@ -49,7 +50,7 @@ class Linear(nnx.Module):
 
     Operands are FP8 when `config.fp8`; the kernel is rounded to three values when `config.ternary`.
 
-    Parameters: kernel [in, out], bias [out].
+    Parameters: kernel [in, out] (for inference also an `Int8Kernel`), bias [out].
     """
 
     def __init__(
@@ -70,13 +71,16 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
         """Projects the last dimension of x."""
-        kernel = self.kernel[...]
+        kernel = self.kernel.get_value()
         if self.ternary is not None:
             kernel = fake_quantize(kernel, self.ternary.group_size)
         # Rows that are not divided over devices become one dimension: the kernel's gradient is then a product of two
         # matrices as they lie, where XLA on CPU would recompute what it sums over into a transposed copy.
         rows = x if is_divided() else x.reshape(-1, x.shape[-1])
-        out = fp8_matmul(rows, kernel) if self.fp8 else rows @ kernel.astype(x.dtype)
+        if isinstance(kernel, Int8Kernel):
+            out = int8_matmul(rows, kernel)
+        else:
+            out = fp8_matmul(rows, kernel) if self.fp8 else rows @ kernel.astype(x.dtype)
         out = out.reshape(*x.shape[:-1], -1)
         return out if self.bias is None else out + self.bias[...].astype(x.dtype)
 

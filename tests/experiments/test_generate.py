@@ -105,6 +105,22 @@ def test_weights_that_were_trained_dense_run_sparse(workdir, tmp_path, capsys):
     assert "SparseConfig.topk = 64: must be at most the 2 blocks of 64 tokens" in capsys.readouterr().err
 
 
+def test_int8_weights_and_caches(workdir, tmp_path, capsys):
+    def completions(*flags):
+        output = tmp_path / "out.jsonl"
+        given = [f"--workdir={workdir}", "--gin.PROMPTS=the quick brown", f"--gin.OUTPUT={output}"]
+        given += ["--gin.TEMPERATURE=0", "--gin.MAX_NEW_TOKENS=20"]
+        code = main(["generate", "--gin_file=runs/generate.gin", *given, *flags])
+        return [r["completion"] for r in records(output)] if code == exit_codes.OK else code
+
+    plain = completions()
+    assert completions("--gin.WEIGHT_DTYPE=int8", "--gin.CACHE_DTYPE=int8") == plain
+    assert len(completions("--gin.CACHE_DTYPE=int4")) == 1
+    capsys.readouterr()
+    assert completions("--gin.CACHE_DTYPE=int2") == exit_codes.BAD_CONFIG
+    assert "GenerateConfig.cache_dtype = 'int2': input should be" in capsys.readouterr().err
+
+
 def test_reads_lines_from_the_terminal_until_it_ends(workdir, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("the quick\n\nbrown fox\n"))
     run(GenerateConfig(max_new_tokens=5, sampling=SamplingConfig(temperature=0.0)), workdir)

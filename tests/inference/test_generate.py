@@ -154,6 +154,14 @@ def test_parameters_are_held_in_the_compute_dtype(config, params, tokenizer):
     assert held["norm"]["scale"].dtype == "float32"
 
 
+def test_an_int8_cache_gives_the_text_of_a_float_cache(config, params, tokenizer, generator):
+    """Prompts of different lengths in one batch, longer together than a group of the cache's tokens."""
+    expected = complete(generator, PROMPTS, sampling=GREEDY)
+    int8 = Generator(config, params, tokenizer, cache_dtype="int8", tokens_per_call=5, prefill_chunks=(16, 4))
+    assert complete(int8, PROMPTS, sampling=GREEDY) == expected
+    assert complete(int8, PROMPTS[2:], sampling=GREEDY, indices=[2, 3]) == expected[2:]
+
+
 def test_longrope_rows_of_both_kinds_in_one_batch(config, tokenizer):
     rope = RopeConfig(short_factor=(1.0,) * 8, long_factor=tuple(range(2, 10)), original_max_position_embeddings=64)
     config = dataclasses.replace(config, rope=rope)
