@@ -205,6 +205,7 @@ std::vector<int32_t> Model::verify(const int32_t* tokens, const int32_t* parents
     accepted.push_back(child);
   }
   keep(accepted);
+  text_.resize(static_cast<size_t>(length_) - accepted.size());
   for (const int32_t index : accepted) text_.push_back(tokens[index]);
   return accepted;
 }
@@ -257,7 +258,7 @@ void Model::rotations(const int32_t* positions, int32_t count) {
 
 void Model::forward(const int32_t* tokens, int32_t count, const uint64_t* ancestors) {
   Backend& run = *backend_;
-  if (length_ - settled_ > mtp_layers()) run_mtp(false);  // makes room for new hidden states
+  if (hidden_ != nullptr && length_ - settled_ > mtp_layers()) run_mtp(false);  // makes room for new hidden states
   const auto base = static_cast<int32_t>(length_);
   const auto epsilon = static_cast<float>(config_.rms_norm_eps);
   const NewTokens host{count, base, ancestors};

@@ -31,7 +31,7 @@ SIZES = {
 }
 # Of 513 blocks a query sees 20.
 SPARSE = SparseConfig(window_size=512, topk=12, dense_len=8192)
-ROUNDING = 1e-4  # relative, between two scores of blocks
+ROUNDING = 1e-5  # relative, between two scores of blocks
 
 
 @functools.partial(jax.jit, static_argnames="config", donate_argnames="cache")
@@ -67,14 +67,17 @@ def test_logits_after_1_to_32k_tokens_are_ours(sparse, tmp_path, monkeypatch):
     tied = []
 
     def rank_blocks(scores, positions, config):
-        """The runtime's, noting queries that could choose another block if scores were rounded otherwise."""
+        """The runtime's, noting queries that could choose another block if scores were rounded otherwise.
+
+        Equal scores are not among them: two blocks that the same kernel touches, of which everybody takes the lower.
+        """
         ids = rank(scores, positions, config)
         chosen = torch.zeros_like(scores, dtype=torch.bool).scatter(3, ids.clamp(min=0), ids >= 0)
         block, own = torch.arange(scores.shape[-1]), (positions // config.block_size)[:, None]
         by_score = (block >= config.init_blocks) & (block <= own - config.num_local)
         least = scores.masked_fill(~(by_score & chosen), torch.inf).amin(dim=-1)
         next_best = scores.masked_fill(~by_score | chosen, -torch.inf).amax(dim=-1)
-        tied.append((next_best > least * (1 - ROUNDING)).any(dim=1)[0].numpy())
+        tied.append(((least * (1 - ROUNDING) < next_best) & (next_best < least)).any(dim=1)[0].numpy())
         return ids
 
     rank = infllm.rank_blocks
@@ -85,5 +88,5 @@ def test_logits_after_1_to_32k_tokens_are_ours(sparse, tmp_path, monkeypatch):
     assert np.abs(expected).max() > 1
     errors = np.abs(found - expected).max(axis=1)
     either = np.concatenate(tied) if sparse else np.zeros(LENGTH, bool)
-    assert either.mean() < 0.01
+    assert either.mean() < 0.001
     assert errors[~either].max() < 1e-4

@@ -1,20 +1,17 @@
 """Speculative decoding by MTP layers: drafts are those of our MTP layers, and the text is that of plain decoding."""
 
 import dataclasses
-import functools
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 
-from cpm_jax.modeling.decoder import bind
 from export.hf import export_hf
 from export.torch_runtime import cli
 from export.torch_runtime.config import FolderError
 from export.torch_runtime.generate import SamplingConfig, Speed, eager_step, generate, prefill, static_step
 from export.torch_runtime.model import load_model
+from tests.export.mtp_models import drafting_params, mtp_logits
 from tests.export.quantized_models import small_tokenizer
 from tests.export.torch_runtime.models import PLAIN, SPARSE, params_of, tokens_of
 
@@ -24,25 +21,6 @@ GREEDY = SamplingConfig(temperature=0)
 CASES = {"dense": (None, 1), "sparse": (SPARSE, 90)}
 
 
-def drafting_params(config):
-    """Parameters of a model whose MTP layers are often right, and often not.
-
-    Branches are small, so that the next token mostly depends on the last one alone, which MTP layers pass on to the
-    same norm and head.
-    """
-    params = params_of(config)
-    for layers in (params["layers"], params["mtp_layers"]):
-        for kernel in (layers["self_attn"]["o_proj"], layers["mlp"]["down_proj"]):
-            kernel["kernel"] = 0.05 * kernel["kernel"]
-    width = config.d_model
-    passed_on = np.concatenate([np.zeros((width, width)), np.eye(width)]).astype(np.float32)
-    mtp = params["mtp_layers"]
-    mtp["input_proj"]["kernel"] = passed_on + 0.05 * mtp["input_proj"]["kernel"]
-    mtp["token_layernorm"]["scale"] = np.ones_like(mtp["token_layernorm"]["scale"])
-    mtp["final_layernorm"]["scale"] = np.tile(params["norm"]["scale"], (MTP_LAYERS, 1))
-    return params
-
-
 @pytest.fixture(scope="module", params=CASES)
 def case(request, tmp_path_factory):
     """The model's config and parameters, its folder, and a prompt."""
@@ -50,20 +28,9 @@ def case(request, tmp_path_factory):
     config = dataclasses.replace(
         PLAIN, attention_bias=True, num_nextn_predict_layers=MTP_LAYERS, sparse_config=sparse, num_layers=1
     )
-    params, folder = drafting_params(config), tmp_path_factory.mktemp("mtp") / "hf"
+    params, folder = drafting_params(params_of(config), config), tmp_path_factory.mktemp("mtp") / "hf"
     export_hf(params, config, small_tokenizer(), folder, layout="mimo")
     return config, params, folder, tokens_of(length)[0].tolist()
-
-
-@functools.partial(jax.jit, static_argnames="config")
-def jax_logits(params, tokens, config):
-    """Logits of the model and of each MTP layer, which is given the tokens that follow, [1 + M, B, T, V]."""
-    model, ones = bind(config, params), jnp.ones_like(tokens)
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden = [model(tokens, positions, ones)]
-    for depth in range(config.num_nextn_predict_layers):
-        hidden.append(model.mtp(hidden[-1], jnp.roll(tokens, -depth - 1, axis=1), positions, ones, depth))
-    return jnp.stack([model.logits(x) for x in hidden])
 
 
 @torch.inference_mode()
@@ -94,7 +61,7 @@ def test_each_round_is_ours(case, drafted):
     rows = np.zeros((ROUNDS, LENGTH), np.int32)
     for row, (text, drafts, _) in zip(rows, drafted, strict=True):
         row[: len(text) + MTP_LAYERS] = text + drafts
-    expected = np.asarray(jax_logits(params, rows, config))
+    expected = np.asarray(mtp_logits(params, rows, config))
     for number, (text, drafts, logits) in enumerate(drafted):
         last = len(text) - 1
         np.testing.assert_allclose(logits, expected[0, number, last : last + MTP_LAYERS + 1], atol=1e-4, rtol=0)
