@@ -1,0 +1,57 @@
+#include "text.h"
+
+#include <pytorch/tokenizers/hf_tokenizer.h>
+
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <set>
+#include <stdexcept>
+
+struct TextTokenizer::Parts {
+  tokenizers::HFTokenizer tokenizer;
+  std::vector<int32_t> before;  // what begins a text
+  std::set<int32_t> special;
+};
+
+TextTokenizer::TextTokenizer(const std::string& folder) : parts_(std::make_unique<Parts>()) {
+  const std::string file = folder + "/tokenizer.json";
+  try {
+    std::ifstream stream(file);
+    const auto json = nlohmann::json::parse(stream);
+    for (const auto& token : json.at("added_tokens")) {
+      if (token.at("special")) parts_->special.insert(token.at("id").get<int32_t>());
+    }
+    // The library has no post-processors. Those of exported folders are templates, or leave the tokens as they are.
+    const auto processor = json.value("post_processor", nlohmann::json());
+    if (processor.is_object() && processor.at("type") == "TemplateProcessing") {
+      const auto& first = processor.at("single").at(0);
+      if (first.contains("SpecialToken")) {
+        const auto& token = processor.at("special_tokens").at(first.at("SpecialToken").at("id").get<std::string>());
+        parts_->before = token.at("ids").get<std::vector<int32_t>>();
+      }
+    }
+  } catch (const nlohmann::json::exception& error) {
+    throw std::runtime_error(file + " cannot be read: " + error.what());
+  }
+  if (parts_->tokenizer.load(folder) != tokenizers::Error::Ok) {
+    throw std::runtime_error(file + ": its model, pre-tokenizer or decoder is of a kind that is not computed here; "
+                                    "give token ids (--ids)");
+  }
+}
+
+TextTokenizer::~TextTokenizer() = default;
+
+std::vector<int32_t> TextTokenizer::encode(const std::string& text) const {
+  std::vector<int32_t> ids = parts_->before;
+  if (text.empty()) return ids;
+  const auto found = parts_->tokenizer.encode(text);
+  if (!found.ok()) throw std::runtime_error("the tokenizer has no tokens for this text");
+  for (const uint64_t id : found.get()) ids.push_back(static_cast<int32_t>(id));
+  return ids;
+}
+
+std::string TextTokenizer::decode(int32_t token) const {
+  if (parts_->special.count(token) > 0) return "";
+  const auto text = parts_->tokenizer.decode(0, static_cast<uint64_t>(token));
+  return text.ok() ? text.get() : "";  // a model may have more ids than its tokenizer has tokens
+}
