@@ -1,22 +1,23 @@
 """Does ScalingBench's loss of small models order recipes as larger models do, and better than accuracy does?
 
-    XLA_FLAGS=--xla_force_host_platform_device_count=2 python -m benchmarks.scaling_bench --work DIR
+    python -m benchmarks.scaling_bench [--work DIR]
 
 Twelve recipes (mixtures of data, learning rates, schedules) are each trained at small widths and at a large one, from
 several seeds, on generated problems with worked solutions. Each model is measured on problems that none has seen: the
 loss of the solution given its question, as `scaling_bench:` of `evaluate` has it, and the share of right answers. All
-recipes of a width and seed are one program, spread over the devices; such a cell stays in `--work`, and a second call
-goes on.
+recipes of a width and seed are one program, in a process on a core of its own; each such cell stays in `--work`, and a
+second call goes on.
 Writes `results/scaling_bench.json` and `docs/images/scaling_bench.svg`.
 """
 
 import argparse
 import dataclasses
+import functools
 import hashlib
 import json
-import math
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.cores import process_on_each_core
 from benchmarks.scaling_bench_report import Study, write_results
 from benchmarks.scaling_bench_texts import (
     BARE,
@@ -86,20 +88,20 @@ class Size:
         test_problems: of each task, to measure by.
     """
 
-    small: tuple[int, ...] = (16, 32, 48)
-    large: int = 96
+    small: tuple[int, ...] = (16, 32)
+    large: int = 64
     small_seeds: int = 4
     large_seeds: int = 3
-    steps: int = 1000
+    steps: int = 2500
     rows: int = 16
     seq_len: int = 64
     problems: int = 20_000
     test_problems: int = 400
 
     def cells(self) -> list[tuple[int, int]]:
-        """Width and seed of every cell, the small ones first."""
-        small = [(width, seed) for width in self.small for seed in range(self.small_seeds)]
-        return small + [(self.large, seed) for seed in range(self.large_seeds)]
+        """Width and seed of every cell, the large ones first: the cores are then done at about the same time."""
+        small = [(width, seed) for width in sorted(self.small)[::-1] for seed in range(self.small_seeds)]
+        return [(self.large, seed) for seed in range(self.large_seeds)] + small
 
 
 SIZES = {"default": Size(), "smoke": Size((8,), 16, 2, 2, steps=6, rows=2, problems=200, test_problems=5)}
@@ -154,8 +156,7 @@ def trials(size: Size, width: int, seed: int) -> list[Trial]:
 def train(size: Size, width: int, seed: int, texts: Texts) -> list[Any]:
     """Parameters of each recipe's model."""
     chosen = trials(size, width, seed)
-    devices = jax.devices()[: math.gcd(len(chosen), jax.device_count())]
-    program = StackedProgram(chosen, steps=size.steps, loss=LossConfig(), shared_batch=False, devices=devices)
+    program = StackedProgram(chosen, steps=size.steps, loss=LossConfig(), shared_batch=False)
     states = program.init()
     for number in range(size.steps):
         # Recipes draw alike, so that they differ by what they are and not by the luck of the draw.
@@ -207,14 +208,22 @@ def measure(model: ModelConfig, params: Any, texts: Texts, test: Mapping[str, Se
     return found
 
 
-def run_cell(size: Size, width: int, seed: int, texts: Texts, test: Mapping[str, Sequence[Solved]]) -> dict[str, Any]:
-    """Trains all recipes of a width and seed and measures them."""
+@functools.cache
+def texts_of(size: Size) -> tuple[Texts, dict[str, list[Solved]]]:
+    """What to train on and what to measure by, made once in a process."""
+    test = held_out_problems(size.test_problems)
+    return training_texts(size.problems, test), test
+
+
+def run_cell(size: Size, width: int, seed: int, path: Path) -> str:
+    """Trains all recipes of a width and seed, measures them and writes that down; says how long it took."""
+    texts, test = texts_of(size)
     begin = time.perf_counter()
     params = train(size, width, seed, texts)
     trained = time.perf_counter()
     model = at_width(MODEL, width, "grow")
-    items = {name: measure(model, of_one, texts, test) for name, of_one in zip(RECIPES, params, strict=True)}
-    return {"train_seconds": trained - begin, "test_seconds": time.perf_counter() - trained, "items": items}
+    write_json(path, {name: measure(model, one, texts, test) for name, one in zip(RECIPES, params, strict=True)})
+    return f"width {width}, seed {seed}: {trained - begin:.0f} + {time.perf_counter() - trained:.0f} s"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -228,17 +237,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     folder = args.work / hashlib.sha256(repr((size, RECIPES, MODEL)).encode()).hexdigest()[:8]
     folder.mkdir(parents=True, exist_ok=True)
     paths = {cell: folder / f"d{cell[0]}_seed{cell[1]}.json" for cell in size.cells()}
-    missing = [cell for cell, path in paths.items() if not path.exists()]
-    if missing:
-        test = held_out_problems(size.test_problems)
-        texts = training_texts(size.problems, test)
-        for width, seed in missing:
-            found = run_cell(size, width, seed, texts, test)
-            write_json(paths[width, seed], found)
-            print(
-                f"width {width}, seed {seed}: {found['train_seconds']:.0f} + {found['test_seconds']:.0f} s", flush=True
-            )
-    cells = {cell: json.loads(path.read_text("utf-8"))["items"] for cell, path in paths.items()}
+    with process_on_each_core() as pool:
+        pending = [pool.submit(run_cell, size, *cell, path) for cell, path in paths.items() if not path.exists()]
+        for future in as_completed(pending):
+            print(future.result(), flush=True)
+    cells = {cell: json.loads(path.read_text("utf-8")) for cell, path in paths.items()}
     if not args.no_results:
         write_results(Study.of(cells, size.small, size.large), size.steps * size.rows * size.seq_len)
 

@@ -18,7 +18,7 @@ from cpm_jax.scaling.scores import HeldOutScore, ScoreLaw, check_scores, fit_sco
 IMAGE = Path(__file__).resolve().parents[1] / "docs" / "images" / "scaling_bench.svg"
 ALL = "all tasks"
 FEW = 100  # items of a task, as many as `gsm8k_sample` has
-DRAWS = 2000
+DRAWS = 1000
 LEVEL = 0.95
 
 

@@ -71,7 +71,7 @@ class Family(NamedTuple):
 TASKS = {
     "one digit": Family("chain_sum", {"max_terms": 4, "max_digits": 1}, solve_sum),
     "two digits": Family("chain_sum", {"max_terms": 2, "min_digits": 2, "max_digits": 2}, solve_sum),
-    "legs": Family("leg_counting", {"min_animals": 1, "max_animals": 2, "max_instances": 9}, solve_legs),
+    "legs": Family("leg_counting", {"min_animals": 1, "max_animals": 2, "max_instances": 6}, solve_legs),
 }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -193,6 +194,7 @@ def test_a_tiny_study_from_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(scaling_bench_report, "IMAGE", tmp_path / "images" / "figure.svg")
     write, written = results.Benchmark.write, []
     monkeypatch.setattr(results.Benchmark, "write", lambda bench: written.append(write(bench, tmp_path).read_text()))
+    monkeypatch.setattr(scaling_bench, "process_on_each_core", lambda: ThreadPoolExecutor(1))
     arguments = ["--work", str(tmp_path / "work"), "--size", "smoke"]
     scaling_bench.main(arguments)
     (found,) = results.load(tmp_path)
