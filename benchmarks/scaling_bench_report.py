@@ -96,6 +96,9 @@ def pairs_in_order(predicted: Float[np.ndarray, "*n recipes"], truth: Float[np.n
     return (1 + agree.sum(axis=-1) / np.maximum(np.abs(wanted).sum(axis=-1), 1)) / 2
 
 
+MEASURES = {"Spearman's ρ": spearman, "pairs in order": pairs_in_order}
+
+
 class Ordering(NamedTuple):
     """How well both measures of small models order recipes, each with its interval over recipes and seeds.
 
@@ -185,38 +188,23 @@ def write_results(study: Study, tokens: int) -> None:
 
 def rows(study: Study, tokens: int) -> list[dict[str, Any]]:
     """The figures, as `Benchmark.add` takes them."""
+    scale = f"{len(study.recipes)} recipes, {tokens / 1e6:.2g}M tokens each; "
     found = []
-    scale = f"{len(study.recipes)} recipes, {tokens / 1e6:.2g}M tokens each"
     for width, measured in study.small.items():
-        few = {f"{ALL}, {FEW} items each": study.few[width][ALL]}
-        for task, small in (measured | few).items():
-            large = study.large[task.partition(",")[0]]
-            for name, measure in (("Spearman's ρ", spearman), ("pairs in order", pairs_in_order)):
-                if name != "pairs in order" and task not in (ALL, *few):
-                    continue
-                order = ordering(small, large, measure)
-                found.append(
-                    {
-                        "metric": f"{scale}; d {width} for d {study.width}, {task}: {name} of the loss "
-                        f"({_range(order.loss)}); difference {order.difference.value:+.3f} "
-                        f"({_range(order.difference)}): {order.verdict}",
-                        "unit": "(0 if negative)" if measure is spearman else "share",
-                        "ours": max(order.loss.value, 0.0),
-                        "larger_is_better": True,
-                        "baseline_name": f"of the accuracy ({_range(order.accuracy)})",
-                        "baseline": max(order.accuracy.value, 0.0),
-                    }
-                )
-            found.append(
-                {
-                    "metric": f"d {width}, {task}: spread over seeds by spread over recipes, loss",
-                    "unit": "noise ratio",
-                    "ours": _noise(small.loss),
-                    "larger_is_better": False,
-                    "baseline_name": "accuracy",
-                    "baseline": _noise(small.accuracy),
-                }
-            )
+        of = f"d {width} for d {study.width}, "
+        large = study.large[ALL]
+        found += [
+            _order_row(scale + of + ALL, measured[ALL], large, "Spearman's ρ"),
+            _order_row(of + ALL, measured[ALL], large, "pairs in order"),
+            _order_row(f"{of}{ALL}, {FEW} items each", study.few[width][ALL], large, "pairs in order"),
+        ]
+        found += [
+            _order_row(of + task, small, study.large[task], "pairs in order")
+            for task, small in measured.items()
+            if task != ALL
+        ]
+        noisy = measured | {f"{ALL}, {FEW} items each": study.few[width][ALL]}
+        found += [_noise_row(f"d {width}, {task}", small) for task, small in noisy.items()]
     found.append(
         {
             "metric": f"d {study.width}, {ALL}: pairs in order, one seed's accuracy for that of the others",
@@ -225,28 +213,49 @@ def rows(study: Study, tokens: int) -> list[dict[str, Any]]:
             "larger_is_better": True,
         }
     )
-    for task in study.large:
-        checked = held_out(study, task, law_of(study, task))
-        errors = np.array([one.predicted.value - one.score for one in checked])
-        constant = np.concatenate([of_width[task].accuracy.ravel() for of_width in study.small.values()]).mean()
-        found.append(
-            {
-                "metric": f"{task}: mean error of {len(checked)} accuracies of d {study.width} by the sigmoid "
-                f"of d {', '.join(map(str, study.small))} (bias {errors.mean():+.3f}); in the 90% interval: "
-                f"{np.mean([one.covered for one in checked]):.0%}",
-                "unit": "accuracy",
-                "ours": float(np.abs(errors).mean()),
-                "larger_is_better": False,
-                "baseline_name": "by the small models' mean accuracy",
-                "baseline": float(np.abs(constant - study.large[task].accuracy).mean()),
-            }
-        )
-    return found
+    return found + [_law_row(study, task) for task in study.large]
 
 
-def _noise(values: Float[np.ndarray, "recipes seeds"]) -> float:
-    """The noise ratio; the largest number where all recipes are the same, as `Benchmark` writes infinity."""
-    return min(noise_ratio(values.tolist()), sys.float_info.max)
+def _order_row(what: str, small: Measured, large: Measured, name: str) -> dict[str, Any]:
+    order = ordering(small, large, MEASURES[name])
+    difference = f"difference {order.difference.value:+.3f} ({_range(order.difference)})"
+    return {
+        "metric": f"{what}: {name} of the loss ({_range(order.loss)}); {difference}: {order.verdict}",
+        "unit": "share" if name == "pairs in order" else "0 to 1",
+        "ours": max(order.loss.value, 0.0),  # a correlation below 0 is no better than none; its interval says so
+        "larger_is_better": True,
+        "baseline_name": f"of the accuracy ({_range(order.accuracy)})",
+        "baseline": max(order.accuracy.value, 0.0),
+    }
+
+
+def _noise_row(what: str, small: Measured) -> dict[str, Any]:
+    # Infinity, where all recipes are the same, is written as `Benchmark` shows it.
+    loss, accuracy = (min(noise_ratio(side.tolist()), sys.float_info.max) for side in small)
+    return {
+        "metric": f"{what}: spread over seeds by spread over recipes, of the loss",
+        "unit": "noise ratio",
+        "ours": loss,
+        "larger_is_better": False,
+        "baseline_name": "of the accuracy",
+        "baseline": accuracy,
+    }
+
+
+def _law_row(study: Study, task: str) -> dict[str, Any]:
+    checked = held_out(study, task, law_of(study, task))
+    errors = np.array([one.predicted.value - one.score for one in checked])
+    mean = np.mean([of_width[task].accuracy.mean() for of_width in study.small.values()])
+    widths = ", ".join(map(str, study.small))
+    return {
+        "metric": f"{task}: mean error of {len(checked)} accuracies of d {study.width} by the sigmoid of d {widths} "
+        f"(bias {errors.mean():+.3f}); in the 90% interval: {np.mean([one.covered for one in checked]):.0%}",
+        "unit": "accuracy",
+        "ours": float(np.abs(errors).mean()),
+        "larger_is_better": False,
+        "baseline_name": "by the small models' mean accuracy",
+        "baseline": float(np.abs(mean - study.large[task].accuracy).mean()),
+    }
 
 
 def _range(interval: Interval) -> str:
