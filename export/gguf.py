@@ -36,7 +36,7 @@ from cpm_jax.common.config import ConfigError
 from cpm_jax.data.tokenizer import Tokenizer
 from cpm_jax.modeling.config import PER_CHANNEL, PER_TENSOR, ModelConfig, TernaryConfig
 from cpm_jax.modeling.rotary import attention_factor, inverse_frequencies
-from export.folders import ExportError, check_replaceable, on_host, whole_folder
+from export.folders import WHERE_SPARSE, ExportError, check_replaceable, on_host, whole_folder
 from export.gguf_tokenizer import normalises, tokenizer_to_gguf
 
 # The types that the gguf package can write, and what llama.cpp calls a file of them.
@@ -350,7 +350,10 @@ def _notes(config: ModelConfig, left_out: int) -> Iterator[str]:
             "place for them in this architecture. The next token's probabilities do not depend on them"
         )
     if config.sparse_config is not None:
-        yield "sparse attention (InfLLM v2) is left out: llama.cpp attends densely, with the same weights"
+        yield (
+            "sparse attention (InfLLM v2) is left out: llama.cpp attends densely, with the same weights; "
+            f"{WHERE_SPARSE}"
+        )
     if config.fp8:
         yield "products in FP8 are left out: llama.cpp multiplies the weights as they are stored"
 
