@@ -8,7 +8,7 @@ class for it.
 import dataclasses
 import importlib.util
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from cpm_jax.checkpoints.sources import open_source
 from cpm_jax.common.extras import how_to_install
 from cpm_jax.data.tokenizer import Tokenizer
 from cpm_jax.modeling.config import ModelConfig
+from export.devices.runtimes import RUNTIMES
 from export.folders import ExportError
 from export.hf_check import check_hf, greedy, logits_of
-from export.manifest import Check, RecordedText, check_files, read_manifest, tool_versions
+from export.manifest import Check, Manifest, RecordedText, check_files, read_manifest, tool_versions
 from export.stablehlo import compare_programs, is_stablehlo, read_model
 
 MAX_TOKENS, GREEDY_TOKENS, TOP, TOLERANCE = 64, 16, 8, 1e-4
@@ -239,6 +240,11 @@ def verify_export(folder: Path) -> list[str]:
     check_files(folder, manifest)
     size = sum(entry.bytes for entry in manifest.files.values())
     found = [f"{len(manifest.files)} files, {size:,} bytes: as they were written {manifest.date}"]
+    if manifest.format in RUNTIMES:
+        from export.devices.checks import verify_device  # it uses what stands here
+
+        said, tools = verify_device(folder, manifest)
+        return [*found, *said, *_changed_tools(manifest, tool_versions() | dict(tools))]
     models = [name for name in manifest.files if name.endswith(".gguf")]
     exported = read_export(folder / models[0] if models else folder)
     found.append(f"{manifest.architecture}, {manifest.parameters:,} parameters: read back")
@@ -252,14 +258,13 @@ def verify_export(folder: Path) -> list[str]:
     texts = [text.text for text in manifest.texts] or list(TEXTS.values())
     against = compare_runtime(exported, texts)
     found.append(f"transformers: {against}" if isinstance(against, str) else f"{against.name}: {describe(against)}")
-    here = tool_versions()
+    return found + _changed_tools(manifest, tool_versions())
+
+
+def _changed_tools(manifest: Manifest, here: Mapping[str, str]) -> list[str]:
     changed = {name: there for name, there in manifest.tools.items() if here.get(name, there) != there}
-    if changed:
-        found.append(
-            "other versions than when it was written: "
-            + ", ".join(f"{name} {here[name]} (then {there})" for name, there in changed.items())
-        )
-    return found
+    words = ", ".join(f"{name} {here[name]} (then {there})" for name, there in changed.items())
+    return [f"other versions than when it was written: {words}"] if changed else []
 
 
 def describe(check: Check) -> str:
