@@ -36,7 +36,7 @@ from export.manifest import Check, RecordedText, write_manifest
 _LOSSLESS = {
     "gguf": {"float32": "F32", "bfloat16": "BF16", "float16": "F16"},
     "stablehlo": {"float16": "float32"},
-    **dict.fromkeys(RUNTIMES, {"bfloat16": "float32", "float16": "float32"}),
+    **{name: {"bfloat16": "float32", "float16": "float32"} for name in RUNTIMES},
 }
 # Exports of different types stand side by side.
 _BY_TYPE = ("gguf", *RUNTIMES)
@@ -50,8 +50,8 @@ class ExportConfig:
         source: a workdir, checkpoints folder or checkpoint of ours, a Hugging Face folder, or a .gguf file; "" is the
             job's own workdir.
         format: "hf" writes a Hugging Face folder in the layout that the weights came in or, where they came in none, of
-            a class of transformers; "gguf" a GGUF file for llama.cpp; "stablehlo" programs that run with JAX alone; "onnx"
-            a model for ONNX Runtime, "openvino" one for OpenVINO; the other values choose the layout.
+            a class of transformers; "gguf" a GGUF file for llama.cpp; "stablehlo" programs that run with JAX alone;
+            "onnx" a model for ONNX Runtime; "openvino" one for OpenVINO; the other values choose the layout.
         type: type of the stored weights: one of GGUF's ("Q8_0", …) in GGUF; "float32", "int8", "int4" for devices, and
             "float16" in OpenVINO; else "float32", "bfloat16" or "float16"; programs compute in it too. "" is the one
             that loses nothing.

@@ -52,7 +52,7 @@ def exported(request, tmp_path_factory):
 
 
 def test_the_runtime_says_what_our_decoder_does(exported):
-    folder, source, dtype = exported
+    folder, _, dtype = exported
     manifest = read_manifest(folder)
     (check,) = manifest.checks
     figures = check.figures
@@ -93,7 +93,7 @@ def test_other_weights_are_found(exported):
     folder, source, dtype = exported
     weights = load_weights(source)
     others = jax.tree.map(lambda leaf: leaf * (1.001 if dtype == "float32" else -1), weights.params)
-    with pytest.raises(ExportError, match="other logits than we do|something else than the source"):
+    with pytest.raises(ExportError, match=r"other logits than we do|something else than the source"):
         check_device(folder, folder.name.split("-")[0], dtype, dataclasses.replace(weights, params=others))
     assert np.isfinite(jax.tree.leaves(others)[0]).all()
 

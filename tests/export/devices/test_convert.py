@@ -81,7 +81,7 @@ def tokenizer() -> Tokenizer:
 
 
 def test_refused(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    with pytest.raises(ConfigError, match="dtype = 'float16': for ONNX Runtime accepted are float32, int8, int4"):
+    with pytest.raises(ConfigError, match="dtype = 'float16': ONNX Runtime takes float32, int8, int4"):
         export_device({}, PLAIN, tokenizer, tmp_path / "out", runtime="onnx", dtype="float16")
     absent = dataclasses.replace(RUNTIMES["openvino"], modules=("no_such_module",))
     monkeypatch.setitem(convert.RUNTIMES, "openvino", absent)
