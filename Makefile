@@ -85,12 +85,13 @@ $(VENV)/aot/.done: $(CONSTRAINTS)
 
 aot: $(VENV)/.run $(VENV)/aot/.done ## the compilers for TPUs (libtpu) and GPUs (triton) beside the environment: for `plan` and tests
 
-# Its converter wants another transformers: only processes that use it look there.
+# An environment of its own, as its converter wants another transformers.
 $(VENV)/openvino/.done: constraints/openvino.txt $(VENV)/.run
-	$(VENV)/bin/pip install --quiet --no-deps --upgrade --target $(VENV)/openvino --requirement constraints/openvino.txt
+	$(VENV)/bin/python -m venv --clear $(VENV)/openvino
+	$(VENV)/openvino/bin/pip install --quiet --no-deps --requirement constraints/openvino.txt
 	@touch $@
 
-openvino: $(VENV)/.run $(VENV)/openvino/.done ## OpenVINO and its converter beside the environment: for `export` with FORMAT=openvino, and tests
+openvino: $(VENV)/openvino/.done ## OpenVINO and its converter, in an environment of their own: for `export` with FORMAT=openvino, and tests
 
 test: $(VENV)/.dev $(VENV)/aot/.done $(VENV)/openvino/.done ## all tests, on CPU
 	$(PYTEST) -n 2 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder --durations 25 -m 'not multidevice and not aot'

@@ -119,7 +119,8 @@ def compare(
     Raises:
         ExportError: they differ by more than they may.
     """
-    length = max(map(len, rows)) + GREEDY_TOKENS  # of all rows, so that one program is compiled
+    # Of all rows, so that one program is compiled.
+    length = max(len(row) + len(found.greedy) for row, found in zip(rows, said, strict=True))
     largest = error = 0.0
     agreed = chosen = 0
     gaps, divergences, losses = [0.0], [], ([], [])  # type: ignore[var-annotated]

@@ -70,14 +70,14 @@ def _notes(config: ModelConfig, title: str) -> tuple[str, ...]:
         notes.append("MTP layers are left out: the next token's probabilities do not depend on them")
     if config.sparse_config is not None:
         notes.append(
-            f"sparse attention (InfLLM v2) is left out: {title} attends densely, with the same weights. The runtimes of "
-            "docs/torch_runtime.md and docs/cuda.md attend sparsely; they read what FORMAT=minicpm writes"
+            f"sparse attention (InfLLM v2) is left out: {title} attends densely, with the same weights. What "
+            "FORMAT=minicpm writes is run sparsely by the runtimes of docs/torch_runtime.md and docs/cuda.md"
         )
     longest = device_model(config).max_position_embeddings
     if longest < config.max_position_embeddings:
         notes.append(
             f"the context ends at {longest:,} of {config.max_position_embeddings:,} tokens: beyond, rotary embeddings "
-            "have other frequencies. Files of FORMAT=gguf have them all"
+            "have other frequencies (FORMAT=hf has them all)"
         )
     return tuple(notes)
 

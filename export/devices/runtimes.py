@@ -60,8 +60,8 @@ class Runtime:
         worker: script that runs a model by a job.
         modules: what both need.
         how_to_install: the command that installs them.
-        beside: name of a folder in the environment with packages that only this runtime's processes see, as they
-            contradict others there; "" where there are none.
+        beside: folder, within this environment, of the environment that they have for themselves, as they contradict
+            others; "" where they are in this one.
     """
 
     title: str
@@ -76,8 +76,8 @@ class Runtime:
 
     def missing(self) -> str:
         """What is not installed, and the command that installs it; "" where nothing is missing."""
-        places = [*self._packages(), *sys.path]
-        lacking = [name for name in self.modules if PathFinder.find_spec(name, places) is None]
+        places = [str(path) for path in Path(sys.prefix, self.beside).glob("lib/python*/site-packages")]
+        lacking = [name for name in self.modules if PathFinder.find_spec(name, places if self.beside else None) is None]
         return f"{', '.join(lacking)} not installed ({self.how_to_install})" if lacking else ""
 
     def convert(self, source: Path, folder: Path, dtype: str) -> None:
@@ -113,16 +113,12 @@ class Runtime:
             with np.load(files[1]) as said:
                 return dict(said)
 
-    def _packages(self) -> list[str]:
-        return [str(Path(sys.prefix) / self.beside)] if self.beside else []
-
     def _run(self, *arguments: object) -> None:
         if words := self.missing():
             raise ExportError(words)
-        path = os.pathsep.join(filter(None, (*self._packages(), os.environ.get("PYTHONPATH"))))
-        environment = os.environ | _OFFLINE | ({"PYTHONPATH": path} if path else {})
-        command = [sys.executable, *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        python = Path(sys.prefix, self.beside, "bin/python") if self.beside else sys.executable
+        command = [str(python), *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | _OFFLINE)
         if done.returncode:
             words = (done.stderr or done.stdout).strip()[-1500:]
             raise ExportError(f"{self.title}: {arguments[1]} failed with exit code {done.returncode}: {words}")
