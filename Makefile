@@ -11,10 +11,11 @@ EXTRAS ?= data,export
 PY_TAG := $(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])' 2>/dev/null)
 CONSTRAINTS = constraints/$(PY_TAG).txt
 RUN = $(VENV)/bin/python
+comma := ,
 PYTEST = $(RUN) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev aot quickstart quickstart-sweep rounds-demo smollm2 spark-cluster test test-fast test-latest lint format bench \
+.PHONY: help venv dev aot openvino quickstart quickstart-sweep rounds-demo smollm2 spark-cluster test test-fast test-latest lint format bench \
 	results clean
 
 help: ## list the targets
@@ -32,7 +33,7 @@ $(VENV)/.run: setup.cfg $(CONSTRAINTS)
 
 dev: $(VENV)/.dev ## the same, with what tests and lint need
 $(VENV)/.dev: $(VENV)/.run $(VENV)/.no_deps
-	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS),curate,spark,eval,gguf,sweep,dev]'
+	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)$(if $(findstring export,$(EXTRAS)),$(comma)onnx),curate,spark,eval,gguf,sweep,dev]'
 	@touch $@
 
 $(VENV)/.no_deps: constraints/no_deps.txt $(VENV)/.run
@@ -84,7 +85,15 @@ $(VENV)/aot/.done: $(CONSTRAINTS)
 
 aot: $(VENV)/.run $(VENV)/aot/.done ## the compilers for TPUs (libtpu) and GPUs (triton) beside the environment: for `plan` and tests
 
-test: $(VENV)/.dev $(VENV)/aot/.done ## all tests, on CPU
+# An environment of its own, as its converter wants another transformers.
+$(VENV)/openvino/.done: constraints/openvino.txt $(VENV)/.run
+	$(VENV)/bin/python -m venv --clear $(VENV)/openvino
+	$(VENV)/openvino/bin/pip install --quiet --no-deps --requirement constraints/openvino.txt
+	@touch $@
+
+openvino: $(VENV)/openvino/.done ## OpenVINO and its converter, in an environment of their own: for `export` with FORMAT=openvino, and tests
+
+test: $(VENV)/.dev $(VENV)/aot/.done $(VENV)/openvino/.done ## all tests, on CPU
 	$(PYTEST) -n 2 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder --durations 25 -m 'not multidevice and not aot'
 	# Of the last two each keeps one core busy: together they take as long as one.
 	PYTHONPATH=$(VENV)/aot $(PYTEST) -m aot > $(VENV)/aot.log 2>&1 & aot=$$!; \

@@ -1,4 +1,4 @@
-"""The verb `export`: a model becomes a Hugging Face folder, a GGUF file or StableHLO programs; or one is verified."""
+"""The verb `export`: a model becomes what other programs run, from Hugging Face's to a device's; or one is verified."""
 
 import re
 import sys
@@ -13,8 +13,9 @@ from cpm_jax.checkpoints.hf_config import eos_token_ids, find_layout
 from cpm_jax.checkpoints.weights import Weights, load_weights
 from cpm_jax.common.config import ConfigError, config_dataclass
 from cpm_jax.common.sharding import MeshConfig, make_mesh
-from export.checks import Checked, describe, verify_export
-from export.folders import check_replaceable
+from export.checks import Checked, check_export, describe, verify_export
+from export.devices.runtimes import RUNTIMES
+from export.folders import ExportError, check_replaceable
 from export.hf import DTYPES
 from export.publish import Written, publish_export
 
@@ -22,7 +23,10 @@ from export.publish import Written, publish_export
 _LOSSLESS = {
     "gguf": {"float32": "F32", "bfloat16": "BF16", "float16": "F16"},
     "stablehlo": {"float16": "float32"},
+    **{name: {"bfloat16": "float32", "float16": "float32"} for name in RUNTIMES},
 }
+# Exports of different types stand side by side.
+_BY_TYPE = ("gguf", *RUNTIMES)
 
 
 @config_dataclass
@@ -33,10 +37,11 @@ class ExportConfig:
         source: a workdir, checkpoints folder or checkpoint of ours, a Hugging Face folder, or a .gguf file; "" is the
             job's own workdir.
         format: "hf" writes a Hugging Face folder in the layout that the weights came in or, where they came in none, of
-            a class of transformers; "gguf" a GGUF file for llama.cpp; "stablehlo" programs that run with JAX alone; the
-            other values choose the layout.
-        type: type of the stored weights: one of GGUF's ("Q8_0", …) in GGUF, else "float32", "bfloat16" or "float16";
-            programs compute in it too. "" is the one that loses nothing.
+            a class of transformers; "gguf" a GGUF file for llama.cpp; "stablehlo" programs that run with JAX alone;
+            "onnx" a model for ONNX Runtime; "openvino" one for OpenVINO; the other values choose the layout.
+        type: type of the stored weights: one of GGUF's ("Q8_0", …) in GGUF; "float32", "int8", "int4" for devices, and
+            "float16" in OpenVINO; else "float32", "bfloat16" or "float16"; programs compute in it too. "" is the one
+            that loses nothing.
         tokenizer: a tokenizer.json or its folder; "" is the one of the source.
         name: of the model, in GGUF and in the name of its file; "" is that of the source.
         max_shard_bytes: size of the files in a Hugging Face folder above which there are several.
@@ -46,7 +51,9 @@ class ExportConfig:
     """
 
     source: str = ""
-    format: Literal["hf", "llama", "qwen2", "granite", "minicpm", "internlm2", "mimo", "gguf", "stablehlo"] = "hf"
+    format: Literal[
+        "hf", "llama", "qwen2", "granite", "minicpm", "internlm2", "mimo", "gguf", "stablehlo", "onnx", "openvino"
+    ] = "hf"
     type: str = ""
     tokenizer: str = ""
     name: str = ""
@@ -56,9 +63,10 @@ class ExportConfig:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
-        if self.format != "gguf" and self.type not in ("", *DTYPES):
+        accepted = RUNTIMES[self.format].types if self.format in RUNTIMES else DTYPES
+        if self.format != "gguf" and self.type not in ("", *accepted):
             raise ConfigError(
-                f"ExportConfig.type = {self.type!r}: with format {self.format!r} accepted are {', '.join(DTYPES)}; "
+                f"ExportConfig.type = {self.type!r}: with format {self.format!r} accepted are {', '.join(accepted)}; "
                 "GGUF's types need FORMAT=gguf",
                 field="ExportConfig.type",
             )
@@ -79,6 +87,8 @@ def run(config: ExportConfig, workdir: Path) -> None:
     if config.verify:
         print("\n".join(verify_export(Path(config.verify))))
         return
+    if config.format in RUNTIMES and (words := RUNTIMES[config.format].missing()):
+        raise ExportError(f"FORMAT={config.format} needs what is {words}")
     start = time.monotonic()
     if jax.process_count() > 1:
         raise ConfigError(
@@ -91,7 +101,7 @@ def run(config: ExportConfig, workdir: Path) -> None:
 
         named(config, lambda: check_kind(config.type))
     # The type may follow from the weights: what can be said before they are read is said now.
-    if config.type or config.format != "gguf":
+    if config.type or config.format not in _BY_TYPE:
         check_target(config, path, workdir / folder_name(config, config.type))
     weights = load_weights(path, config.tokenizer, mesh=make_mesh(config.mesh))
     dtype = config.type or _LOSSLESS.get(config.format, {}).get(weights.dtype, weights.dtype)
@@ -101,8 +111,10 @@ def run(config: ExportConfig, workdir: Path) -> None:
 
 
 def folder_name(config: ExportConfig, dtype: str) -> str:
-    """The folder of an export within a workdir; files of several GGUF types stand side by side."""
-    return {"gguf": f"gguf-{dtype}", "stablehlo": "stablehlo"}.get(config.format, "hf")
+    """The folder of an export within a workdir."""
+    if config.format in _BY_TYPE:
+        return f"{config.format}-{dtype}"
+    return "stablehlo" if config.format == "stablehlo" else "hf"
 
 
 def check_target(config: ExportConfig, source: Path, folder: Path) -> None:
@@ -127,10 +139,14 @@ def write(config: ExportConfig, weights: Weights, dtype: str, folder: Path) -> s
         ConfigError: the format has no place for what the model computes.
         InputError: the folder cannot be written.
     """
-    write_format = {"gguf": write_gguf, "stablehlo": write_stablehlo}.get(config.format, write_hf)
+    write_format = {
+        "gguf": write_gguf,
+        "stablehlo": write_stablehlo,
+        **dict.fromkeys(RUNTIMES, write_device),
+    }.get(config.format, write_hf)
     written, checked = publish_export(
         folder,
-        config.format if config.format in ("gguf", "stablehlo") else "hf",
+        config.format if config.format in ("stablehlo", *_BY_TYPE) else "hf",
         weights,
         lambda stage: named(config, lambda: write_format(config, weights, dtype, stage)),
         check=config.check,
@@ -183,7 +199,9 @@ def write_hf(config: ExportConfig, weights: Weights, dtype: str, folder: Path) -
         types={dtype: result.tensors},
         parameters=result.parameters,
         left_out=hf.left_out_notes(weights.model, result),
-        read_back=lambda: hf.check_read_back(folder, weights.params, weights.model, layout, dtype),
+        check=lambda path: check_export(
+            path, weights, lambda: hf.check_read_back(path, weights.params, weights.model, layout, dtype)
+        ),
     )
 
 
@@ -200,7 +218,9 @@ def write_gguf(config: ExportConfig, weights: Weights, dtype: str, folder: Path)
         types=dict(result.types),
         parameters=result.parameters,
         left_out=result.notes,
-        read_back=lambda: gguf.check_read_back(folder / result.file, weights.params, weights.model, dtype),
+        check=lambda path: check_export(
+            path, weights, lambda: gguf.check_read_back(path, weights.params, weights.model, dtype)
+        ),
         file=result.file,
     )
 
@@ -218,7 +238,30 @@ def write_stablehlo(config: ExportConfig, weights: Weights, dtype: str, folder: 
         types={dtype: result.tensors},
         parameters=result.parameters,
         left_out=result.notes,
-        read_back=lambda: stablehlo.check_read_back(folder, weights.params, dtype),
+        check=lambda path: check_export(path, weights, lambda: stablehlo.check_read_back(path, weights.params, dtype)),
+    )
+
+
+def write_device(config: ExportConfig, weights: Weights, dtype: str, folder: Path) -> Written:
+    """Writes a folder for a device's runtime."""
+    from export.devices import checks, convert
+
+    result = convert.export_device(
+        weights.params,
+        weights.model,
+        weights.tokenizer,
+        folder,
+        runtime=config.format,
+        dtype=dtype,
+        imported_config=weights.imported.get("config"),
+        imported_generation_config=weights.imported.get("generation_config"),
+    )
+    return Written(
+        architecture=result.architecture,
+        types={dtype: result.tensors},
+        parameters=result.parameters,
+        left_out=result.notes,
+        check=lambda path: checks.check_device(path, config.format, dtype, weights),
     )
 
 

@@ -120,6 +120,7 @@ def check_packing(config: QuantizeConfig, weights: Weights) -> None:
 def pack(config: QuantizeConfig, weights: Weights, quantized: QuantizedModel, workdir: Path) -> None:
     """Writes the folder of codes, checked against the quantised model, with a manifest that `export` verifies."""
     from export import gptq, marlin
+    from export.checks import check_export
     from export.hf import left_out_notes
     from export.packed_source import check_read_back, tensor_types
 
@@ -139,7 +140,7 @@ def pack(config: QuantizeConfig, weights: Weights, quantized: QuantizedModel, wo
             types=tensor_types(folder),
             parameters=result.parameters,
             left_out=left_out_notes(quantized.config, result),
-            read_back=lambda: check_read_back(folder, quantized),
+            check=lambda path: check_export(path, weights, lambda: check_read_back(path, quantized)),
         )
 
     folder = workdir / config.pack

@@ -24,10 +24,11 @@ from cpm_jax.checkpoints.weights import Weights
 from cpm_jax.common.extras import how_to_install
 from cpm_jax.data.tokenizer import Tokenizer
 from cpm_jax.modeling.config import ModelConfig, SparseConfig
+from export.devices.runtimes import RUNTIMES
 from export.folders import ExportError
 from export.hf_check import check_hf, greedy, logits_of
 from export.hf_code import why_not_run
-from export.manifest import Check, RecordedText, check_files, read_manifest, tool_versions
+from export.manifest import Check, Manifest, RecordedText, check_files, read_manifest, tool_versions
 from export.packed_source import PackedSource, is_marlin, is_packed
 from export.stablehlo import compare_programs, is_stablehlo, read_model
 
@@ -201,11 +202,13 @@ class Checked:
         passed: the checks that were passed.
         texts: what the exported model says of texts.
         not_made: checks that could not be made, and why.
+        tools: versions of packages that other processes checked it with.
     """
 
     passed: tuple[Check, ...] = ()
     texts: tuple[RecordedText, ...] = ()
     not_made: Mapping[str, str] = field(default_factory=dict)
+    tools: Mapping[str, str] = field(default_factory=dict)
 
 
 def check_export(path: Path, weights: Weights, read_back: Callable[[], int]) -> Checked:
@@ -316,6 +319,11 @@ def verify_export(folder: Path) -> list[str]:
     check_files(folder, manifest)
     size = sum(entry.bytes for entry in manifest.files.values())
     found = [f"{len(manifest.files)} files, {size:,} bytes: as they were written {manifest.date}"]
+    if manifest.format in RUNTIMES:
+        from export.devices.checks import verify_device  # it uses what stands here
+
+        said, tools = verify_device(folder, manifest)
+        return [*found, *said, *_changed_tools(manifest, tool_versions() | dict(tools))]
     models = [name for name in manifest.files if name.endswith(".gguf")]
     exported = read_export(folder / models[0] if models else folder)
     found.append(f"{manifest.architecture}, {manifest.parameters:,} parameters: read back")
@@ -329,14 +337,13 @@ def verify_export(folder: Path) -> list[str]:
     texts = [text.text for text in manifest.texts] or list(TEXTS.values())
     against = compare_runtime(exported, texts)
     found.append(f"{against.name}: {against.reason if isinstance(against, NotMade) else describe(against)}")
-    here = tool_versions()
+    return found + _changed_tools(manifest, tool_versions())
+
+
+def _changed_tools(manifest: Manifest, here: Mapping[str, str]) -> list[str]:
     changed = {name: there for name, there in manifest.tools.items() if here.get(name, there) != there}
-    if changed:
-        found.append(
-            "other versions than when it was written: "
-            + ", ".join(f"{name} {here[name]} (then {there})" for name, there in changed.items())
-        )
-    return found
+    words = ", ".join(f"{name} {here[name]} (then {there})" for name, there in changed.items())
+    return [f"other versions than when it was written: {words}"] if changed else []
 
 
 def describe(check: Check) -> str:

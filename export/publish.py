@@ -10,7 +10,7 @@ import safetensors
 from cpm_jax.checkpoints.weights import Weights
 from cpm_jax.common.config import InputError
 from cpm_jax.common.files import publish_folder
-from export.checks import Checked, check_export
+from export.checks import Checked
 from export.folders import check_replaceable
 from export.manifest import write_manifest
 
@@ -24,7 +24,7 @@ class Written:
         types: number of tensors of each stored type.
         parameters: number of values in them.
         left_out: what is not as in the source, in sentences.
-        read_back: compares every value in the files with the source's, and returns their number.
+        check: reads back what a runtime loads, and compares it with the source.
         file: the file that a runtime loads; "" is the whole folder.
     """
 
@@ -32,7 +32,7 @@ class Written:
     types: dict[str, int]
     parameters: int
     left_out: tuple[str, ...]
-    read_back: Callable[[], int]
+    check: Callable[[Path], Checked]
     file: str = ""
 
 
@@ -61,9 +61,7 @@ def publish_export(
     shutil.rmtree(stage, ignore_errors=True)
     try:
         written = write(stage)
-        checked = Checked(not_made={"all": "CHECK=False"})
-        if check:
-            checked = check_export(stage / written.file, weights, written.read_back)
+        checked = written.check(stage / written.file) if check else Checked(not_made={"all": "CHECK=False"})
         write_manifest(
             stage,
             format=format,
@@ -75,6 +73,7 @@ def publish_export(
             checks=checked.passed,
             not_checked=dict(checked.not_made),
             texts=checked.texts,
+            tools=checked.tools,
         )
         publish_folder(stage, folder)
     except (OSError, safetensors.SafetensorError) as error:
