@@ -47,6 +47,7 @@ class Scale:
 
     Attributes:
         num_layers: of each.
+        mtp_layers: of those that are trained with them.
         vocab_size: of their tokenizer.
         characters: of text that is read.
         steps: of training.
@@ -57,6 +58,7 @@ class Scale:
     """
 
     num_layers: int
+    mtp_layers: int
     vocab_size: int
     characters: int
     steps: int
@@ -66,8 +68,8 @@ class Scale:
     rows: int
 
 
-FULL = Scale(4, 1024, 2_000_000, 200, 8, 256, 32, 3)
-REDUCED = Scale(2, 512, 300_000, 40, 4, 128, 0, 1)
+FULL = Scale(4, 1, 1024, 2_000_000, 200, 8, 256, 32, 3)
+REDUCED = Scale(2, 0, 512, 300_000, 40, 4, 128, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -158,7 +160,7 @@ def _small(scale: Scale, **changes: Any) -> ModelConfig:
 
 
 def minicpm(scale: Scale) -> ModelConfig:
-    """MiniCPM4 in small: µP's multipliers, LongRoPE below its switch, an MTP layer."""
+    """MiniCPM4 in small: µP's multipliers, LongRoPE below its switch, MTP layers."""
     frequencies = range(32)
     rope = RopeConfig(
         short_factor=tuple(1 + i / 128 for i in frequencies),
@@ -172,7 +174,7 @@ def minicpm(scale: Scale) -> ModelConfig:
         scale_depth=1.4,
         dim_model_base=128,
         initializer_range=0.1,
-        num_nextn_predict_layers=1,
+        num_nextn_predict_layers=scale.mtp_layers,
     )
 
 
@@ -281,4 +283,3 @@ CHECKPOINTS: Mapping[str, Callable[[Scale, Path], Checkpoint]] = {
     "MiniCPM, Marlin": functools.partial(_int4, packing="marlin", method=RTN),
     "InternLM2": lambda scale, work: _float(trained("internlm2", scale, work), "internlm2"),
 }
-REDUCED_CHECKPOINTS = ("MiniCPM, dense", "MiniCPM, sparse", "MiniCPM, GPTQ")

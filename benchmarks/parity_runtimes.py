@@ -254,9 +254,7 @@ def _load_ours(job: Job, checkpoint: Checkpoint) -> Ours:
     if not job.path:
         return Ours(checkpoint.config, checkpoint.params, job.capacity)
     read = read_export(Path(job.path))
-    # What only training reads is not in the file: so that no second program is compiled, it is as it was.
-    config = dataclasses.replace(read.config, initializer_range=checkpoint.config.initializer_range)
-    return Ours(config, read.params, job.capacity)
+    return Ours(read.config, read.params, job.capacity)
 
 
 def _ask_workers(worker: str, jobs: Mapping[str, Job], work: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
