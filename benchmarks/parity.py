@@ -10,13 +10,14 @@ import dataclasses
 import json
 import re
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from benchmarks import native_runtime
-from benchmarks.parity_cells import RED, Cell, Judge, describe_limit, judge_cell
+from benchmarks.parity_cells import RED, Cell, Judge, judge_cell
 from benchmarks.parity_checkpoints import (
     CHECKPOINTS,
     FULL,
@@ -137,7 +138,7 @@ class Matrix:
         figures |= {name: float(said[name]) for name in ("load_seconds", "tokens_per_second")}
         figures["megabytes"] = (exported.bytes if runtime.format else checkpoint.bytes) / 1e6
         versions = str(said.get("versions", ""))
-        return Cell(row, name, status, words, exported.format, versions, describe_limit(runtime.rounds), figures)
+        return Cell(row, name, status, words, exported.format, versions, runtime.rounds, figures)
 
     def _file(self, row: str, name: str) -> Path:
         return self._work / "cells" / slug(row) / f"{name}.json"
@@ -172,6 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for row, runtimes in everything.items()
         if row in (args.checkpoints or CHECKPOINTS)
     }
+    began = time.monotonic()
     args.work.mkdir(parents=True, exist_ok=True)
     matrix = Matrix(REDUCED if args.reduced else FULL, args.work, wanted)
     cells = []
@@ -181,6 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = "python -m benchmarks.parity" + (" --reduced" if args.reduced else "")
     titles = {name: runtime.title for name, runtime in RUNTIMES.items() if any(name in row for row in wanted.values())}
     write_report(cells, list(wanted), titles, args.results, command)
+    print(f"{len(cells)} cells in {(time.monotonic() - began) / 60:.1f} minutes")
     bad = (*RED, "gap") if args.strict else RED
     return int(any(cell.status in bad for cell in cells))
 

@@ -40,10 +40,10 @@ class Cell:
         words: why, where it is not equal.
         format: what the runtime loaded.
         versions: of the runtime.
-        limit: what is allowed, in words.
+        rounds: whether the runtime rounds activations, so that perplexity is judged in place of logits and tokens.
         figures: `error` (largest difference of logits, of the largest logit) and `largest_logit`, `kl` (nats),
-            `agreed`, `ties` and `tokens` of the greedy text, `perplexity` and `our_perplexity` of held-out text,
-            `megabytes`, `load_seconds`, `tokens_per_second`.
+            `agreed`, `ties` and `tokens` of the greedy text, `perplexity`, `our_perplexity` and `drift` (how far they
+            are apart, of ours) of held-out text, `megabytes`, `load_seconds`, `tokens_per_second`.
     """
 
     checkpoint: str
@@ -52,16 +52,15 @@ class Cell:
     words: str = ""
     format: str = ""
     versions: str = ""
-    limit: str = ""
+    rounds: bool = False
     figures: Mapping[str, float] = field(default_factory=dict)
 
 
 def describe_limit(rounds: bool) -> str:
     """What is allowed, in words."""
-    tokens = "greedy tokens equal up to ties"
     if rounds:
-        return f"perplexity within {PERPLEXITY:.1%} of ours, as activations are rounded to fit the weights; {tokens}"
-    return f"logits within {LOGITS:g} of the largest; {tokens}"
+        return f"perplexity within {PERPLEXITY:.1%} of ours, as activations are rounded to fit the weights"
+    return f"logits within {LOGITS:g} of the largest; greedy tokens equal up to ties"
 
 
 class NotLogitsError(Exception):
@@ -135,6 +134,7 @@ def compare(judge: Judge, said: Mapping[str, Any]) -> dict[str, float]:
         "kl": max(kl, 0.0),
         "perplexity": theirs_ppl,
         "our_perplexity": ours_ppl,
+        "drift": abs(theirs_ppl / ours_ppl - 1),
     }
 
 
@@ -162,7 +162,7 @@ def judge_cell(
     Args:
         judge: of the values that the runtime was given.
         said: what `parity_worker.measure` found.
-        rounds: whether the runtime rounds activations, so that its logits are not judged.
+        rounds: whether the runtime rounds activations, so that perplexity is judged in place of logits and tokens.
         modules: packages and rooms of ours that it may import.
     """
     try:
@@ -175,13 +175,13 @@ def judge_cell(
     reasons = []
     if not rounds and not figures["error"] <= LOGITS:
         reasons.append(f"logits differ by {figures['error']:.2g} of the largest; {LOGITS:g} is allowed")
-    drift = abs(figures["perplexity"] / figures["our_perplexity"] - 1)
-    if rounds and not drift <= PERPLEXITY:
+    if rounds and not figures["drift"] <= PERPLEXITY:
         reasons.append(
             f"perplexity is {figures['perplexity']:.5g} where ours is {figures['our_perplexity']:.5g}; "
             f"{PERPLEXITY:.1%} is allowed"
         )
-    if others := int(figures["tokens"] - figures["agreed"] - figures["ties"]):
+    others = int(figures["tokens"] - figures["agreed"] - figures["ties"])
+    if others and not rounds:
         reasons.append(f"{others} of {figures['tokens']:.0f} greedy tokens are others than ours, and no ties")
     imported = {name for name in str(said.get("our_modules", "")).split(",") if name} - set(modules)
     if imported:
