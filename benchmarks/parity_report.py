@@ -14,8 +14,9 @@ TITLES = {"cannot": "cannot be", "gap": "not installed", "failed": "failed", "di
 HOW_TO_READ = (
     "Each cell compares a runtime with our decoder's full forward pass, in float32, without a cache, on the same "
     "values and the same held-out text, Python's standard library. It shows the largest difference of two logits, as a "
-    "share of the largest logit; the greedy tokens that are ours, ties included, of 256 after each text; and tokens "
-    "per second. Perplexity, KL divergence, size and times are in its tooltip, and in the table below."
+    "share of the largest logit, beside what is allowed; the greedy tokens that are ours, ties included, of 256 after "
+    "each text; and tokens per second. Perplexity, KL divergence, size and times are in its tooltip, and in the table "
+    "below."
 )
 
 
@@ -53,8 +54,17 @@ def _mark(cell: Cell | None) -> Mark:
         f"allowed: {describe_limit(cell.rounds)}",
         "; ".join(filter(None, (cell.format, cell.versions))),
     ]
-    detail = f"{_greedy(cell)} · {figures['tokens_per_second']:.0f} tokens/s"
-    return Mark(f"{figures['error']:.1e}", tone, detail, "\n".join(filter(None, lines)))  # type: ignore[arg-type]
+    detail = f"{_greedy(cell)} tokens, {figures['tokens_per_second']:.0f}/s"
+    return Mark(_verdict(cell), tone, detail, "\n".join(filter(None, lines)))  # type: ignore[arg-type]
+
+
+def _verdict(cell: Cell) -> str:
+    """What is judged beside its limit."""
+    if cell.rounds:
+        drift = cell.figures["drift"]
+        return f"{drift:.2%} {'≤' if drift <= PERPLEXITY else '>'} {PERPLEXITY:.1%}"
+    error = cell.figures["error"]
+    return f"{error:.0e} {'≤' if error <= LOGITS else '>'} {LOGITS:.0e}"
 
 
 def _reasons(cells: Sequence[Cell], titles: Mapping[str, str], statuses: Sequence[str]) -> list[tuple[str, str, str]]:
@@ -89,8 +99,8 @@ def _page(cells: Sequence[Cell], rows: Sequence[str], titles: Mapping[str, str],
     marks = [(row, [_mark(found.get((row, runtime))) for runtime in titles]) for row in rows]
     caption = (
         f"Green: logits within {LOGITS:g} of the largest and all greedy tokens equal up to ties. llama.cpp rounds "
-        f"activations to fit packed weights; there the perplexity is judged, within {PERPLEXITY:.1%}. Grey: cannot be. "
-        "Hatched: not installed here."
+        f"activations to fit packed weights: there the perplexity is judged, within {PERPLEXITY:.1%} of ours. Grey: "
+        "cannot be. Hatched: not installed here."
     )
     blocks: list[Block] = [Text(HOW_TO_READ), Grid(("", *titles.values()), marks, caption)]
     sections = [Section("The matrix", blocks)]
