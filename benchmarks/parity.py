@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -84,8 +85,14 @@ class Matrix:
 
     def _column(self, name: str, rows: Sequence[str]) -> Iterator[Cell]:
         """The cells of a runtime that are not done."""
-        runtime, jobs = RUNTIMES[name], {}
-        program = str(native_runtime.build(self._work / "native")) if runtime.worker == "native" else ""
+        runtime, program = RUNTIMES[name], ""
+        if runtime.worker == "native":
+            try:
+                program = str(native_runtime.build(self._work / "native"))
+            except subprocess.CalledProcessError as error:
+                yield from (self._refused(row, name, f"it does not build: {error}") for row in rows)
+                return
+        jobs: dict[str, Job] = {}
         exported: dict[str, Exported] = {}
         for row in rows:
             found = self._export(row, runtime)

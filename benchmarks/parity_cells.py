@@ -63,8 +63,8 @@ def describe_limit(rounds: bool) -> str:
     return f"logits within {LOGITS:g} of the largest; greedy tokens equal up to ties"
 
 
-class NotLogitsError(Exception):
-    """A runtime gave something that cannot be compared."""
+class OtherAnswerError(Exception):
+    """A runtime gave something else than was asked for."""
 
 
 class Judge:
@@ -72,6 +72,7 @@ class Judge:
 
     Attributes:
         rows: held-out text.
+        new: tokens of a greedy text.
     """
 
     def __init__(self, config: ModelConfig, params: Params, rows: Int[np.ndarray, "R S"], prompt: int):
@@ -84,7 +85,8 @@ class Judge:
             prompt: tokens of each row that are continued.
         """
         # The next token does not depend on MTP layers.
-        self._config, self._prompt, self.rows = dataclasses.replace(config, num_nextn_predict_layers=0), prompt, rows
+        self._config, self._prompt = dataclasses.replace(config, num_nextn_predict_layers=0), prompt
+        self.rows, self.new = rows, rows.shape[1] - prompt
         self._params = {name: jax.tree.map(jnp.asarray, leaf) for name, leaf in params.items() if name != "mtp_layers"}
         # Runtimes that agree say the same text: it is read once.
         self.gaps = functools.lru_cache(maxsize=64)(self._gaps)
@@ -95,8 +97,9 @@ class Judge:
 
     def _gaps(self, row: int, said: tuple[int, ...]) -> Float[np.ndarray, " n"]:
         """How far below our best logit each token is that a runtime chose, given those before it."""
-        ids = [*self.rows[row, : self._prompt].tolist(), *said]
-        found = logits_of(self._config, self._params, ids)[self._prompt - 1 : -1]
+        ids = self.rows[row].copy()  # what follows is not seen, and every text is as long
+        ids[self._prompt : self._prompt + len(said)] = said
+        found = logits_of(self._config, self._params, ids.tolist())[self._prompt - 1 :][: len(said)]
         return found.max(axis=-1) - found[np.arange(len(said)), list(said)]
 
 
@@ -113,14 +116,14 @@ def compare(judge: Judge, said: Mapping[str, Any]) -> dict[str, float]:
         said: what `parity_worker.measure` found.
 
     Raises:
-        NotLogitsError: logits of another shape, or that are not finite.
+        OtherAnswerError: logits of another shape, or that are not finite.
     """
     largest = error = kl = 0.0
     losses: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     for index, ids in enumerate(judge.rows):
         ours, theirs = judge.logits(index), said[f"logits_{index}"]
         if theirs.shape != ours.shape or not np.isfinite(theirs).all():
-            raise NotLogitsError(f"logits of the shape {theirs.shape}, of which {np.isfinite(theirs).mean():.1%} are "
+            raise OtherAnswerError(f"logits of the shape {theirs.shape}, of which {np.isfinite(theirs).mean():.1%} are "
                                  f"finite: ours have {ours.shape}")  # fmt: skip
         largest, error = max(largest, float(np.abs(ours).max())), max(error, float(np.abs(theirs - ours).max()))
         log_p, log_q = _log_softmax(ours), _log_softmax(theirs)
@@ -138,14 +141,19 @@ def compare(judge: Judge, said: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def compare_greedy(judge: Judge, greedy: Int[np.ndarray, "R n"], tie: float) -> dict[str, float]:
+def compare_greedy(judge: Judge, greedy: Sequence[Sequence[int]], tie: float) -> dict[str, float]:
     """How much of a greedy text is ours.
 
     Args:
         judge: of the values that the runtime was given.
-        greedy: its tokens.
+        greedy: its tokens after each text.
         tie: difference of two logits up to which either token may be chosen.
+
+    Raises:
+        OtherAnswerError: it is too short or too long.
     """
+    if any(len(said) != judge.new for said in greedy):
+        raise OtherAnswerError(f"texts of {', '.join(str(len(said)) for said in greedy)} tokens: asked for {judge.new}")
     gaps = np.concatenate([judge.gaps(index, tuple(map(int, said))) for index, said in enumerate(greedy)])
     return {
         "agreed": float((gaps <= 0).sum()),
@@ -167,11 +175,11 @@ def judge_cell(
     """
     try:
         figures = compare(judge, said)
-    except NotLogitsError as error:
+        # A decoding that rounds is as far off as the reading of a prompt that does.
+        allowed = figures["error"] if rounds else LOGITS
+        figures |= compare_greedy(judge, said["greedy"], 2 * allowed * figures["largest_logit"])
+    except OtherAnswerError as error:
         return "failed", str(error), {}
-    # A decoding that rounds is as far off as the reading of a prompt that does.
-    allowed = figures["error"] if rounds else LOGITS
-    figures |= compare_greedy(judge, said["greedy"], 2 * allowed * figures["largest_logit"])
     reasons = []
     if not rounds and not figures["error"] <= LOGITS:
         reasons.append(f"logits differ by {figures['error']:.2g} of the largest; {LOGITS:g} is allowed")

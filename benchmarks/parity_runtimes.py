@@ -5,6 +5,7 @@ To add one: a class in `parity_worker.py` that loads an export and gives logits,
 
 import dataclasses
 import functools
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ import numpy as np
 
 from benchmarks import native_runtime, parity_worker
 from benchmarks.parity_checkpoints import Checkpoint
-from benchmarks.parity_worker import CHUNK, Cached, Job, Logits, measure, write_jobs
+from benchmarks.parity_worker import CHUNK, Cached, Job, Logits, answer, write_jobs
 from cpm_jax.checkpoints.hf_config import default_layout
 from cpm_jax.common.config import ConfigError, InputError
 from cpm_jax.common.extras import how_to_install
@@ -176,6 +177,7 @@ class Runtime:
         refuses: packed formats that it does not load.
         rounds: whether it rounds activations to fit the weights, so that not its logits but its perplexity is judged.
         modules: packages and rooms of ours that its process may import.
+        needs: packages that write what it loads.
     """
 
     title: str
@@ -185,6 +187,7 @@ class Runtime:
     refuses: tuple[str, ...] = ()
     rounds: bool = False
     modules: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
 
     def cannot(self, checkpoint: Checkpoint) -> bool:
         """Whether this runtime is known not to run this checkpoint: then, and only then, it may refuse."""
@@ -195,6 +198,7 @@ class Runtime:
         if self.worker == "native":
             return native_runtime.missing()
         packages = parity_worker.missing(self.worker) if self.worker else []
+        packages += [name for name in self.needs if importlib.util.find_spec(name) is None]
         return "; ".join(f"{package} is not installed: {HOW_TO_INSTALL[package]}" for package in packages)
 
 
@@ -202,6 +206,7 @@ EXPORT = how_to_install("export")
 HOW_TO_INSTALL = {
     "cyllama": "`make parity` does; or pip install --no-deps cyllama==0.2.18",
     "flatbuffers": EXPORT,
+    "gguf": how_to_install("gguf"),
     "torch": EXPORT,
     "transformers": EXPORT,
 }
@@ -213,10 +218,14 @@ RUNTIMES: Mapping[str, Runtime] = {
     "transformers": Runtime(
         "transformers", lambda checkpoint: ("hf", default_layout(checkpoint.config).model_type), "transformers"
     ),
-    "gguf": Runtime("GGUF, read back", lambda checkpoint: ("gguf", "F32")),
-    "llama_cpp": Runtime("llama.cpp", lambda checkpoint: ("gguf", "F32"), "llama_cpp"),
+    "gguf": Runtime("GGUF, read back", lambda checkpoint: ("gguf", "F32"), needs=("gguf",)),
+    "llama_cpp": Runtime("llama.cpp", lambda checkpoint: ("gguf", "F32"), "llama_cpp", needs=("gguf",)),
     "llama_cpp_packed": Runtime(
-        "llama.cpp, packed", lambda checkpoint: ("gguf", checkpoint.gguf_type), "llama_cpp", rounds=True
+        "llama.cpp, packed",
+        lambda checkpoint: ("gguf", checkpoint.gguf_type),
+        "llama_cpp",
+        rounds=True,
+        needs=("gguf",),
     ),
     "stablehlo": Runtime("StableHLO", lambda checkpoint: ("stablehlo", "float32"), "stablehlo"),
     "torch_runtime": Runtime(
@@ -247,10 +256,10 @@ def ask(
         return
     for name, job in jobs.items():
         checkpoint = checkpoints[name]
-        yield name, measure(lambda job, checkpoint=checkpoint: _load_ours(job, checkpoint), job)
+        yield name, answer(functools.partial(_load_ours, checkpoint), job)
 
 
-def _load_ours(job: Job, checkpoint: Checkpoint) -> Ours:
+def _load_ours(checkpoint: Checkpoint, job: Job) -> Ours:
     if not job.path:
         return Ours(checkpoint.config, checkpoint.params, job.capacity)
     read = read_export(Path(job.path))

@@ -9,7 +9,6 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
-import re
 import subprocess
 import sys
 import time
@@ -294,6 +293,18 @@ def measure(load: Callable[[Job], Model], job: Job) -> dict[str, Any]:
     return found | {"greedy": np.asarray(greedy), "tokens_per_second": float(np.median(rates))}
 
 
+def answer(load: Callable[[Job], Model], job: Job) -> dict[str, Any]:
+    """What `measure` finds; or "refused", the words of whatever the runtime raises.
+
+    What that is is its own; whether it may is judged by who asked.
+    """
+    try:
+        return measure(load, job)
+    except Exception as error:
+        words = str(error) or repr(error)
+        return {"refused": words.replace(job.path, "the export") if job.path else words}
+
+
 def save(out: Path, found: Mapping[str, Any]) -> None:
     """Writes what was found, whole or not at all."""
     partial = out.with_suffix(".partial.npz")
@@ -311,10 +322,7 @@ def main() -> None:
     runtime, file = sys.argv[1], Path(sys.argv[2])
     for entry in json.loads(file.read_text("utf-8")):
         job = Job(**entry)
-        try:
-            found = measure(RUNTIMES[runtime], job)
-        except Exception as error:  # what a runtime raises is its own; whether it may is judged by who asked
-            found = {"refused": re.sub(re.escape(job.path), "the export", str(error)) or repr(error)}
+        found = answer(RUNTIMES[runtime], job)
         ours = {name for name in sys.modules if name.partition(".")[0] in OUR_PACKAGES}
         rooms = sorted({".".join(name.split(".")[:2]) for name in ours} - {"export"})  # an empty package
         save(Path(job.out), found | {"versions": versions(runtime), "our_modules": ",".join(rooms)})

@@ -82,6 +82,10 @@ def _not_finite(said, judge):
     return said | {"logits_0": logits}
 
 
+def _short(said, judge):
+    return said | {"greedy": said["greedy"][:, 1:]}
+
+
 def test_the_same_logits_are_equal(judge, exact):
     for rounds in (False, True):
         status, words, figures = judge_cell(judge, exact, rounds=rounds)
@@ -100,6 +104,7 @@ def test_the_same_logits_are_equal(judge, exact):
         (_flatter, True, "differs", f"; {PERPLEXITY:.1%} is allowed"),
         (_other_token, False, "differs", f"1 of {2 * NEW} greedy tokens are others than ours, and no ties"),
         (_not_finite, False, "failed", "are finite"),
+        (_short, False, "failed", f"texts of {NEW - 1}, {NEW - 1} tokens: asked for {NEW}"),
         (lambda said, judge: said | {"our_modules": "cpm_jax.data"}, False, "differs", "it needs cpm_jax.data of ours"),
     ],
 )
