@@ -14,7 +14,7 @@ RUN = $(VENV)/bin/python
 PYTEST = $(RUN) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev aot quickstart quickstart-sweep rounds-demo smollm2 parity spark-cluster test test-fast test-latest lint format \
+.PHONY: help venv dev aot quickstart quickstart-sweep rounds-demo smollm2 llama parity spark-cluster test test-fast test-latest lint format \
 	bench results clean
 
 help: ## list the targets
@@ -82,21 +82,23 @@ $(VENV)/aot/.done: $(CONSTRAINTS)
 	$(VENV)/bin/pip install --quiet --no-deps --upgrade --constraint $(CONSTRAINTS) --target $(VENV)/aot libtpu triton
 	@touch $@
 
-# llama.cpp, which cyllama brings ready built: beside the environment, as only the parity matrix runs it.
+# cyllama brings llama.cpp ready built: only processes that run it look there.
 $(VENV)/llama/.done: $(CONSTRAINTS)
 	$(VENV)/bin/pip install --quiet --no-deps --upgrade --constraint $(CONSTRAINTS) --target $(VENV)/llama cyllama
 	@touch $@
+
+llama: $(VENV)/.run $(VENV)/llama/.done ## llama.cpp beside the environment: for the parity matrix
 
 PARITY ?= runs/parity
 
 parity: $(VENV)/.run $(VENV)/.no_deps $(VENV)/llama/.done ## one checkpoint, equal logits, in every runtime: results/parity.html: make parity [PARITY=folder] [ARGS="--reduced …"]
 	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS),gguf]'
-	PYTHONPATH=$(VENV)/llama $(RUN) -m benchmarks.parity --work $(PARITY) $(ARGS)
+	$(RUN) -m benchmarks.parity --work $(PARITY) $(ARGS)
 
 aot: $(VENV)/.run $(VENV)/aot/.done ## the compilers for TPUs (libtpu) and GPUs (triton) beside the environment: for `plan` and tests
 
 test: $(VENV)/.dev $(VENV)/aot/.done $(VENV)/llama/.done ## all tests, on CPU
-	PYTHONPATH=$(VENV)/llama $(PYTEST) -n 2 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder --durations 25 -m 'not multidevice and not aot'
+	$(PYTEST) -n 2 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder --durations 25 -m 'not multidevice and not aot'
 	# Of the last two each keeps one core busy: together they take as long as one.
 	PYTHONPATH=$(VENV)/aot $(PYTEST) -m aot > $(VENV)/aot.log 2>&1 & aot=$$!; \
 	XLA_FLAGS=--xla_force_host_platform_device_count=8 $(PYTEST) -m multidevice; multidevice=$$?; \

@@ -6,6 +6,7 @@ To add one: a class in `parity_worker.py` that loads an export and gives logits,
 import dataclasses
 import functools
 import importlib.util
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -204,7 +205,7 @@ class Runtime:
 
 EXPORT = how_to_install("export")
 HOW_TO_INSTALL = {
-    "cyllama": "`make parity` does; or pip install --no-deps cyllama==0.2.18",
+    "cyllama": "make llama",
     "flatbuffers": EXPORT,
     "gguf": how_to_install("gguf"),
     "torch": EXPORT,
@@ -269,12 +270,14 @@ def _load_ours(checkpoint: Checkpoint, job: Job) -> Ours:
 def _ask_workers(worker: str, jobs: Mapping[str, Job], work: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Runs jobs in one process; a job that ends it is taken out, and the others have a new one."""
     left = dict(jobs)
+    path = os.pathsep.join(filter(None, (*parity_worker.beside(worker), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | ({"PYTHONPATH": path} if path else {})
     for job in left.values():
         Path(job.out).unlink(missing_ok=True)
     while left:
         write_jobs(work / "jobs.json", list(left.values()))
         command = [sys.executable, "-m", "benchmarks.parity_worker", worker, str(work / "jobs.json")]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, env=environment)
         for name in [name for name, job in left.items() if Path(job.out).exists()]:
             job = left.pop(name)
             with np.load(job.out) as said:

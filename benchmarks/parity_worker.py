@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -190,6 +191,7 @@ class LlamaCpp(Cached):
     """A .gguf file in llama.cpp, which the package cyllama brings."""
 
     packages = ("cyllama",)
+    beside = "llama"  # a folder in the environment that only its processes see
 
     def __init__(self, job: Job):
         from benchmarks.llama_cpp_worker import Session
@@ -261,9 +263,16 @@ def _load_script(file: Path) -> Any:
     return module
 
 
+def beside(runtime: str) -> list[str]:
+    """Folders with packages that only a runtime's processes see."""
+    name = getattr(RUNTIMES[runtime], "beside", "")
+    return [str(Path(sys.prefix) / name)] if name else []
+
+
 def missing(runtime: str) -> list[str]:
     """The packages of a runtime that are not installed."""
-    return [name for name in RUNTIMES[runtime].packages if importlib.util.find_spec(name) is None]
+    places = [*beside(runtime), *sys.path]
+    return [name for name in RUNTIMES[runtime].packages if PathFinder.find_spec(name, places) is None]
 
 
 def versions(runtime: str) -> str:
