@@ -15,8 +15,8 @@ comma := ,
 PYTEST = $(RUN) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev aot openvino quickstart quickstart-sweep rounds-demo smollm2 spark-cluster test test-fast test-latest lint format bench \
-	results clean
+.PHONY: help venv dev aot openvino quickstart quickstart-sweep rounds-demo smollm2 llama parity spark-cluster test test-fast test-latest \
+	lint format bench results clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -83,6 +83,19 @@ $(VENV)/aot/.done: $(CONSTRAINTS)
 	$(VENV)/bin/pip install --quiet --no-deps --upgrade --constraint $(CONSTRAINTS) --target $(VENV)/aot libtpu triton
 	@touch $@
 
+# cyllama brings llama.cpp ready built: only processes that run it look there.
+$(VENV)/llama/.done: $(CONSTRAINTS)
+	$(VENV)/bin/pip install --quiet --no-deps --upgrade --constraint $(CONSTRAINTS) --target $(VENV)/llama cyllama
+	@touch $@
+
+llama: $(VENV)/.run $(VENV)/llama/.done ## llama.cpp beside the environment: for the parity matrix
+
+PARITY ?= runs/parity
+
+parity: $(VENV)/.run $(VENV)/.no_deps $(VENV)/llama/.done ## one checkpoint, equal logits, in every runtime: results/parity.html: make parity [PARITY=folder] [ARGS="--reduced …"]
+	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS),gguf]'
+	$(RUN) -m benchmarks.parity --work $(PARITY) $(ARGS)
+
 aot: $(VENV)/.run $(VENV)/aot/.done ## the compilers for TPUs (libtpu) and GPUs (triton) beside the environment: for `plan` and tests
 
 # An environment of its own, as its converter wants another transformers.
@@ -93,7 +106,7 @@ $(VENV)/openvino/.done: constraints/openvino.txt $(VENV)/.run
 
 openvino: $(VENV)/openvino/.done ## OpenVINO and its converter, in an environment of their own: for `export` with FORMAT=openvino, and tests
 
-test: $(VENV)/.dev $(VENV)/aot/.done $(VENV)/openvino/.done ## all tests, on CPU
+test: $(VENV)/.dev $(VENV)/aot/.done $(VENV)/llama/.done $(VENV)/openvino/.done ## all tests, on CPU
 	$(PYTEST) -n 2 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder --durations 25 -m 'not multidevice and not aot'
 	# Of the last two each keeps one core busy: together they take as long as one.
 	PYTHONPATH=$(VENV)/aot $(PYTEST) -m aot > $(VENV)/aot.log 2>&1 & aot=$$!; \
