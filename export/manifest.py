@@ -68,7 +68,7 @@ class Manifest:
     """The content of `manifest.json`.
 
     Attributes:
-        format: "hf", "gguf" or "stablehlo".
+        format: "hf", "gguf", "stablehlo", "gptq" or "marlin".
         architecture: what the runtime is to load it as.
         types: number of tensors of each stored type.
         parameters: number of values in them.
