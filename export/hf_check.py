@@ -59,12 +59,12 @@ def _load(path: Path) -> tuple[Any, Any, Any]:
     except ImportError as error:
         raise ConfigError(f"checking against transformers needs {error.name}: {how_to_install('export')}") from error
     if path.suffix == ".gguf":
-        folder, options = path.parent, {"gguf_file": path.name}
+        folder, options, runs_code = path.parent, {"gguf_file": path.name}, False
     else:
         layout = find_layout(json.loads((path / CONFIG_FILE).read_text("utf-8")))
         if not layout.in_transformers and (reason := why_not_run(layout, path)):
             raise ConfigError(f"{path} cannot be checked: {reason}")
-        folder, options = path, {} if layout.in_transformers else {"trust_remote_code": True}
+        folder, options, runs_code = path, {}, not layout.in_transformers
     transformers.utils.logging.disable_progress_bar()
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         folder,
@@ -72,6 +72,7 @@ def _load(path: Path) -> tuple[Any, Any, Any]:
         attn_implementation="eager",
         output_loading_info=True,
         local_files_only=True,
+        trust_remote_code=runs_code,
         **options,
     )
     model, info = loaded

@@ -4,10 +4,12 @@
 and its modules those of the layout's tensors, so that nothing is renamed when the weights are loaded.
 """
 
+import json
 import re
 from pathlib import Path
 
 from cpm_jax.checkpoints.hf_config import Layout
+from cpm_jax.checkpoints.sources import CONFIG_FILE
 
 _SOURCE = Path(__file__).parent / "hf_modeling"
 _FILES = ("configuration", "modeling")
@@ -60,6 +62,8 @@ def why_not_run(layout: Layout, folder: Path) -> str:
         file = folder / name
         if not file.is_file():
             return f"transformers has no class {layout.architecture}, and the folder has no {name}"
-        if file.read_text("utf-8") != text:
+        if file.read_bytes() != text.encode():
             return f"{name} is not what this version writes, and code of others is not run"
+    if json.loads((folder / CONFIG_FILE).read_text("utf-8")).get("auto_map") != auto_map(layout):
+        return f"auto_map in {CONFIG_FILE} names other code than this version writes, and code of others is not run"
     return ""

@@ -24,9 +24,18 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from export.hf_modeling.configuration_decoder import DecoderConfig
 
 QUERIES = 512  # that choose blocks at a time, to bound the memory of their scores
-SPARSE_DEFAULTS = {"kernel_size": 32, "kernel_stride": 16, "init_blocks": 1, "block_size": 64, "window_size": 2048}
-SPARSE_DEFAULTS |= {"topk": 64, "use_nope": False, "dense_len": 8192, "lse_approximation": True}
-SPARSE_DEFAULTS |= {"variant": "huggingface"}  # one local block more, and one by score fewer, than in the paper
+SPARSE_DEFAULTS: dict[str, Any] = {
+    "kernel_size": 32,
+    "kernel_stride": 16,
+    "init_blocks": 1,
+    "block_size": 64,
+    "window_size": 2048,
+    "topk": 64,
+    "use_nope": False,
+    "dense_len": 8192,
+    "lse_approximation": True,
+    "variant": "huggingface",  # one local block more, and one by score fewer, than in the paper
+}
 
 
 def rotary_frequencies(config: DecoderConfig, length: int) -> tuple[Tensor, float]:
@@ -144,7 +153,7 @@ def visible_blocks(q: Tensor, k: Tensor, positions: Tensor, sparse: dict[str, An
 
 
 def sparse_attention(
-    q: Tensor, k: Tensor, v: Tensor, choosing_k: Tensor, choosing_q: Tensor, sparse: dict[str, Any]
+    q: Tensor, k: Tensor, v: Tensor, choosing_q: Tensor, choosing_k: Tensor, sparse: dict[str, Any]
 ) -> Tensor:
     """Attention of the last T tokens of one row of S over the blocks that they choose.
 
@@ -152,8 +161,8 @@ def sparse_attention(
         q: rotated queries [K, G, T, H].
         k: rotated keys [K, S, H].
         v: values [K, S, H].
-        choosing_k: keys by which blocks are chosen, [K, S, H].
-        choosing_q: queries by which they are, [K, G, T, H].
+        choosing_q: queries by which blocks are chosen, [K, G, T, H].
+        choosing_k: keys by which they are, [K, S, H].
         sparse: as in `visible_blocks`.
 
     Returns:
@@ -196,7 +205,7 @@ def make_mask(attention_mask: Tensor | None, batch: int, length: int, past: int,
     if attention_mask is not None and attention_mask.shape != (batch, past + length):
         raise ValueError(
             f"attention_mask has the shape {tuple(attention_mask.shape)}: must be {(batch, past + length)}, of the "
-            "tokens in the cache and the new ones; caches of fixed length are not supported"
+            "tokens in the cache and the new ones (caches of fixed length are not supported)"
         )
     if attention_mask is None or bool(attention_mask.all()):
         return Mask(slots.expand(batch, -1), causal if past and length > 1 else None, [0] * batch)
@@ -256,25 +265,34 @@ class DecoderAttention(nn.Module):
         if cache is not None:
             k, v = cache.update(k, v, self.index)
         cos, sin = angles
-        new = slice(k.shape[2] - q.shape[2], None)
-        rotated, keys = rotate(q, cos[:, :, new], sin[:, :, new]), rotate(k, cos, sin)
+        if k.shape[2] != cos.shape[2]:
+            raise ValueError("past_key_values: caches of fixed length are not supported; take a DynamicCache")
+        past = k.shape[2] - q.shape[2]
+        rotated, keys = rotate(q, cos[:, :, past:], sin[:, :, past:]), rotate(k, cos, sin)
         if self.sparse is None or k.shape[2] <= self.sparse["dense_len"]:
             out = functional.scaled_dot_product_attention(
                 rotated, keys, v, mask.visible, is_causal=mask.visible is None and q.shape[2] > 1, enable_gqa=True
             )
         else:
-            chooser = (q, k) if self.sparse["use_nope"] else (rotated, keys)
-            out = torch.zeros_like(rotated)
-            if mask.padding is None:
-                raise ValueError("attention_mask: sparse attention takes rows that are padded on the left only")
-            for row, start in enumerate(
-                mask.padding
-            ):  # each row by itself: its blocks are counted from its first token
-                tokens = slice(max(start - new.start, 0), None)
-                queries, choosing = (x[row, :, tokens].unflatten(0, (self.kv_heads, -1)) for x in (rotated, chooser[0]))
-                ours = (x[row, :, start:] for x in (keys, v, chooser[1]))
-                out[row, :, tokens] = sparse_attention(queries, *ours, choosing, self.sparse).flatten(0, 1)
+            out = self.attend_sparsely(rotated, keys, v, (q, k) if self.sparse["use_nope"] else (rotated, keys), mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def attend_sparsely(self, q: Tensor, k: Tensor, v: Tensor, choosing: tuple[Tensor, Tensor], mask: Mask) -> Tensor:
+        """Attends row by row [B, N, T, H], each without its padding, as its blocks are counted from its first token.
+
+        Raises:
+            ValueError: a row has gaps.
+        """
+        if mask.padding is None:
+            raise ValueError("attention_mask: sparse attention takes rows that are padded on the left only")
+        out = torch.zeros_like(q)
+        for row, start in enumerate(mask.padding):
+            new = slice(max(start - (k.shape[2] - q.shape[2]), 0), None)  # of the new tokens those that are there
+            queries, choosing_q = (x[row, :, new].unflatten(0, (self.kv_heads, -1)) for x in (q, choosing[0]))
+            keys, values, choosing_k = (x[row, :, start:] for x in (k, v, choosing[1]))
+            attended = sparse_attention(queries, keys, values, choosing_q, choosing_k, self.sparse)
+            out[row, :, new] = attended.flatten(0, 1)
+        return out
 
 
 class DecoderMLP(nn.Module):
@@ -345,10 +363,8 @@ class DecoderModel(DecoderPreTrainedModel):
         mask = make_mask(attention_mask, *x.shape[:2], past, x.device)
         positions = mask.positions[:, past:]
         if position_ids is not None:
-            expected = (
-                positions if attention_mask is None else positions.where(attention_mask[:, past:] > 0, position_ids)
-            )
-            if not torch.equal(expected, position_ids.expand_as(expected)):
+            there = torch.ones_like(positions) if attention_mask is None else attention_mask[:, past:]
+            if bool(((position_ids != positions) & (there > 0)).any()):
                 raise ValueError(
                     "position_ids: must count the tokens of attention_mask from 0; others are not computed"
                 )
@@ -394,7 +410,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: new tokens [B, T].
-            attention_mask: [B, past + T], 0 for padding, which lies on the left.
+            attention_mask: [B, past + T], 0 for padding.
             position_ids: of the new tokens; they follow from the mask, and others are refused.
             past_key_values: cache with all earlier tokens.
             inputs_embeds: embedded tokens [B, T, D], in place of `input_ids`.

@@ -11,7 +11,8 @@ import pytest
 from benchmarks.torch_runtime_kernels import KERNELS, MOST_REGISTERS, SHARED_KIB, compile_kernel
 from cpm_jax.modeling.config import SparseConfig
 from export.gptq import export_gptq
-from tests.export.quantized_models import rounded_model, small_tokenizer
+from tests.export.quantized_models import rounded_model
+from tests.export.small_models import small_tokenizer
 
 pytestmark = pytest.mark.aot
 

@@ -60,7 +60,7 @@ def test_transformers_computes_the_same(case, plain, tokenizer, tmp_path):
     zeros = config.num_layers * config.d_model if config.attention_bias else 0
     assert result.parameters == total + zeros
     assert result.left_out == sum(leaf.size for leaf in jax.tree.leaves(params.get("mtp_layers", {})))
-    check = check_hf(tmp_path / "hf", params, config, tokenizer, TEXTS, greedy_tokens=4, max_tokens=40)
+    check = check_hf(tmp_path / "hf", params, config, tokenizer, TEXTS, greedy_tokens=4, max_tokens=24)
     assert check.architecture == architecture
     assert check.max_error <= 1e-4
     assert check.greedy_tokens == 8
@@ -120,7 +120,7 @@ def test_a_layout_by_name(layout, plain, tokenizer, tmp_path):
     params = random_params(plain)
     result = export_hf(params, plain, tokenizer, tmp_path / "hf", layout=layout)
     assert result.architecture == f"{layout.capitalize()}ForCausalLM"
-    check_hf(tmp_path / "hf", params, plain, tokenizer, TEXTS, greedy_tokens=4, max_tokens=40)
+    check_hf(tmp_path / "hf", params, plain, tokenizer, TEXTS, greedy_tokens=4, max_tokens=24)
 
 
 def test_layouts_that_are_refused(plain, tokenizer, tmp_path):

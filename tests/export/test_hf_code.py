@@ -184,6 +184,11 @@ def test_the_check_runs_no_code_but_ours(exported, tmp_path):
     assert (check.architecture, check.greedy_tokens) == ("MiMoForCausalLM", 4)
     card = (changed / "README.md").read_text()
     assert "trust_remote_code=True)  # MiMoForCausalLM" in card
+    content = json.loads((changed / "config.json").read_text())
+    elsewhere = content["auto_map"] | {"AutoModelForCausalLM": "other.Model"}
+    (changed / "config.json").write_text(json.dumps(content | {"auto_map": elsewhere}))
+    with pytest.raises(ConfigError, match=r"auto_map in config.json names other code than this version writes"):
+        check_hf(changed, params, config, small_tokenizer(), TEXTS[:1])
     with (changed / "modeling_mimo.py").open("a") as file:
         file.write("raise SystemExit('run')\n")
     with pytest.raises(ConfigError, match=r"modeling_mimo.py is not what this version writes, and code of others"):

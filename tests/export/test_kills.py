@@ -59,9 +59,10 @@ def without_checks(*_: object) -> Checked:
     return Checked()
 
 
-@pytest.mark.parametrize("name", FORMATS)
+# The layouts of Hugging Face folders have one writer; that of mimo writes code too.
+@pytest.mark.parametrize("name", [name for name in FORMATS if name not in ("llama", "qwen2", "granite", "internlm2")])
 def test_what_a_kill_leaves(name, tmp_path, monkeypatch):
-    config = dataclasses.replace(CONFIG, num_layers=1, scan_layers=False, attention_bias=name in ("qwen2", "mimo"))
+    config = dataclasses.replace(CONFIG, num_layers=1, scan_layers=False, attention_bias=name == "mimo")
     weights = Weights(config, random_params(config), small_tokenizer(), {}, {}, {"name": "tiny/7"})
     quantized = quantize_model(weights.params, config, ROUNDED) if name in ("gptq", "marlin") else None
     programs = stablehlo.make_programs(stablehlo.exported_model(config, "float32")) if name == "stablehlo" else None

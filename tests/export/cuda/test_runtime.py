@@ -15,34 +15,22 @@ import safetensors.numpy
 
 from cpm_jax.data.tokenizer import Tokenizer
 from cpm_jax.modeling.config import ModelConfig, RopeConfig, SparseConfig
-from cpm_jax.modeling.decoder import abstract_params, bind
+from cpm_jax.modeling.decoder import bind
 from export.gptq import export_gptq
 from export.hf import DTYPES, export_hf
 from export.marlin import export_marlin
+from tests.export import small_models
 from tests.export.cuda.native_build import BACKEND, SOURCE, build
 from tests.export.quantized_models import rounded_model
+from tests.export.small_models import MUP
 
 pytestmark = pytest.mark.slow  # all need the build
 
 HEADER = SOURCE / "include/cpm.h"
 PROMPT, NEW = 40, 24  # tokens
 LENGTH = PROMPT + NEW
-PLAIN = ModelConfig(
-    vocab_size=320,
-    num_layers=2,
-    d_model=64,
-    num_heads=4,
-    num_kv_heads=2,
-    d_ff=96,
-    max_position_embeddings=128,
-    dtype="float32",
-)
-MUP = {"scale_emb": 12.0, "scale_depth": 1.4, "dim_model_base": 16}
-LONGROPE = RopeConfig(
-    short_factor=tuple(1.0 + 0.1 * i for i in range(8)),
-    long_factor=tuple(1.0 + 1.5 * i for i in range(8)),
-    original_max_position_embeddings=48,
-)
+PLAIN = dataclasses.replace(small_models.PLAIN, max_position_embeddings=128)
+LONGROPE = dataclasses.replace(small_models.LONGROPE, original_max_position_embeddings=48)
 YARN = RopeConfig(scaling="yarn", factor=4.0, original_max_position_embeddings=32)
 LLAMA3 = RopeConfig(scaling="llama3", factor=8.0, original_max_position_embeddings=32)
 DYNAMIC = RopeConfig(scaling="dynamic", factor=2.0, original_max_position_embeddings=48)
@@ -76,14 +64,7 @@ def tokenizer() -> Tokenizer:
 
 @functools.cache
 def random_params(config: ModelConfig):
-    """Parameters of which every norm scale and bias shows."""
-    random = np.random.default_rng(1)
-
-    def draw(path, leaf):
-        mean, std = (1.0, 0.1) if path[-1].key == "scale" else (0.0, 0.15)
-        return random.normal(mean, std, leaf.shape).astype(np.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, abstract_params(config))
+    return small_models.random_params(config)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -19,7 +19,8 @@ from export.torch_runtime.config import read_config
 from export.torch_runtime.generate import eager_step, prefill, static_step
 from export.torch_runtime.linear import QuantizedLinear
 from export.torch_runtime.model import load_model
-from tests.export.quantized_models import rounded_model, small_tokenizer
+from tests.export.quantized_models import rounded_model
+from tests.export.small_models import small_tokenizer
 from tests.export.torch_runtime.models import LONGROPE, MUP, PLAIN, SPARSE, exported, jax_logits, tokens_of
 
 
