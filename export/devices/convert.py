@@ -111,9 +111,7 @@ def export_device(
     """
     chosen, device = RUNTIMES[runtime], device_model(config)
     if dtype not in chosen.types:
-        raise ConfigError(
-            f"dtype = {dtype!r}: for {chosen.title} accepted are {', '.join(chosen.types)}", field="dtype"
-        )
+        raise ConfigError(f"dtype = {dtype!r}: {chosen.title} takes {', '.join(chosen.types)}", field="dtype")
     if words := chosen.missing():
         raise ExportError(words)
     with whole_folder(folder) as partial:
