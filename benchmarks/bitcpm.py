@@ -13,7 +13,7 @@ docs/bitcpm.md.
 import argparse
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ CLAIMED_SHARE = 0.4  # of the tokens, from which on the report finds the loss of
 VERDICTS = ("holds", "direction only", "not at this scale")
 
 
-def comparisons(study: StudyConfig, rows: Sequence[Mapping[str, Any]]) -> list[Comparison]:
+def comparisons(study: StudyConfig, rows: Sequence[dict[str, Any]]) -> list[Comparison]:
     """All comparisons of a finished study."""
     by_arm = {arm.name: losses(rows, arm.name) for arm in arms(study)}
 
@@ -72,7 +72,7 @@ def verdict(found: Sequence[Comparison]) -> str:
     return max((one.verdict for one in found), key=VERDICTS.index)
 
 
-def draw_shares(study: StudyConfig, rows: Sequence[Mapping[str, Any]], size: str) -> Figure:
+def draw_shares(study: StudyConfig, rows: Sequence[dict[str, Any]], size: str) -> Figure:
     """Held-out loss over the share of tokens trained ternary: each seed, and means with intervals."""
     canvas = Figure(figsize=(7.2, 4.4), layout="constrained")
     axis = canvas.subplots()
@@ -104,7 +104,7 @@ def draw_shares(study: StudyConfig, rows: Sequence[Mapping[str, Any]], size: str
     return canvas
 
 
-def write(name: str, command: str, study: StudyConfig, rows: Sequence[Mapping[str, Any]]) -> None:
+def write(name: str, command: str, study: StudyConfig, rows: Sequence[dict[str, Any]]) -> None:
     """Prints and writes the results of a finished study, and its figure."""
     found, bench = comparisons(study, rows), Benchmark(name, command)
     print(*found, sep="\n")

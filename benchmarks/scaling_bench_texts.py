@@ -145,7 +145,7 @@ def training_texts(number: int, test: Mapping[str, Sequence[Solved]]) -> Texts:
     documents = {task: [(one.context, one.continuation) for one in found] for task, found in problems.items()}
     every = [solved for found in problems.values() for solved in found]
     rng = np.random.default_rng(0)
-    rng.shuffle(every)  # type: ignore[arg-type]
+    rng.shuffle(every)
     documents[WRONG] = [(a.context, b.continuation) for a, b in zip(every, every[1:] + every[:1], strict=True)]
     documents[BARE] = [(one.context, Solved(one.question, "", one.answer).continuation) for one in every]
     documents[TEXT] = [("", text[at : at + PIECE]) for text in _modules() for at in range(0, len(text), PIECE)]

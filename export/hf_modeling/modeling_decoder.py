@@ -12,7 +12,7 @@ number of tokens so far, padding included; what is cached of a token stays as it
 """
 
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -239,7 +239,7 @@ class DecoderAttention(nn.Module):
         super().__init__()
         self.index, self.head_dim = index, config.head_dim
         self.kv_heads, self.group = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
-        self.sparse = SPARSE_DEFAULTS | config.sparse_config if config.sparse_config else None
+        self.sparse = SPARSE_DEFAULTS | config.sparse_config if config.sparse_config else {}
         width, kv_width, bias = config.hidden_size, self.kv_heads * self.head_dim, config.attention_bias
         if config.model_type == "internlm2":  # of each key/value head its queries, its key, its value
             self.wqkv = nn.Linear(width, (self.group + 2) * kv_width, bias=bias)
@@ -269,7 +269,7 @@ class DecoderAttention(nn.Module):
             raise ValueError("past_key_values: caches of fixed length are not supported; take a DynamicCache")
         past = k.shape[2] - q.shape[2]
         rotated, keys = rotate(q, cos[:, :, past:], sin[:, :, past:]), rotate(k, cos, sin)
-        if self.sparse is None or k.shape[2] <= self.sparse["dense_len"]:
+        if not self.sparse or k.shape[2] <= self.sparse["dense_len"]:
             out = functional.scaled_dot_product_attention(
                 rotated, keys, v, mask.visible, is_causal=mask.visible is None and q.shape[2] > 1, enable_gqa=True
             )
@@ -329,12 +329,13 @@ class DecoderLayer(nn.Module):
 class DecoderPreTrainedModel(PreTrainedModel):
     """What `from_pretrained` has to know."""
 
+    config: DecoderConfig
     config_class = DecoderConfig
     base_model_prefix = "model"
-    _no_split_modules = ("DecoderLayer",)
-    _skip_keys_device_placement = ("past_key_values",)
+    _no_split_modules = ["DecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
-    _keys_to_ignore_on_load_unexpected = (r"model\.mtp_layers\..*",)
+    _keys_to_ignore_on_load_unexpected = [r"model\.mtp_layers\..*"]
 
 
 class DecoderModel(DecoderPreTrainedModel):
@@ -342,7 +343,7 @@ class DecoderModel(DecoderPreTrainedModel):
 
     def __init__(self, config: DecoderConfig):
         super().__init__(config)
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = DecoderRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
@@ -360,7 +361,7 @@ class DecoderModel(DecoderPreTrainedModel):
     ) -> Tensor:
         """Hidden states [B, T, D] of embedded tokens [B, T, D] that follow those in the cache."""
         past = cache.get_seq_length() if cache is not None else 0
-        mask = make_mask(attention_mask, *x.shape[:2], past, x.device)
+        mask = make_mask(attention_mask, x.shape[0], x.shape[1], past, x.device)
         positions = mask.positions[:, past:]
         if position_ids is not None:
             there = torch.ones_like(positions) if attention_mask is None else attention_mask[:, past:]
@@ -378,7 +379,7 @@ class DecoderModel(DecoderPreTrainedModel):
 class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
     """The language model."""
 
-    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: DecoderConfig):
         super().__init__(config)

@@ -138,10 +138,10 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scale: f
     """Dense causal attention [B, T, N, H]; `are_last` says that the queries are those of the last slots."""
     length, kv_heads = q.shape[1], keys.shape[1]
     if are_last and length > 1:
-        mask = causal_lower_right(length, keys.shape[2])
+        causal = causal_lower_right(length, keys.shape[2])
         gqa = q.shape[2] != kv_heads
         out = functional.scaled_dot_product_attention(
-            q.transpose(1, 2), keys, values, mask, scale=scale, enable_gqa=gqa
+            q.transpose(1, 2), keys, values, causal, scale=scale, enable_gqa=gqa
         )
         return out.transpose(1, 2)
     # The heads that share keys are so many queries of one head, which needs no copy of the keys.
