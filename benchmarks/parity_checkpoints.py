@@ -187,7 +187,11 @@ def internlm2(scale: Scale) -> ModelConfig:
 SPARSE = SparseConfig(
     kernel_size=8, kernel_stride=4, block_size=16, window_size=32, topk=4, dense_len=64, variant="huggingface"
 )
-PEAK_LR = {"minicpm": 0.01, "internlm2": 0.003}
+# The models that are trained, and their learning rates.
+FAMILIES: Mapping[str, tuple[Callable[[Scale], ModelConfig], float]] = {
+    "minicpm": (minicpm, 0.01),
+    "internlm2": (internlm2, 0.003),
+}
 
 
 def _train(config: ModelConfig, peak_lr: float, scale: Scale, tokenizer: Tokenizer) -> Params:
@@ -218,17 +222,18 @@ def trained(family: str, scale: Scale, work: Path) -> Weights:
     """A small model; it is trained once for each folder.
 
     Args:
-        family: "minicpm" or "internlm2".
+        family: a key of `FAMILIES`.
         scale: its size and training.
         work: where it is kept.
     """
-    config = {"minicpm": minicpm, "internlm2": internlm2}[family](scale)
-    recipe = [config_to_dict(config), dataclasses.asdict(scale), PEAK_LR[family], platform.python_version()]
+    make, peak_lr = FAMILIES[family]
+    config = make(scale)
+    recipe = [config_to_dict(config), dataclasses.asdict(scale), peak_lr, platform.python_version()]
     name = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:8]
     folder = work / "checkpoints" / f"{family}-{name}"
-    if not (folder / "checkpoints").is_dir():
+    if not (folder / "checkpoints/0").is_dir():  # it gets that name when it is whole
         tokenizer = Tokenizer.train(read_texts(scale.characters).train, scale.vocab_size)
-        params = _train(config, PEAK_LR[family], scale, tokenizer)
+        params = _train(config, peak_lr, scale, tokenizer)
         write_checkpoint(Weights(config, params, tokenizer, {}, {}, {}), folder, {})
     return load_weights(folder)
 
