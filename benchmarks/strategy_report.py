@@ -87,12 +87,14 @@ def save_answers(name: str, question: str, found: Sequence[Comparison], size: st
 
 
 def read_answers(name: str, size: str) -> dict[str, list[Comparison]]:
-    """The comparisons that `save_answers` wrote, by question.
+    """The comparisons that `save_answers` wrote, by question; none where there is no file.
 
     Raises:
         ValueError: they are of another size.
     """
     found: dict[str, list[Comparison]] = {}
+    if not answers_file(name).exists():
+        return found
     for line in answers_file(name).read_text("utf-8").splitlines():
         value = json.loads(line)
         if value["size"] != size:
