@@ -60,7 +60,13 @@ class Matrix:
         self._work, self._wanted = work, wanted
         self._checkpoints = {name: CHECKPOINTS[name](scale, work) for name in wanted}
         self._judges = {
-            name: Judge(found.config, found.params, held_out_rows(found.tokenizer, scale, CAPACITY), PROMPT)
+            name: Judge(
+                found.config,
+                found.params,
+                held_out_rows(found.tokenizer, scale, CAPACITY),
+                PROMPT,
+                (found.tokenizer.eos_id,),
+            )
             for name, found in self._checkpoints.items()
         }
         self._exported: dict[tuple[str, Format], Exported | str] = {}
@@ -138,7 +144,7 @@ class Matrix:
     def _judged(self, row: str, name: str, said: Mapping[str, Any], exported: Exported) -> Cell:
         runtime, checkpoint, judge = RUNTIMES[name], self._checkpoints[row], self._judges[row]
         if runtime.rounds:  # what it was given are not the checkpoint's values, but those in the file
-            judge = Judge(checkpoint.config, read_export(exported.path).params, judge.rows, PROMPT)
+            judge = Judge(checkpoint.config, read_export(exported.path).params, judge.rows, PROMPT, judge.ends)
         status, words, figures = judge_cell(judge, said, rounds=runtime.rounds, modules=runtime.modules)
         if runtime.cannot(checkpoint):
             status, words = "failed", "it was taken to be impossible, and runs: Runtime.cannot is out of date"

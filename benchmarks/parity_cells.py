@@ -10,7 +10,7 @@ either may be chosen. Ties are no difference, and are counted.
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -73,9 +73,17 @@ class Judge:
     Attributes:
         rows: held-out text.
         new: tokens of a greedy text.
+        ends: tokens with which it may end early.
     """
 
-    def __init__(self, config: ModelConfig, params: Params, rows: Int[np.ndarray, "R S"], prompt: int):
+    def __init__(
+        self,
+        config: ModelConfig,
+        params: Params,
+        rows: Int[np.ndarray, "R S"],
+        prompt: int,
+        ends: Collection[int | None] = (),
+    ):
         """Takes a model.
 
         Args:
@@ -83,10 +91,11 @@ class Judge:
             params: the values that the export stores.
             rows: token ids; all as long as the caches, so that what depends on a length is the same.
             prompt: tokens of each row that are continued.
+            ends: tokens with which a greedy text may end early.
         """
         # The next token does not depend on MTP layers.
         self._config, self._prompt = dataclasses.replace(config, num_nextn_predict_layers=0), prompt
-        self.rows, self.new = rows, rows.shape[1] - prompt
+        self.rows, self.new, self.ends = rows, rows.shape[1] - prompt, ends
         self._params = {name: jax.tree.map(jnp.asarray, leaf) for name, leaf in params.items() if name != "mtp_layers"}
         # Runtimes that agree say the same text: it is read once.
         self.gaps = functools.lru_cache(maxsize=64)(self._gaps)
@@ -152,7 +161,7 @@ def compare_greedy(judge: Judge, greedy: Sequence[Sequence[int]], tie: float) ->
     Raises:
         OtherAnswerError: it is too short or too long.
     """
-    if any(len(said) != judge.new for said in greedy):
+    if any(len(said) != judge.new and (not said or said[-1] not in judge.ends) for said in greedy):
         raise OtherAnswerError(f"texts of {', '.join(str(len(said)) for said in greedy)} tokens: asked for {judge.new}")
     gaps = np.concatenate([judge.gaps(index, tuple(map(int, said))) for index, said in enumerate(greedy)])
     return {

@@ -25,7 +25,7 @@ from cpm_jax.common.config import config_to_dict
 from cpm_jax.common.progress import Progress
 from cpm_jax.data.sources import Document, read_documents
 from cpm_jax.data.tokenizer import Tokenizer
-from cpm_jax.modeling.config import ModelConfig, RopeConfig, SparseConfig
+from cpm_jax.modeling.config import ModelConfig, RopeConfig, SparseConfig, TernaryConfig
 from cpm_jax.modeling.decoder import Params
 from cpm_jax.quantization.calibration import calibration_sequences
 from cpm_jax.quantization.config import QuantizationConfig
@@ -85,6 +85,7 @@ class Checkpoint:
         gguf_type: the packed type of GGUF that it is also written in.
         quantized: codes and scales, where it is quantised to integers.
         packing: format of folders with those: "gptq" or "marlin".
+        ternary: how it was trained, where its weights are ternary.
     """
 
     config: ModelConfig
@@ -95,6 +96,7 @@ class Checkpoint:
     gguf_type: str = "Q8_0"
     quantized: QuantizedModel | None = None
     packing: str = ""
+    ternary: TernaryConfig | None = None
 
     @property
     def bytes(self) -> int:
@@ -183,6 +185,11 @@ def internlm2(scale: Scale) -> ModelConfig:
     return _small(scale, rope=RopeConfig(rope_theta=1_000_000.0))
 
 
+def ternary(scale: Scale) -> ModelConfig:
+    """BitCPM4 in small: the dense model with ternary weights, one scale for each 256."""
+    return dataclasses.replace(minicpm(scale), num_nextn_predict_layers=0, ternary=TernaryConfig())
+
+
 # At 320 tokens 20 blocks, of which a query sees six.
 SPARSE = SparseConfig(
     kernel_size=8, kernel_stride=4, block_size=16, window_size=32, topk=4, dense_len=64, variant="huggingface"
@@ -190,6 +197,7 @@ SPARSE = SparseConfig(
 # The models that are trained, and their learning rates.
 FAMILIES: Mapping[str, tuple[Callable[[Scale], ModelConfig], float]] = {
     "minicpm": (minicpm, 0.01),
+    "ternary": (ternary, 0.01),
     "internlm2": (internlm2, 0.003),
 }
 
@@ -272,6 +280,12 @@ def _int4(scale: Scale, work: Path, packing: str, method: QuantizationConfig) ->
     )
 
 
+def _ternary(scale: Scale, work: Path) -> Checkpoint:
+    """The rounded values that the training multiplied with, as every verb loads them."""
+    weights = trained("ternary", scale, work)
+    return dataclasses.replace(_float(weights, "minicpm"), gguf_type="TQ2_0", ternary=weights.ternary)
+
+
 def _smollm2(scale: Scale, work: Path) -> Checkpoint:
     return _float(load_weights(smollm2_path()), "llama", "bfloat16")
 
@@ -284,6 +298,7 @@ CHECKPOINTS: Mapping[str, Callable[[Scale, Path], Checkpoint]] = {
     "MiniCPM, dense": _minicpm,
     "MiniCPM, sparse": functools.partial(_minicpm, sparse_config=SPARSE),
     "MiniCPM, MTP": functools.partial(_minicpm, num_nextn_predict_layers=1),
+    "MiniCPM, ternary": _ternary,
     "MiniCPM, GPTQ": functools.partial(_int4, packing="gptq", method=P_GPTQ),
     "MiniCPM, Marlin": functools.partial(_int4, packing="marlin", method=RTN),
     "InternLM2": lambda scale, work: _float(trained("internlm2", scale, work), "internlm2"),

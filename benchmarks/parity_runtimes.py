@@ -6,6 +6,7 @@ To add one: a class in `parity_worker.py` that loads an export and gives logits,
 import dataclasses
 import functools
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -31,6 +32,9 @@ from cpm_jax.modeling.config import ModelConfig
 from cpm_jax.modeling.decoder import Params, bind
 from cpm_jax.modeling.kv_cache import Cache, init_cache
 from export.checks import read_export
+from export.devices import runtimes as devices
+from export.devices.convert import export_device
+from export.folders import ExportError
 from export.gptq import export_gptq
 from export.hf import export_hf, left_out_notes
 from export.marlin import export_marlin
@@ -128,7 +132,7 @@ def write_gguf(checkpoint: Checkpoint, folder: Path, kind: str) -> Exported:
     from export.gguf import check_read_back, export_gguf  # needs the extra `gguf`
 
     params, config = checkpoint.params, checkpoint.config
-    result = export_gguf(params, config, checkpoint.tokenizer, folder, kind=kind)
+    result = export_gguf(params, config, checkpoint.tokenizer, folder, kind=kind, ternary=checkpoint.ternary)
     check_read_back(folder / result.file, params, config, kind)
     return Exported(folder / result.file, f"GGUF {result.architecture}, {kind}", result.notes)
 
@@ -141,12 +145,21 @@ def write_stablehlo(checkpoint: Checkpoint, folder: Path, dtype: str) -> Exporte
     return Exported(folder, f"StableHLO, {dtype}", result.notes)
 
 
+def write_device(checkpoint: Checkpoint, folder: Path, runtime: str) -> Exported:
+    """What a device's runtime loads, by its own converter."""
+    result = export_device(
+        checkpoint.params, checkpoint.config, checkpoint.tokenizer, folder, runtime=runtime, dtype="float32"
+    )
+    return Exported(folder, f"{devices.RUNTIMES[runtime].model_file} of {result.architecture}, float32", result.notes)
+
+
 Format = tuple[str, str]  # what writes it, and its layout or type
 WRITERS: Mapping[str, Callable[[Checkpoint, Path, str], Exported]] = {
     "hf": write_hf,
     "packed": write_packed,
     "gguf": write_gguf,
     "stablehlo": write_stablehlo,
+    "device": write_device,
 }
 
 
@@ -174,6 +187,7 @@ class Runtime:
         title: its name there.
         format: what it is given of a checkpoint; None: the checkpoint as it is.
         worker: the class in `parity_worker.RUNTIMES` that runs it, in another process; "": our decoder, in this one.
+        device: the runtime in `export.devices` that does, in its own process.
         sparse: whether it attends sparsely.
         refuses: packed formats that it does not load.
         rounds: whether it rounds activations to fit the weights, so that not its logits but its perplexity is judged.
@@ -184,6 +198,7 @@ class Runtime:
     title: str
     format: Callable[[Checkpoint], Format] | None
     worker: str = ""
+    device: str = ""
     sparse: bool = False
     refuses: tuple[str, ...] = ()
     rounds: bool = False
@@ -196,6 +211,8 @@ class Runtime:
 
     def missing(self) -> str:
         """What is not installed, and how to get it; "" where it runs."""
+        if self.device:
+            return devices.RUNTIMES[self.device].missing()
         if self.worker == "native":
             return native_runtime.missing()
         packages = parity_worker.missing(self.worker) if self.worker else []
@@ -219,6 +236,10 @@ RUNTIMES: Mapping[str, Runtime] = {
     "transformers": Runtime(
         "transformers", lambda checkpoint: ("hf", default_layout(checkpoint.config).model_type), "transformers"
     ),
+    # Where it has no class the folder carries code, which attends sparsely too.
+    "transformers_own": Runtime(
+        "transformers, own layout", lambda checkpoint: ("hf", checkpoint.layout), "transformers", sparse=True
+    ),
     "gguf": Runtime("GGUF, read back", lambda checkpoint: ("gguf", "F32"), needs=("gguf",)),
     "llama_cpp": Runtime("llama.cpp", lambda checkpoint: ("gguf", "F32"), "llama_cpp", needs=("gguf",)),
     "llama_cpp_packed": Runtime(
@@ -238,6 +259,8 @@ RUNTIMES: Mapping[str, Runtime] = {
         modules=("export.torch_runtime",),
     ),
     "native": Runtime("C++ runtime", lambda checkpoint: _own_layout(checkpoint, NATIVE_LAYOUTS), "native", sparse=True),
+    "onnx": Runtime("ONNX Runtime", lambda checkpoint: ("device", "onnx"), device="onnx"),
+    "openvino": Runtime("OpenVINO", lambda checkpoint: ("device", "openvino"), device="openvino"),
 }
 
 
@@ -256,8 +279,28 @@ def ask(
         yield from _ask_workers(runtime.worker, jobs, work)
         return
     for name, job in jobs.items():
-        checkpoint = checkpoints[name]
-        yield name, answer(functools.partial(_load_ours, checkpoint), job)
+        if runtime.device:
+            yield name, _ask_device(runtime.device, job, checkpoints[name].tokenizer.eos_id)
+        else:
+            yield name, answer(functools.partial(_load_ours, checkpoints[name]), job)
+
+
+def _ask_device(device: str, job: Job, eos_id: int | None) -> dict[str, Any]:
+    """Its rows are read at once. A text ends with the token that ends texts, which not every runtime passes on."""
+    asked = devices.Job(job.path, rows=job.rows, prompts=[row[: job.prompt] for row in job.rows], new_tokens=job.new)
+    try:
+        said = devices.RUNTIMES[device].ask(asked)
+    except ExportError as error:
+        return {"refused": str(error)}
+    greedy = [said[f"said_{index}"].tolist() for index in range(len(job.rows))]
+    rates = [(len(text) - 1) / seconds for text, seconds in zip(greedy, said["decode_seconds"], strict=True)]
+    ended = [text if len(text) == job.new or text[-1:] == [eos_id] else [*text, eos_id] for text in greedy]
+    versions = json.loads(str(said["versions"])).items()
+    return said | {
+        "greedy": ended,
+        "tokens_per_second": float(np.median(rates)),
+        "versions": ", ".join(f"{package} {version}" for package, version in versions),
+    }
 
 
 def _load_ours(checkpoint: Checkpoint, job: Job) -> Ours:
