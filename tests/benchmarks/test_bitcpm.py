@@ -17,7 +17,7 @@ from tests.experiments.test_pretrain import config, make_dataset
 
 SIZES = {  # parameters, and thousands of tokens of a training with rows of 128
     "bitcpm_study": (229_000, 1_638),
-    "bitcpm_study_3h": (520_000, 9_830),
+    "bitcpm_study_3h": (520_000, 16_384),
     "bitcpm_study_gpu": (4_951_000, 393_216),
     "bitcpm_groups": (1_640_000, 819),
 }
