@@ -44,7 +44,7 @@ TextTokenizer::~TextTokenizer() = default;
 std::vector<int32_t> TextTokenizer::encode(const std::string& text) const {
   std::vector<int32_t> ids = parts_->before;
   if (text.empty()) return ids;
-  const auto found = parts_->tokenizer.encode(text);
+  const auto found = parts_->tokenizer.encode(text, 0, 0);
   if (!found.ok()) throw std::runtime_error("the tokenizer has no tokens for this text");
   for (const uint64_t id : found.get()) ids.push_back(static_cast<int32_t>(id));
   return ids;
