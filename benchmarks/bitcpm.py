@@ -122,7 +122,6 @@ def write(name: str, command: str, study: StudyConfig, rows: Sequence[dict[str, 
             baseline_name="shares",
             baseline=len(least),
         )
-    bench.add("trained in all", "hours", sum(row["seconds"] for row in rows) / 3600, larger_is_better=False)
     bench.write()
     figure = draw_shares(study, rows, size) if study.shares else draw(found, size)
     figure.savefig(IMAGES / f"{name}.svg", format="svg", metadata={"Date": None})

@@ -15,7 +15,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -269,6 +269,6 @@ class Study:
         return self.workdir / CELLS_DIR / f"{name.replace('%', '').replace(',', '').replace(' ', '_')}-{seed}"
 
 
-def losses(rows: Sequence[dict[str, Any]], arm: str) -> dict[int, float]:
+def losses(rows: Sequence[Mapping[str, Any]], arm: str) -> dict[int, float]:
     """Held-out losses of an arm by seed."""
     return {row["seed"]: row["loss"] for row in rows if row["arm"] == arm}

@@ -159,7 +159,7 @@ class Matrix:
     def _load(self, row: str, name: str) -> Cell | None:
         """A cell that was done at this commit, of these values; not one that failed, nor of a changed checkout."""
         file, key = self._file(row, name), self._keys[row]
-        if not file.is_file() or key["commit"].endswith("-dirty"):
+        if not file.is_file() or str(key["commit"]).endswith("-dirty"):
             return None
         content = json.loads(file.read_text("utf-8"))
         return Cell(**content) if content.pop("key") == key and content["status"] != "failed" else None

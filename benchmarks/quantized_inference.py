@@ -31,11 +31,11 @@ from benchmarks.results import RESULTS_DIR, Benchmark
 from benchmarks.sparse_quality_texts import Excerpt, make_rows
 from cpm_jax.inference.decode_loop import NO_TOKEN, extend, start
 from cpm_jax.inference.generate import decoding_params, unstack_on_cpu
-from cpm_jax.inference.load import ComputeDType, LoadedModel, load_model
+from cpm_jax.inference.load import LoadedModel, load_model
 from cpm_jax.inference.sampling import SamplingConfig
 from cpm_jax.modeling import decoder
 from cpm_jax.modeling.absmax import quantize_absmax
-from cpm_jax.modeling.config import ModelConfig
+from cpm_jax.modeling.config import DType, ModelConfig
 from cpm_jax.modeling.decoder import Params, bind
 from cpm_jax.modeling.int8 import WeightDType, quantize_layers
 from cpm_jax.modeling.kv_cache import Cache, CacheDType, attend_to_cache, init_cache
@@ -48,7 +48,7 @@ BASE = "float32"
 class Variant(NamedTuple):
     """What is held in which type; `keys` is the rule of 4-bit keys where it is not the cache's own."""
 
-    dtype: ComputeDType = "float32"
+    dtype: DType = "float32"
     weight_dtype: WeightDType = ""
     cache_dtype: CacheDType = ""
     keys: str = ""
@@ -74,7 +74,7 @@ class Model(NamedTuple):
 
     Attributes:
         config: in the variant's compute dtype.
-        params: as `generate` has them, but for `unstack_on_cpu`.
+        params: cast to that type, or in int8.
         variant: what it is.
     """
 
@@ -97,12 +97,19 @@ def prepare(published: LoadedModel, variants: Mapping[str, Variant]) -> dict[str
     """The models; those that differ in the cache alone share their parameters."""
 
     @functools.cache
-    def parameters(dtype: ComputeDType, weight_dtype: WeightDType) -> tuple[ModelConfig, Params]:
+    def parameters(dtype: DType, weight_dtype: WeightDType) -> tuple[ModelConfig, Params]:
         config = dataclasses.replace(published.config, dtype=dtype)
         params = quantize_layers(config, published.params) if weight_dtype else published.params
         return config, decoding_params(config, params)
 
     return {name: Model(*parameters(v.dtype, v.weight_dtype), v) for name, v in variants.items()}
+
+
+def unstack(models: Mapping[str, Model]) -> dict[str, Model]:
+    """The models with their parameters as `generate` decodes with them; still shared by those that share them."""
+    shared = {id(model.params): model.params for model in models.values()}
+    made = {place: unstack_on_cpu(params) for place, params in shared.items()}
+    return {name: model._replace(params=made[id(model.params)]) for name, model in models.items()}
 
 
 def by_token(x: Float[Array, "B T K H"]) -> Float[Array, "B T K H"]:
@@ -191,17 +198,14 @@ def decode_in_turns(
     """Greedy tokens of each model, and tokens a second over all sequences: the median of the turns after the first.
 
     Args:
-        models: that take turns.
+        models: that take turns, from `unstack`.
         prompts: token ids.
         new_tokens: of each sequence and turn.
         turns: two or more.
     """
-    params, states = {}, {}
-    unstacked: dict[int, Params] = {}
-    for name, model in models.items():
-        params[name] = unstacked.setdefault(id(model.params), unstack_on_cpu(model.params))
-        states[name] = start(
-            params[name],
+    states = {
+        name: start(
+            model.params,
             prompts,
             config=model.config,
             sampling=GREEDY,
@@ -210,6 +214,8 @@ def decode_in_turns(
             indices=range(len(prompts)),
             cache_dtype=model.variant.cache_dtype,
         )
+        for name, model in models.items()
+    }
     tokens: dict[str, list[np.ndarray]] = {name: [] for name in models}
     seconds: dict[str, list[float]] = {name: [] for name in models}
     no_end = np.array([NO_TOKEN])
@@ -218,7 +224,7 @@ def decode_in_turns(
             jax.block_until_ready(states[name])
             begin = time.perf_counter()
             states[name], new = extend(
-                params[name], states[name], no_end, num_tokens=new_tokens, config=model.config, sampling=GREEDY
+                model.params, states[name], no_end, num_tokens=new_tokens, config=model.config, sampling=GREEDY
             )
             tokens[name].append(np.asarray(new))
             seconds[name].append(time.perf_counter() - begin)
@@ -335,7 +341,7 @@ def main(argv: Sequence[str] | None = None, directory: Path = RESULTS_DIR) -> No
     models = prepare(published, VARIANTS | OTHER_KEYS)
     rows = [excerpt.tokens[: args.length + 1] for excerpt in excerpts[: args.rows]]
     add_errors(bench, read_rows(models, rows), excerpts[: args.rows], args.length)
-    models = {name: models[name] for name in VARIANTS}
+    models = unstack({name: models[name] for name in VARIANTS})
     prompts = [excerpt.tokens[: args.context].tolist() for excerpt in excerpts]
     add_bytes(bench, models, 4, 2048)
     add_decoding(bench, models, [prompt[:64] for prompt in prompts[:1]], args.new_tokens)

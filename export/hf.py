@@ -188,7 +188,7 @@ def _model_card(config: ModelConfig, layout: Layout, result: HfExport, facts: Ma
         "```python",
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
-        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
+        f'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder"{code})',
         f'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{code})  # {result.architecture}',
         'inputs = tokenizer("import ", return_tensors="pt")',
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))",

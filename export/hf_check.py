@@ -79,7 +79,10 @@ def _load(path: Path) -> tuple[Any, Any, Any]:
     problems = {name: sorted(map(str, found)) for name, found in info.items() if found}
     if problems:
         raise ExportError(f"transformers loads {path} with {problems}")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
+    # Asked for nothing, it would ask the user whether to run the code of config.json; the tokenizer needs none.
+    tokenizer = transformers.AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False, **options
+    )
     return torch, model.eval(), tokenizer
 
 

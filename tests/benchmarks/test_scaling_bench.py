@@ -177,15 +177,15 @@ def test_the_law_of_small_models_finds_larger_ones_that_obey_it():
     def at(middle, seed):
         rng = np.random.default_rng(seed)
         loss = middle + 0.5 * rng.random((12, 4))
-        accuracy = np.clip(1 / (1 + np.exp(6 * (loss - 0.8))) + 0.01 * rng.normal(size=loss.shape), 0, 1)
-        return {ALL: Measured(loss, accuracy)}
+        noise = 0.01 * rng.normal(size=loss.shape)  # reaches neither 0 nor 1, where it would be cut off
+        return {ALL: Measured(loss, 1 / (1 + np.exp(6 * (loss - 0.8))) + noise)}
 
-    study = Study(list("abcdefghijkl"), {16: at(0.9, 0), 32: at(0.7, 1)}, {}, at(0.4, 2), 96)
+    study = Study(list("abcdefghijkl"), {16: at(0.6, 0), 32: at(0.5, 1)}, {}, at(0.4, 2), 64)
     law = scaling_bench_report.law_of(study, ALL)
     assert (law.coefficients["gamma"], law.coefficients["middle"]) == pytest.approx((6, 0.8), rel=0.05)
     checked = scaling_bench_report.held_out(study, ALL, law)
     assert len(checked) == 48
-    assert np.mean([one.covered for one in checked]) > 0.8
+    assert np.mean([one.covered for one in checked]) > 0.9 - 3 * np.sqrt(0.9 * 0.1 / 48)
 
 
 @pytest.mark.slow
@@ -194,6 +194,8 @@ def test_a_tiny_study_from_end_to_end(tmp_path, monkeypatch):
     monkeypatch.setattr(scaling_bench_report, "IMAGE", tmp_path / "images" / "figure.svg")
     write, written = results.Benchmark.write, []
     monkeypatch.setattr(results.Benchmark, "write", lambda bench: written.append(write(bench, tmp_path).read_text()))
+    few = dict(list(scaling_bench.RECIPES.items())[:3])
+    monkeypatch.setattr(scaling_bench, "RECIPES", few)
     monkeypatch.setattr(scaling_bench, "process_on_each_core", lambda: ThreadPoolExecutor(1))
     arguments = ["--work", str(tmp_path / "work"), "--size", "smoke"]
     scaling_bench.main(arguments)
