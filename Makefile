@@ -92,8 +92,8 @@ llama: $(VENV)/.run $(VENV)/llama/.done ## llama.cpp beside the environment: for
 
 PARITY ?= runs/parity
 
-parity: $(VENV)/.run $(VENV)/.no_deps $(VENV)/llama/.done ## one checkpoint, equal logits, in every runtime: results/parity.html: make parity [PARITY=folder] [ARGS="--reduced …"]
-	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS),gguf]'
+parity: $(VENV)/.run $(VENV)/.no_deps $(VENV)/llama/.done $(VENV)/openvino/.done ## one checkpoint, equal logits, in every runtime: results/parity.html: make parity [PARITY=folder] [ARGS="--reduced …"]
+	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS),gguf,onnx]'
 	$(RUN) -m benchmarks.parity --work $(PARITY) $(ARGS)
 
 aot: $(VENV)/.run $(VENV)/aot/.done ## the compilers for TPUs (libtpu) and GPUs (triton) beside the environment: for `plan` and tests

@@ -70,7 +70,7 @@ class Matrix:
             for name, found in self._checkpoints.items()
         }
         self._exported: dict[tuple[str, Format], Exported | str] = {}
-        self._keys = {
+        self._keys: dict[str, dict[str, Any]] = {
             name: {"commit": provenance.git_revision(), "sha256": found.sha256, "scale": dataclasses.asdict(scale)}
             for name, found in self._checkpoints.items()
         }

@@ -4,6 +4,8 @@ import dataclasses
 import json
 import os
 import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -18,6 +20,7 @@ from benchmarks.results import load
 from cpm_jax.data.tokenizer import Tokenizer
 from cpm_jax.modeling.config import ModelConfig
 from cpm_jax.modeling.decoder import init_params
+from export.folders import ExportError
 from export.hf_check import greedy
 
 PROMPT, NEW = 8, 24
@@ -169,6 +172,38 @@ def test_a_job_that_ends_the_process_does_not_take_the_others_with_it(tmp_path, 
         "last": "last",
     }
     assert found["crash"]["refused"] == "the process ended with 9: a bad end"
+
+
+def test_a_device_may_end_a_text_with_the_token_that_ends_texts(judge, exact, params, rows, monkeypatch):
+    eos = int(exact["greedy"][0, 5])
+
+    class Device:
+        def ask(self, job):
+            if job.folder == "odd":
+                raise ExportError("no such operator")
+            assert [list(prompt) for prompt in job.prompts] == rows[:, :PROMPT].tolist()
+            said = [text[: text.index(eos)] if eos in text else text for text in exact["greedy"].tolist()]
+            seconds = [(len(text) - 1) / 10 for text in said]
+            answer = {f"said_{index}": np.asarray(text) for index, text in enumerate(said)}
+            return exact | answer | {"decode_seconds": seconds, "versions": '{"onnxruntime": "1.2"}'}
+
+    monkeypatch.setitem(parity_runtimes.devices.RUNTIMES, "onnx", Device())
+    checkpoint = Checkpoint(CONFIG, params, SimpleNamespace(eos_id=eos), "float32", "llama")
+    jobs = {name: Job(name, "", "", rows.tolist(), PROMPT, NEW, PROMPT + NEW) for name in ("plain", "odd")}
+    runtime = Runtime("a device", None, device="onnx")
+    said = dict(parity_runtimes.ask(runtime, jobs, dict.fromkeys(jobs, checkpoint), Path()))
+    assert said["odd"] == {"refused": "no such operator"}
+    found = said["plain"]
+    assert found["versions"] == "onnxruntime 1.2"
+    assert found["tokens_per_second"] == pytest.approx(10)
+    assert found["greedy"][0] == exact["greedy"][0, :6].tolist()
+    assert (
+        judge_cell(judge, found, rounds=False)[0] == "failed"
+    )  # a text so short is none, unless that token may end it
+    ended = Judge(CONFIG, params, rows, PROMPT, ends=(eos,))
+    status, _, figures = judge_cell(ended, found, rounds=False)
+    assert status == "equal"
+    assert figures["agreed"] == figures["tokens"] == sum(map(len, found["greedy"])) < 2 * NEW
 
 
 @pytest.fixture
