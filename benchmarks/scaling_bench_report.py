@@ -273,12 +273,11 @@ def draw(study: Study) -> Figure:
     left, middle, right = canvas.subplots(1, 3)
     width = max(study.small)
     small, large = study.small[width][ALL], study.large[ALL]
-    for axis, values, name in (
-        (left, small.loss, "ScalingBench loss, nats a token"),
-        (middle, small.accuracy, "accuracy"),
+    order = ordering(small, large, pairs_in_order)
+    for axis, values, name, share in (
+        (left, small.loss, "ScalingBench loss, nats a token", order.loss),
+        (middle, small.accuracy, "accuracy", order.accuracy),
     ):
-        order = ordering(small, large, pairs_in_order)
-        share = order.loss if axis is left else order.accuracy
         for i, recipe in enumerate(study.recipes):
             color = COLORS[i % len(COLORS)]
             marker = "o" if i < len(COLORS) else "s"
