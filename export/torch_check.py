@@ -51,5 +51,10 @@ def check_torch_runtime(
             f"{folder}: logits in PyTorch differ from ours by {max_error:.3g}: more than {tolerance:g} of the largest, "
             f"{largest:.3g}"
         )
-    figures = {"max_error": max_error, "largest_logit": largest, "positions": positions, "greedy_tokens": agreed}
+    figures: dict[str, float | int | str] = {
+        "max_error": max_error,
+        "largest_logit": largest,
+        "positions": positions,
+        "greedy_tokens": agreed,
+    }
     return Check("torch_runtime", figures)

@@ -78,4 +78,4 @@ class DecoderConfig(PretrainedConfig):
         self.dim_model_base = hidden_size if dim_model_base is None else dim_model_base
         self.initializer_range = initializer_range
         self.use_cache = use_cache
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **entries)
+        super().__init__(**entries | {"tie_word_embeddings": tie_word_embeddings})

@@ -12,7 +12,7 @@ number of tokens so far, padding included; what is cached of a token stays as it
 """
 
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -269,15 +269,19 @@ class DecoderAttention(nn.Module):
             raise ValueError("past_key_values: caches of fixed length are not supported; take a DynamicCache")
         past = k.shape[2] - q.shape[2]
         rotated, keys = rotate(q, cos[:, :, past:], sin[:, :, past:]), rotate(k, cos, sin)
-        if self.sparse is None or k.shape[2] <= self.sparse["dense_len"]:
+        sparse = self.sparse
+        if sparse is None or k.shape[2] <= sparse["dense_len"]:
             out = functional.scaled_dot_product_attention(
                 rotated, keys, v, mask.visible, is_causal=mask.visible is None and q.shape[2] > 1, enable_gqa=True
             )
         else:
-            out = self.attend_sparsely(rotated, keys, v, (q, k) if self.sparse["use_nope"] else (rotated, keys), mask)
+            choosing = (q, k) if sparse["use_nope"] else (rotated, keys)
+            out = self.attend_sparsely(rotated, keys, v, choosing, mask, sparse)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
-    def attend_sparsely(self, q: Tensor, k: Tensor, v: Tensor, choosing: tuple[Tensor, Tensor], mask: Mask) -> Tensor:
+    def attend_sparsely(
+        self, q: Tensor, k: Tensor, v: Tensor, choosing: tuple[Tensor, Tensor], mask: Mask, sparse: dict[str, Any]
+    ) -> Tensor:
         """Attends row by row [B, N, T, H], each without its padding, as its blocks are counted from its first token.
 
         Raises:
@@ -290,7 +294,7 @@ class DecoderAttention(nn.Module):
             new = slice(max(start - (k.shape[2] - q.shape[2]), 0), None)  # of the new tokens those that are there
             queries, choosing_q = (x[row, :, new].unflatten(0, (self.kv_heads, -1)) for x in (q, choosing[0]))
             keys, values, choosing_k = (x[row, :, start:] for x in (k, v, choosing[1]))
-            attended = sparse_attention(queries, keys, values, choosing_q, choosing_k, self.sparse)
+            attended = sparse_attention(queries, keys, values, choosing_q, choosing_k, sparse)
             out[row, :, new] = attended.flatten(0, 1)
         return out
 
@@ -329,12 +333,13 @@ class DecoderLayer(nn.Module):
 class DecoderPreTrainedModel(PreTrainedModel):
     """What `from_pretrained` has to know."""
 
+    config: DecoderConfig
     config_class = DecoderConfig
     base_model_prefix = "model"
-    _no_split_modules = ("DecoderLayer",)
-    _skip_keys_device_placement = ("past_key_values",)
+    _no_split_modules = ["DecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
-    _keys_to_ignore_on_load_unexpected = (r"model\.mtp_layers\..*",)
+    _keys_to_ignore_on_load_unexpected = [r"model\.mtp_layers\..*"]
 
 
 class DecoderModel(DecoderPreTrainedModel):
@@ -351,7 +356,7 @@ class DecoderModel(DecoderPreTrainedModel):
         """The embedding, under whatever name."""
         return self.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         """Replaces it."""
         self.embed_tokens = value
 
@@ -360,7 +365,7 @@ class DecoderModel(DecoderPreTrainedModel):
     ) -> Tensor:
         """Hidden states [B, T, D] of embedded tokens [B, T, D] that follow those in the cache."""
         past = cache.get_seq_length() if cache is not None else 0
-        mask = make_mask(attention_mask, *x.shape[:2], past, x.device)
+        mask = make_mask(attention_mask, x.shape[0], x.shape[1], past, x.device)
         positions = mask.positions[:, past:]
         if position_ids is not None:
             there = torch.ones_like(positions) if attention_mask is None else attention_mask[:, past:]
@@ -378,7 +383,7 @@ class DecoderModel(DecoderPreTrainedModel):
 class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
     """The language model."""
 
-    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
 
     def __init__(self, config: DecoderConfig):
         super().__init__(config)
@@ -390,7 +395,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         """The head, under whatever name."""
         return self.lm_head
 
-    def set_output_embeddings(self, value: nn.Module) -> None:
+    def set_output_embeddings(self, value: Any) -> None:
         """Replaces it."""
         self.lm_head = value
 
