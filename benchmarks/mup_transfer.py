@@ -1,8 +1,9 @@
 """Does the best learning rate stay as models widen and deepen? Loss over learning rate, under µP and without.
 
-`python -m benchmarks.mup_transfer [--size half_hour | three_hours]`: Python's standard library as bytes, files held out
-by name; MiniCPM4's multipliers, WSD. All learning rates of a width, depth and seed train as one program; each such cell
-stays in `--cells`, and a second call goes on. Writes `results/mup_transfer.json` and `docs/images/mup_transfer.svg`.
+`python -m benchmarks.mup_transfer [--size half_hour | full]`: Python's standard library as bytes, files held out by
+name; MiniCPM4's multipliers, WSD. All learning rates of a width, depth and seed train as one program, in a process on a
+core of its own; each such cell stays in `--cells`, and a second call goes on. Writes `results/mup_transfer.json` and
+`docs/images/mup_transfer.svg`.
 """
 
 import argparse
@@ -11,9 +12,12 @@ import hashlib
 import itertools
 import json
 import math
+import multiprocessing
+import os
 import sysconfig
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +76,7 @@ _RATES = tuple(0.01 * 2.0**i for i in range(-3, 4))
 STUDIES = {
     "smoke": Study(32, (32, 64), (1, 2), (0.005, 0.02), (0,), steps=6, rows=2, seq_len=32),
     "half_hour": Study(32, (32, 64, 128), (2, 4), _RATES, (0, 1), steps=300),
-    "three_hours": Study(64, (64, 128, 256, 512), (4, 8, 16), _RATES, (0, 1), steps=150),
+    "full": Study(64, (64, 128, 256, 512), (4, 8, 16), _RATES, (0, 1), steps=150, rows=4),
 }
 
 
@@ -149,6 +153,11 @@ def run_cell(study: Study, parametrization: str, width: int, depth: int, seed: i
     return {"losses": losses, "seconds": time.perf_counter() - begin}
 
 
+def take_core(cores: Any) -> None:
+    """Ties this process to one core of the queue: a small model's operations lose by being split over two."""
+    os.sched_setaffinity(0, {cores.get()})
+
+
 def record(name: str, found: dict[tuple[str, int, int, int], dict[str, Any]]) -> None:
     """Writes down how far the best learning rate moves, and draws the curves.
 
@@ -211,16 +220,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--cells", type=Path, default=Path("runs/mup_transfer"), help="what is trained already")
     parser.add_argument("--no-results", action="store_true", help="train only")
     args = parser.parse_args(argv)
-    found: dict[tuple[str, int, int, int], dict[str, Any]] = {}
     study = STUDIES[args.size]
     folder = args.cells / f"{args.size}_{hashlib.sha256(repr(study).encode()).hexdigest()[:8]}"
     folder.mkdir(parents=True, exist_ok=True)
-    for cell in study.cells():
-        path = folder / f"{'mup' if cell[0] == 'µP' else 'sp'}_d{cell[1]}_l{cell[2]}_seed{cell[3]}.json"
-        if not path.exists():
-            write_json(path, run_cell(study, *cell))
-        found[cell] = json.loads(path.read_text("utf-8"))
-        print(*cell, json.dumps(found[cell]), flush=True)
+    paths = {
+        cell: folder / f"{'mup' if cell[0] == 'µP' else 'sp'}_d{cell[1]}_l{cell[2]}_seed{cell[3]}.json"
+        for cell in study.cells()
+    }
+    cores = multiprocessing.get_context("spawn").Queue()
+    for core in os.sched_getaffinity(0):
+        cores.put(core)
+    with ProcessPoolExecutor(
+        cores.qsize(), multiprocessing.get_context("spawn"), initializer=take_core, initargs=(cores,)
+    ) as pool:
+        pending = {cell: pool.submit(run_cell, study, *cell) for cell, path in paths.items() if not path.exists()}
+        for cell, future in pending.items():
+            write_json(paths[cell], future.result())
+            print(*cell, paths[cell].read_text("utf-8"), flush=True)
+    found = {cell: json.loads(path.read_text("utf-8")) for cell, path in paths.items()}
     if not args.no_results:
         record(args.size, found)
 

@@ -1,10 +1,11 @@
 """MiniCPM4's questions of strategy at a laptop's scale: which holds, of which only the direction, which not.
 
-    python -m benchmarks.strategy --data DATASET [--size 3h.gin] [--workdir DIR] [--only QUESTION …] [--gin.X=VALUE …]
+    python -m benchmarks.strategy --data DATASET [--size full.gin] [--workdir DIR] [--only QUESTION …] [--gin.X=VALUE …]
 
 Each question is a sweep, `gin_configs/papers/minicpm4/strategy/<question>.gin`, or two. Sweeps go on where they were
-cut off, and what is trained is not trained again. Writes `results/strategy.json` (`results/strategy_3h.json`) and
-`docs/images/strategy.svg` when all questions are answered. `--gin.` flags go to every sweep.
+cut off, and what is trained is not trained again. A question's losses go to `results/strategy_losses.jsonl`
+(`strategy_full_losses.jsonl`); from all that are there, also from another machine, `results/strategy.json` and
+`docs/images/strategy.svg` are written. `--gin.` flags go to every sweep.
 """
 
 import argparse
@@ -18,7 +19,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from benchmarks.strategy_report import Comparison, write_results
+from benchmarks.strategy_report import Comparison, read_answers, save_answers, write_results
 from cpm_jax.checkpoints.averaging import average_params
 from cpm_jax.checkpoints.manager import CHECKPOINTS_DIR, list_steps
 from cpm_jax.common.gin_utils import Settings
@@ -29,7 +30,7 @@ from cpm_jax.scaling.runs import RUNS_FILE, Run, read_runs
 from cpm_jax.training.train_step import make_eval_step
 from experiments.pretrain import PretrainConfig
 from experiments.sweep import SweepConfig
-from experiments.sweep_trials import trial_folder
+from experiments.sweep_trials import resolve, trial_folder
 
 GIN_DIR = "papers/minicpm4/strategy"
 SEEDS = (0, 1, 2)
@@ -55,7 +56,9 @@ class Strategy:
         settings = Settings(
             [f"{GIN_DIR}/base.gin", *self._files], [*self._flags, "--gin.SPACE=pin('SEED', 0)"], SweepConfig
         )
-        self.base = settings.build().bindings
+        config: SweepConfig = settings.build()
+        self.base = config.bindings
+        self.model = resolve(config.base(), {}).config.model
 
     def sweep(self, name: str, file: str = "", flags: Sequence[str] = ()) -> list[Run]:
         """Runs a sweep, or goes on with it, or takes what it has found.
@@ -258,7 +261,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs what is left of the sweeps, and writes the answers down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="dataset folder, made by prepare")
-    parser.add_argument("--size", default="", help="3h.gin or gpu.gin; else that of base.gin")
+    parser.add_argument("--size", default="", help="full.gin or gpu.gin; else that of base.gin")
     parser.add_argument("--workdir", type=Path, help="of the sweeps; else runs/strategy or runs/strategy_<size>")
     parser.add_argument("--only", nargs="+", choices=QUESTIONS, default=list(QUESTIONS), help="train these alone")
     args, flags = parser.parse_known_args(argv)
@@ -267,12 +270,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     name = f"strategy_{Path(args.size).stem}" if args.size else "strategy"
     workdir = args.workdir or Path("runs") / name
     study = Strategy(args.data, args.size, workdir, flags)
-    found = [comparison for question in args.only for comparison in QUESTIONS[question](study)]
-    for comparison in found:
-        print(comparison)
-    if args.only == list(QUESTIONS):
-        model = Settings([next(workdir.glob("schedule/trials/*/config.gin"))], [], PretrainConfig).build().model
-        write_results(name, found, about(model, study.base))
+    size = about(study.model, study.base)
+    for question in args.only:
+        found = QUESTIONS[question](study)
+        print(*found, sep="\n", flush=True)
+        save_answers(name, question, found, size)
+    answers = read_answers(name, size)
+    command = f"python -m benchmarks.strategy --data {args.data}" + (f" --size {args.size}" if args.size else "")
+    write_results(name, command, [one for question in QUESTIONS for one in answers.get(question, [])], size)
 
 
 def about(model: ModelConfig, base: Mapping[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """What a comparison of two strategies says, and the page's table and figure of all of them."""
 
 import dataclasses
+import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Literal
 import scipy.stats
 from matplotlib.figure import Figure
 
-from benchmarks.results import Benchmark
+from benchmarks.results import RESULTS_DIR, Benchmark, origin
 from cpm_jax.common.figures import COLORS
 
 IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
@@ -75,9 +76,42 @@ class Comparison:
         )
 
 
-def write_results(name: str, found: Sequence[Comparison], size: str) -> None:
+def save_answers(name: str, question: str, found: Sequence[Comparison], size: str) -> None:
+    """Puts a question's comparisons, seed by seed, into `results/<name>_losses.jsonl`, in the place of older ones."""
+    path = answers_file(name)
+    kept = path.read_text("utf-8").splitlines() if path.exists() else []
+    kept = [line for line in kept if json.loads(line)["asked"] != question]
+    where = {key: value for key, value in origin().items() if key != "machine"}
+    new = [json.dumps({"asked": question, "size": size, **where, **dataclasses.asdict(one)}) for one in found]
+    path.write_text("\n".join([*kept, *new]) + "\n", "utf-8")
+
+
+def read_answers(name: str, size: str) -> dict[str, list[Comparison]]:
+    """The comparisons that `save_answers` wrote, by question.
+
+    Raises:
+        ValueError: they are of another size.
+    """
+    found: dict[str, list[Comparison]] = {}
+    for line in answers_file(name).read_text("utf-8").splitlines():
+        value = json.loads(line)
+        if value["size"] != size:
+            raise ValueError(f"{answers_file(name)}: {value['asked']!r} is of {value['size']}, this study of {size}")
+        fields = {field.name: value[field.name] for field in dataclasses.fields(Comparison)}
+        for key in ("losses", "reference_losses"):
+            fields[key] = {int(seed): loss for seed, loss in fields[key].items()}
+        found.setdefault(value["asked"], []).append(Comparison(**fields))
+    return found
+
+
+def answers_file(name: str) -> Path:
+    """Where the losses of a study are kept."""
+    return RESULTS_DIR / f"{name}_losses.jsonl"
+
+
+def write_results(name: str, command: str, found: Sequence[Comparison], size: str) -> None:
     """Writes `results/<name>.json` and `docs/images/<name>.svg`."""
-    bench = Benchmark(name)
+    bench = Benchmark(name, command)
     for one in found:
         claimed = f"; claimed to be {one.claim}: {one.verdict}" if one.claim else f"; {one.verdict}"
         bench.add(

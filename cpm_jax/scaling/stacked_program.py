@@ -39,9 +39,9 @@ TRIALS = "trials"  # name of the mesh axis
 
 _MODEL_SCALARS = ("scale_emb", "scale_depth", "dim_model_base", "initializer_range")
 _OPTIMIZER_SCALARS = ("b1", "b2", "eps", "weight_decay", "decay_embeddings", "width_independent_decay")
-# Non-embedding parameters up to which CPUs take `vmap`. It loses at 230,000 (results/batched_cells.json); where it
-# begins to is not recorded yet (benchmarks/stacked_trials.py).
-_CPU_VMAP_PARAMS = 100_000
+# Non-embedding parameters up to which CPUs take `vmap`: on one device it is faster at 8,000 and slower at 33,000
+# (results/stacked_trials.json).
+_CPU_VMAP_PARAMS = 15_000
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,9 +5,10 @@ import math
 import pytest
 import scipy.stats
 
+from benchmarks import strategy_report
 from benchmarks.results import Benchmark
 from benchmarks.strategy import QUESTIONS, SEEDS, losses, step_law
-from benchmarks.strategy_report import MARGIN, Comparison, draw
+from benchmarks.strategy_report import MARGIN, Comparison, draw, read_answers, save_answers, write_results
 from cpm_jax.common.gin_files import list_gin_files
 from cpm_jax.scaling.runs import Run
 
@@ -86,7 +87,7 @@ def test_step_law_at_one_billion():
 
 def test_every_question_has_its_file():
     names = {path.stem for path in list_gin_files() if path.parent.name == "strategy"}
-    assert names == {*QUESTIONS, "base", "3h", "gpu"}
+    assert names == {*QUESTIONS, "base", "full", "gpu"}
 
 
 def test_the_figure_has_a_line_for_each_comparison():
@@ -95,12 +96,27 @@ def test_the_figure_has_a_line_for_each_comparison():
     assert [label.get_text() for label in axis.get_yticklabels()] == ["q: a − b"] * 2
 
 
-def test_what_is_written_says_the_verdict(tmp_path, monkeypatch):
-    from benchmarks import strategy_report
-
-    written = {}
+@pytest.fixture
+def results(tmp_path, monkeypatch):
+    """A folder of results of its own."""
+    monkeypatch.setattr(strategy_report, "RESULTS_DIR", tmp_path)
     monkeypatch.setattr(strategy_report, "IMAGES", tmp_path)
+    return tmp_path
+
+
+def test_answers_of_several_machines_are_kept_and_the_newer_wins(results):
+    save_answers("strategy", "mtp", [compare("better", 0.1, 0.2, 0.3), compare("better", 0.2, 0.2, 0.3)], "tiny")
+    save_answers("strategy", "fp8", [compare("no worse", 0.1, 0.2, 0.4)], "tiny")
+    newer = [compare("better", -0.1, -0.2, -0.3)]
+    save_answers("strategy", "mtp", newer, "tiny")
+    assert read_answers("strategy", "tiny") == {"fp8": [compare("no worse", 0.1, 0.2, 0.4)], "mtp": newer}
+    with pytest.raises(ValueError, match="'fp8' is of tiny, this study of large"):
+        read_answers("strategy", "large")
+
+
+def test_what_is_written_says_the_verdict(results, monkeypatch):
+    written = {}
     monkeypatch.setattr(Benchmark, "write", lambda self: written.setdefault("rows", self.rows))
-    strategy_report.write_results("strategy", [compare("no worse", 0.001, 0.002, 0.001)], "tiny")
+    write_results("strategy", "python", [compare("no worse", 0.001, 0.002, 0.001)], "tiny")
     assert "claimed to be no worse: holds" in written["rows"][0].baseline_name
-    assert (tmp_path / "strategy.svg").exists()
+    assert (results / "strategy.svg").exists()
