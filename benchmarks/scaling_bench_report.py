@@ -141,7 +141,8 @@ def ordering(small: Measured, large: Measured, measure: Any, *, draws: int = DRA
     rng = np.random.default_rng(seed)
     count, seeds, of_large = small.loss.shape[0], small.loss.shape[1], large.accuracy.shape[1]
     point = both(np.arange(count), np.arange(seeds), np.arange(of_large))
-    drawn = np.array([both(*(rng.choice(number, (number,)) for number in (count, seeds, of_large))) for _ in range(draws)])
+    numbers = count, seeds, of_large
+    drawn = np.array([both(*(rng.choice(number, (number,)) for number in numbers)) for _ in range(draws)])
     columns = [*zip(point, drawn.T, strict=True), (point[0] - point[1], drawn[:, 0] - drawn[:, 1])]
     ends = [np.quantile(column, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) for _, column in columns]
     return Ordering(
