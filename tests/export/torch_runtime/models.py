@@ -9,33 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from cpm_jax.data.tokenizer import Tokenizer
-from cpm_jax.modeling.config import ModelConfig, RopeConfig, SparseConfig
+from cpm_jax.modeling.config import ModelConfig
 from cpm_jax.modeling.decoder import bind, init_params
 from cpm_jax.modeling.kv_cache import init_cache
 from export.hf import export_hf
 from export.torch_runtime.model import Decoder, load_model
+from tests.export import small_models
 
-PLAIN = ModelConfig(
-    vocab_size=320,
-    num_layers=2,
-    d_model=64,
-    num_heads=4,
-    num_kv_heads=2,
-    d_ff=96,
-    max_position_embeddings=512,
-    initializer_range=0.15,
-    dtype="float32",
-)
-MUP = {"scale_emb": 12.0, "scale_depth": 1.4, "dim_model_base": 16}
-LONGROPE = RopeConfig(
-    short_factor=tuple(1.0 + 0.1 * i for i in range(8)),
-    long_factor=tuple(1.0 + 1.5 * i for i in range(8)),
-    original_max_position_embeddings=64,
-)
-# Of 19 blocks of a row of 300 tokens a query sees 5.
-SPARSE = SparseConfig(
-    kernel_size=8, kernel_stride=4, block_size=16, window_size=32, topk=3, dense_len=64, variant="huggingface"
-)
+PLAIN = dataclasses.replace(small_models.PLAIN, max_position_embeddings=512, initializer_range=0.15)
 
 
 def params_of(config: ModelConfig):

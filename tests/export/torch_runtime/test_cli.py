@@ -17,8 +17,8 @@ from export.torch_runtime.config import FolderError
 from export.torch_runtime.generate import SamplingConfig, Speed, generate, sample
 from export.torch_runtime.model import load_model
 from export.torch_runtime.text import Tokenizer
-from tests.export.small_models import small_tokenizer
-from tests.export.torch_runtime.models import SPARSE, exported
+from tests.export.small_models import SPARSE, small_tokenizer
+from tests.export.torch_runtime.models import exported
 
 PACKAGE = Path(cli.__file__).parent
 # Everything that the package may import beside the standard library and itself.

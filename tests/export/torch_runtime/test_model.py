@@ -20,8 +20,8 @@ from export.torch_runtime.generate import eager_step, prefill, static_step
 from export.torch_runtime.linear import QuantizedLinear
 from export.torch_runtime.model import load_model
 from tests.export.quantized_models import rounded_model
-from tests.export.small_models import small_tokenizer
-from tests.export.torch_runtime.models import LONGROPE, MUP, PLAIN, SPARSE, exported, jax_logits, tokens_of
+from tests.export.small_models import LONGROPE, MUP, SPARSE, small_tokenizer
+from tests.export.torch_runtime.models import PLAIN, exported, jax_logits, tokens_of
 
 
 @pytest.fixture(scope="module")
