@@ -31,11 +31,11 @@ from benchmarks.results import RESULTS_DIR, Benchmark
 from benchmarks.sparse_quality_texts import Excerpt, make_rows
 from cpm_jax.inference.decode_loop import NO_TOKEN, extend, start
 from cpm_jax.inference.generate import decoding_params, unstack_on_cpu
-from cpm_jax.inference.load import ComputeDType, LoadedModel, load_model
+from cpm_jax.inference.load import LoadedModel, load_model
 from cpm_jax.inference.sampling import SamplingConfig
 from cpm_jax.modeling import decoder
 from cpm_jax.modeling.absmax import quantize_absmax
-from cpm_jax.modeling.config import ModelConfig
+from cpm_jax.modeling.config import DType, ModelConfig
 from cpm_jax.modeling.decoder import Params, bind
 from cpm_jax.modeling.int8 import WeightDType, quantize_layers
 from cpm_jax.modeling.kv_cache import Cache, CacheDType, attend_to_cache, init_cache
@@ -48,7 +48,7 @@ BASE = "float32"
 class Variant(NamedTuple):
     """What is held in which type; `keys` is the rule of 4-bit keys where it is not the cache's own."""
 
-    dtype: ComputeDType = "float32"
+    dtype: DType = "float32"
     weight_dtype: WeightDType = ""
     cache_dtype: CacheDType = ""
     keys: str = ""
@@ -97,7 +97,7 @@ def prepare(published: LoadedModel, variants: Mapping[str, Variant]) -> dict[str
     """The models; those that differ in the cache alone share their parameters."""
 
     @functools.cache
-    def parameters(dtype: ComputeDType, weight_dtype: WeightDType) -> tuple[ModelConfig, Params]:
+    def parameters(dtype: DType, weight_dtype: WeightDType) -> tuple[ModelConfig, Params]:
         config = dataclasses.replace(published.config, dtype=dtype)
         params = quantize_layers(config, published.params) if weight_dtype else published.params
         return config, decoding_params(config, params)
