@@ -11,11 +11,12 @@ EXTRAS ?= data,export
 PY_TAG := $(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])' 2>/dev/null)
 CONSTRAINTS = constraints/$(PY_TAG).txt
 RUN = $(VENV)/bin/python
+comma := ,
 PYTEST = $(RUN) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev aot quickstart quickstart-sweep rounds-demo smollm2 spark-cluster test test-fast test-latest lint format bench \
-	results clean
+.PHONY: help venv dev aot openvino quickstart quickstart-sweep rounds-demo smollm2 llama parity spark-cluster test test-fast test-latest \
+	lint format bench results clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed 's/:.*## /\t/' | expand -t 16
@@ -31,12 +32,20 @@ $(VENV)/.run: setup.cfg $(CONSTRAINTS)
 	@touch $@
 
 dev: $(VENV)/.dev ## the same, with what tests and lint need
-$(VENV)/.dev: $(VENV)/.run $(VENV)/.no_deps
-	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS),curate,spark,eval,gguf,sweep,dev]'
+$(VENV)/.dev: $(VENV)/.run $(VENV)/.no_deps $(VENV)/pytorch_tokenizers/.done
+	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)$(if $(findstring export,$(EXTRAS)),$(comma)onnx),curate,spark,eval,gguf,sweep,dev]'
 	@touch $@
 
 $(VENV)/.no_deps: constraints/no_deps.txt $(VENV)/.run
 	$(VENV)/bin/pip install --quiet --no-deps --requirement constraints/no_deps.txt
+	@touch $@
+
+# Only its source: export/cuda compiles the part of it that reads tokenizer.json.
+$(VENV)/pytorch_tokenizers/.done: constraints/sources.txt $(VENV)/.run
+	rm -rf $(@D) && mkdir -p $(@D)
+	$(VENV)/bin/pip download --quiet --no-deps --no-binary :all: --no-build-isolation --dest $(@D) \
+		--requirement constraints/sources.txt
+	tar --extract --gzip --strip-components=1 --directory $(@D) --file $(@D)/pytorch_tokenizers-*.tar.gz
 	@touch $@
 
 $(VENV)/.curate: $(VENV)/.run $(VENV)/.no_deps
@@ -82,9 +91,30 @@ $(VENV)/aot/.done: $(CONSTRAINTS)
 	$(VENV)/bin/pip install --quiet --no-deps --upgrade --constraint $(CONSTRAINTS) --target $(VENV)/aot libtpu triton
 	@touch $@
 
+# cyllama brings llama.cpp ready built: only processes that run it look there.
+$(VENV)/llama/.done: $(CONSTRAINTS)
+	$(VENV)/bin/pip install --quiet --no-deps --upgrade --constraint $(CONSTRAINTS) --target $(VENV)/llama cyllama
+	@touch $@
+
+llama: $(VENV)/.run $(VENV)/llama/.done ## llama.cpp beside the environment: for the parity matrix
+
+PARITY ?= runs/parity
+
+parity: $(VENV)/.run $(VENV)/.no_deps $(VENV)/llama/.done $(VENV)/openvino/.done ## one checkpoint, equal logits, in every runtime: results/parity.html: make parity [PARITY=folder] [ARGS="--reduced …"]
+	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS),gguf,onnx]'
+	$(RUN) -m benchmarks.parity --work $(PARITY) $(ARGS)
+
 aot: $(VENV)/.run $(VENV)/aot/.done ## the compilers for TPUs (libtpu) and GPUs (triton) beside the environment: for `plan` and tests
 
-test: $(VENV)/.dev $(VENV)/aot/.done ## all tests, on CPU
+# An environment of its own, as its converter wants another transformers.
+$(VENV)/openvino/.done: constraints/openvino.txt $(VENV)/.run
+	$(VENV)/bin/python -m venv --clear $(VENV)/openvino
+	$(VENV)/openvino/bin/pip install --quiet --no-deps --requirement constraints/openvino.txt
+	@touch $@
+
+openvino: $(VENV)/openvino/.done ## OpenVINO and its converter, in an environment of their own: for `export` with FORMAT=openvino, and tests
+
+test: $(VENV)/.dev $(VENV)/aot/.done $(VENV)/llama/.done $(VENV)/openvino/.done ## all tests, on CPU
 	$(PYTEST) -n 2 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder --durations 25 -m 'not multidevice and not aot'
 	# Of the last two each keeps one core busy: together they take as long as one.
 	PYTHONPATH=$(VENV)/aot $(PYTEST) -m aot > $(VENV)/aot.log 2>&1 & aot=$$!; \

@@ -22,39 +22,50 @@ class Model(llama_cpp.LlamaModel):
         return self.get_vocab().n_vocab
 
 
-def main() -> None:
-    """Runs one job."""
-    job = json.loads(Path(sys.argv[1]).read_text("utf-8"))
-    llama_cpp.disable_logging()
-    model = Model(job["model"], llama_cpp.LlamaModelParams())
-    vocab, settings = model.get_vocab(), llama_cpp.LlamaContextParams()
-    settings.n_ctx = settings.n_batch = settings.n_ubatch = job["context"]
-    settings.type_k = settings.type_v = 0  # keys and values in float32, and no flash attention, which is float16
-    settings.flash_attn_type = 0
-    # One thread: where other programs want the cores too, several wait for each other most of the time.
-    settings.n_threads = settings.n_threads_batch = 1
-    context = llama_cpp.LlamaContext(model, settings)
+class Session:
+    """A file with one sequence under way; float32 wherever llama.cpp does not round by the types of the weights."""
 
-    def logits(ids: list[int], first: int) -> np.ndarray:
+    def __init__(self, file: str, length: int):
+        """Loads a file for sequences of up to `length` tokens."""
+        llama_cpp.disable_logging()
+        model = Model(file, llama_cpp.LlamaModelParams())
+        self.vocab, settings = model.get_vocab(), llama_cpp.LlamaContextParams()
+        settings.n_ctx = settings.n_batch = settings.n_ubatch = length
+        settings.type_k = settings.type_v = 0  # keys and values in float32, and no flash attention, which is float16
+        settings.flash_attn_type = 0
+        # One thread: where other programs want the cores too, several wait for each other most of the time.
+        settings.n_threads = settings.n_threads_batch = 1
+        self._context = llama_cpp.LlamaContext(model, settings)
+
+    def clear(self) -> None:
+        """Forgets all tokens."""
+        self._context.kv_cache_clear()
+
+    def logits(self, ids: list[int], first: int) -> np.ndarray:
         """Feeds tokens from position `first` on; their logits, float32 [T, V]."""
         batch = llama_cpp.LlamaBatch(n_tokens=len(ids), embd=0, n_seq_max=1)
         for place, token in enumerate(ids):
             batch.add(token, first + place, [0], True)
-        context.decode(batch)
-        return np.stack([np.asarray(context.get_logits_ith(i), np.float32) for i in range(len(ids))])
+        self._context.decode(batch)
+        return np.stack([np.asarray(self._context.get_logits_ith(i), np.float32) for i in range(len(ids))])
 
+
+def main() -> None:
+    """Runs one job."""
+    job = json.loads(Path(sys.argv[1]).read_text("utf-8"))
+    session = Session(job["model"], job["context"])
     out: dict[str, Any] = {}
     for index, text in enumerate(job["texts"]):
-        ids = vocab.tokenize(text, False, True)
+        ids = session.vocab.tokenize(text, False, True)
         out[f"text_ids_{index}"] = np.asarray(ids)
-        context.kv_cache_clear()
-        out[f"logits_{index}"] = logits(ids[: job["max_tokens"]], 0)
+        session.clear()
+        out[f"logits_{index}"] = session.logits(ids[: job["max_tokens"]], 0)
     for index, prompt in enumerate(job["prompts"]):
-        ids = vocab.tokenize(prompt, False, True)
-        context.kv_cache_clear()
-        said = [int(logits(ids, 0)[-1].argmax())]
+        ids = session.vocab.tokenize(prompt, False, True)
+        session.clear()
+        said = [int(session.logits(ids, 0)[-1].argmax())]
         while len(said) < job["greedy_tokens"]:
-            said.append(int(logits(said[-1:], len(ids) + len(said) - 1)[-1].argmax()))
+            said.append(int(session.logits(said[-1:], len(ids) + len(said) - 1)[-1].argmax()))
         out[f"prompt_ids_{index}"], out[f"greedy_{index}"] = np.asarray(ids), np.asarray(said)
     np.savez(sys.argv[2], **out)
 

@@ -12,12 +12,9 @@ import hashlib
 import itertools
 import json
 import math
-import multiprocessing
-import os
 import sysconfig
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +22,7 @@ import jax
 import numpy as np
 from matplotlib.figure import Figure
 
+from benchmarks.cores import process_on_each_core
 from benchmarks.results import Benchmark
 from cpm_jax.common.figures import COLORS
 from cpm_jax.common.files import write_json
@@ -153,11 +151,6 @@ def run_cell(study: Study, parametrization: str, width: int, depth: int, seed: i
     return {"losses": losses, "seconds": time.perf_counter() - begin}
 
 
-def take_core(cores: Any) -> None:
-    """Ties this process to one core of the queue: a small model's operations lose by being split over two."""
-    os.sched_setaffinity(0, {cores.get()})
-
-
 def record(name: str, found: dict[tuple[str, int, int, int], dict[str, Any]]) -> None:
     """Writes down how far the best learning rate moves, and draws the curves.
 
@@ -227,12 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         cell: folder / f"{'mup' if cell[0] == 'µP' else 'sp'}_d{cell[1]}_l{cell[2]}_seed{cell[3]}.json"
         for cell in study.cells()
     }
-    cores = multiprocessing.get_context("spawn").Queue()
-    for core in os.sched_getaffinity(0):
-        cores.put(core)
-    with ProcessPoolExecutor(
-        cores.qsize(), multiprocessing.get_context("spawn"), initializer=take_core, initargs=(cores,)
-    ) as pool:
+    with process_on_each_core() as pool:
         pending = {cell: pool.submit(run_cell, study, *cell) for cell, path in paths.items() if not path.exists()}
         for cell, future in pending.items():
             write_json(paths[cell], future.result())

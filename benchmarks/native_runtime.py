@@ -8,6 +8,7 @@ idle machine; `--skip_speed` leaves it out.
 
 import argparse
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,16 @@ from export.hf_check import logits_of
 SOURCE = Path(__file__).resolve().parents[1] / "export/cuda"
 CAPACITY, GREEDY_TOKENS, TOLERANCE = 256, 24, 1e-4
 TIMED = {"one by one": [], "trees of 16 drafts": ["--draft", "16"]}
+
+
+def missing() -> str:
+    """What is needed to build it and is not installed, and how to get it; "" where it builds."""
+    absent = [tool for tool in ("cmake", "g++") if shutil.which(tool) is None]
+    if not absent:
+        command = ["g++", "-std=c++17", "-fsyntax-only", "-x", "c++", "-"]
+        probe = subprocess.run(command, input=b"#include <nlohmann/json_fwd.hpp>\n", capture_output=True, check=False)
+        absent = ["nlohmann-json3-dev"] if probe.returncode else []
+    return f"{', '.join(absent)} not installed: apt-get install cmake g++ nlohmann-json3-dev" if absent else ""
 
 
 def build(folder: Path) -> Path:

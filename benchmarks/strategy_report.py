@@ -87,12 +87,14 @@ def save_answers(name: str, question: str, found: Sequence[Comparison], size: st
 
 
 def read_answers(name: str, size: str) -> dict[str, list[Comparison]]:
-    """The comparisons that `save_answers` wrote, by question.
+    """The comparisons that `save_answers` wrote, by question; none where there is no file.
 
     Raises:
         ValueError: they are of another size.
     """
     found: dict[str, list[Comparison]] = {}
+    if not answers_file(name).exists():
+        return found
     for line in answers_file(name).read_text("utf-8").splitlines():
         value = json.loads(line)
         if value["size"] != size:
@@ -112,6 +114,13 @@ def answers_file(name: str) -> Path:
 def write_results(name: str, command: str, found: Sequence[Comparison], size: str) -> None:
     """Writes `results/<name>.json` and `docs/images/<name>.svg`."""
     bench = Benchmark(name, command)
+    add_rows(bench, found, size)
+    bench.write()
+    draw(found, size).savefig(IMAGES / f"{name}.svg", format="svg", metadata={"Date": None})
+
+
+def add_rows(bench: Benchmark, found: Sequence[Comparison], size: str) -> None:
+    """Adds a row for each comparison of a study of some size."""
     for one in found:
         claimed = f"; claimed to be {one.claim}: {one.verdict}" if one.claim else f"; {one.verdict}"
         bench.add(
@@ -122,8 +131,6 @@ def write_results(name: str, command: str, found: Sequence[Comparison], size: st
             baseline_name=f"{one.reference}; difference {one.mean:+.4f} ± {one.half:.4f}{claimed}",
             baseline=statistics.fmean(one.reference_losses.values()),
         )
-    bench.write()
-    draw(found, size).savefig(IMAGES / f"{name}.svg", format="svg", metadata={"Date": None})
 
 
 def draw(found: Sequence[Comparison], size: str) -> Figure:

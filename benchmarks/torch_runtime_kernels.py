@@ -72,6 +72,11 @@ KERNELS = {
         "*bf16 *bf16 *i64 i32 i32 i32 i32",
         {"SIZE": 128, "DIMS": 128, "KEYS": 32},
     ),
+    "rotary embedding": Kernel(
+        "rotary.rotary_kernel",
+        "*bf16 *bf16 *fp32 *bf16 *bf16 i32 i32 i32",
+        {"NUM_HEADS": 32, "NUM_KV_HEADS": 2, "HALF": 64, "PAIRS": 64, "HEADS": 8},
+    ),
     "residual and norm": Kernel(
         "residual_norm.residual_norm_kernel",
         "*bf16 *bf16 *bf16 *bf16 *bf16 i32 fp32 fp32",

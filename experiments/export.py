@@ -1,41 +1,32 @@
-"""The verb `export`: a model becomes a Hugging Face folder, a GGUF file or StableHLO programs; or one is verified."""
+"""The verb `export`: a model becomes what other programs run, from Hugging Face's to a device's; or one is verified."""
 
 import re
-import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import safetensors
 from pydantic import PositiveInt
 
 from cpm_jax.checkpoints.hf_config import eos_token_ids, find_layout
 from cpm_jax.checkpoints.weights import Weights, load_weights
-from cpm_jax.common.config import ConfigError, InputError, config_dataclass
-from cpm_jax.common.files import publish_folder
+from cpm_jax.common.config import ConfigError, config_dataclass
 from cpm_jax.common.sharding import MeshConfig, make_mesh
-from export.checks import (
-    TEXTS,
-    compare_runtime,
-    compare_source,
-    describe,
-    read_export,
-    record,
-    verify_export,
-)
-from export.folders import check_replaceable
+from export.checks import Checked, check_export, describe, verify_export
+from export.devices.runtimes import RUNTIMES
+from export.folders import ExportError, check_replaceable
 from export.hf import DTYPES
-from export.manifest import Check, RecordedText, write_manifest
+from export.publish import Written, publish_export
 
 # Where a format has other names or types than the weights, those that lose nothing.
 _LOSSLESS = {
     "gguf": {"float32": "F32", "bfloat16": "BF16", "float16": "F16"},
     "stablehlo": {"float16": "float32"},
+    **{name: {"bfloat16": "float32", "float16": "float32"} for name in RUNTIMES},
 }
+# Exports of different types stand side by side.
+_BY_TYPE = ("gguf", *RUNTIMES)
 
 
 @config_dataclass
@@ -46,10 +37,11 @@ class ExportConfig:
         source: a workdir, checkpoints folder or checkpoint of ours, a Hugging Face folder, or a .gguf file; "" is the
             job's own workdir.
         format: "hf" writes a Hugging Face folder in the layout that the weights came in or, where they came in none, of
-            a class of transformers; "gguf" a GGUF file for llama.cpp; "stablehlo" programs that run with JAX alone; the
-            other values choose the layout.
-        type: type of the stored weights: one of GGUF's ("Q8_0", …) in GGUF, else "float32", "bfloat16" or "float16";
-            programs compute in it too. "" is the one that loses nothing.
+            a class of transformers; "gguf" a GGUF file for llama.cpp; "stablehlo" programs that run with JAX alone;
+            "onnx" a model for ONNX Runtime; "openvino" one for OpenVINO; the other values choose the layout.
+        type: type of the stored weights: one of GGUF's ("Q8_0", …) in GGUF; "float32", "int8", "int4" for devices, and
+            "float16" in OpenVINO; else "float32", "bfloat16" or "float16"; programs compute in it too. "" is the one
+            that loses nothing.
         tokenizer: a tokenizer.json or its folder; "" is the one of the source.
         name: of the model, in GGUF and in the name of its file; "" is that of the source.
         max_shard_bytes: size of the files in a Hugging Face folder above which there are several.
@@ -59,7 +51,9 @@ class ExportConfig:
     """
 
     source: str = ""
-    format: Literal["hf", "llama", "qwen2", "granite", "minicpm", "internlm2", "mimo", "gguf", "stablehlo"] = "hf"
+    format: Literal[
+        "hf", "llama", "qwen2", "granite", "minicpm", "internlm2", "mimo", "gguf", "stablehlo", "onnx", "openvino"
+    ] = "hf"
     type: str = ""
     tokenizer: str = ""
     name: str = ""
@@ -69,9 +63,10 @@ class ExportConfig:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
-        if self.format != "gguf" and self.type not in ("", *DTYPES):
+        accepted = RUNTIMES[self.format].types if self.format in RUNTIMES else DTYPES
+        if self.format != "gguf" and self.type not in ("", *accepted):
             raise ConfigError(
-                f"ExportConfig.type = {self.type!r}: with format {self.format!r} accepted are {', '.join(DTYPES)}; "
+                f"ExportConfig.type = {self.type!r}: with format {self.format!r} accepted are {', '.join(accepted)}; "
                 "GGUF's types need FORMAT=gguf",
                 field="ExportConfig.type",
             )
@@ -92,6 +87,8 @@ def run(config: ExportConfig, workdir: Path) -> None:
     if config.verify:
         print("\n".join(verify_export(Path(config.verify))))
         return
+    if config.format in RUNTIMES and (words := RUNTIMES[config.format].missing()):
+        raise ExportError(f"FORMAT={config.format} needs what is {words}")
     start = time.monotonic()
     if jax.process_count() > 1:
         raise ConfigError(
@@ -104,7 +101,7 @@ def run(config: ExportConfig, workdir: Path) -> None:
 
         named(config, lambda: check_kind(config.type))
     # The type may follow from the weights: what can be said before they are read is said now.
-    if config.type or config.format != "gguf":
+    if config.type or config.format not in _BY_TYPE:
         check_target(config, path, workdir / folder_name(config, config.type))
     weights = load_weights(path, config.tokenizer, mesh=make_mesh(config.mesh))
     dtype = config.type or _LOSSLESS.get(config.format, {}).get(weights.dtype, weights.dtype)
@@ -114,8 +111,10 @@ def run(config: ExportConfig, workdir: Path) -> None:
 
 
 def folder_name(config: ExportConfig, dtype: str) -> str:
-    """The folder of an export within a workdir; files of several GGUF types stand side by side."""
-    return {"gguf": f"gguf-{dtype}", "stablehlo": "stablehlo"}.get(config.format, "hf")
+    """The folder of an export within a workdir."""
+    if config.format in _BY_TYPE:
+        return f"{config.format}-{dtype}"
+    return "stablehlo" if config.format == "stablehlo" else "hf"
 
 
 def check_target(config: ExportConfig, source: Path, folder: Path) -> None:
@@ -140,71 +139,30 @@ def write(config: ExportConfig, weights: Weights, dtype: str, folder: Path) -> s
         ConfigError: the format has no place for what the model computes.
         InputError: the folder cannot be written.
     """
-    stage = folder.with_name(f".{folder.name}.export")
-    shutil.rmtree(stage, ignore_errors=True)
-    write_format = {"gguf": write_gguf, "stablehlo": write_stablehlo}.get(config.format, write_hf)
-    try:
-        fields = named(config, lambda: write_format(config, weights, dtype, stage))
-        path = stage / fields.pop("file", "")
-        read_back = fields.pop("read_back")
-        checked = check(path, weights, read_back) if config.check else Checked(not_made={"all": "CHECK=False"})
-        write_manifest(
-            stage,
-            format=config.format if config.format in ("gguf", "stablehlo") else "hf",
-            source=dict(weights.origin),
-            checks=checked.passed,
-            not_checked=dict(checked.not_made),
-            texts=checked.texts,
-            **fields,
-        )
-        publish_folder(stage, folder)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{folder} cannot be written: {error}. An earlier export there is as it was") from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-    for note in fields["left_out"]:
+    write_format = {
+        "gguf": write_gguf,
+        "stablehlo": write_stablehlo,
+        **dict.fromkeys(RUNTIMES, write_device),
+    }.get(config.format, write_hf)
+    written, checked = publish_export(
+        folder,
+        config.format if config.format in ("stablehlo", *_BY_TYPE) else "hf",
+        weights,
+        lambda stage: named(config, lambda: write_format(config, weights, dtype, stage)),
+        check=config.check,
+    )
+    tell(written, checked)
+    return f"{folder / written.file}: {written.architecture}, {written.parameters:,} parameters in {dtype}"
+
+
+def tell(written: Written, checked: Checked) -> None:
+    """Says what an export does not have, and what its checks found."""
+    for note in written.left_out:
         print(note, file=sys.stderr)
     for passed in checked.passed:
         print(f"check {passed.name}: {describe(passed)}")
     for name, reason in checked.not_made.items():
         print(f"not checked, {name}: {reason}")
-    return (
-        f"{folder / path.relative_to(stage)}: {fields['architecture']}, {fields['parameters']:,} parameters in {dtype}"
-    )
-
-
-@dataclass(frozen=True)
-class Checked:
-    """What the checks of an export found.
-
-    Attributes:
-        passed: the checks that were passed.
-        texts: what the exported model says of texts.
-        not_made: checks that could not be made, and why.
-    """
-
-    passed: tuple[Check, ...] = ()
-    texts: tuple[RecordedText, ...] = ()
-    not_made: Mapping[str, str] = field(default_factory=dict)
-
-
-def check(path: Path, weights: Weights, read_back: Callable[[], int]) -> Checked:
-    """Makes all checks of an export.
-
-    Args:
-        path: the folder or file that a runtime loads.
-        weights: what it was made of.
-        read_back: compares every value, and returns their number.
-
-    Raises:
-        ExportError: one is not passed.
-    """
-    passed = [Check("read_back", {"values": read_back()})]
-    exported = read_export(path)
-    passed.append(compare_source(exported, weights.params, weights.model, weights.tokenizer))
-    against = compare_runtime(exported, list(TEXTS.values()))
-    not_made = {"transformers": against} if isinstance(against, str) else {}
-    return Checked((*passed, *(() if isinstance(against, str) else (against,))), record(exported), not_made)
 
 
 def named(config: ExportConfig, action: Any) -> Any:
@@ -217,8 +175,8 @@ def named(config: ExportConfig, action: Any) -> Any:
         raise ConfigError(f"ExportConfig.type: {error}", field="ExportConfig.type") from error
 
 
-def write_hf(config: ExportConfig, weights: Weights, dtype: str, folder: Path) -> dict[str, Any]:
-    """Writes a Hugging Face folder; returns what its manifest says of it, and how it is read back."""
+def write_hf(config: ExportConfig, weights: Weights, dtype: str, folder: Path) -> Written:
+    """Writes a Hugging Face folder."""
     from export import hf
 
     layout: str = config.format
@@ -236,46 +194,75 @@ def write_hf(config: ExportConfig, weights: Weights, dtype: str, folder: Path) -
         imported_config=weights.imported.get("config"),
         imported_generation_config=weights.imported.get("generation_config"),
     )
-    return {
-        "architecture": result.architecture,
-        "types": {dtype: result.tensors},
-        "parameters": result.parameters,
-        "left_out": hf.left_out_notes(weights.model, result),
-        "read_back": lambda: hf.check_read_back(folder, weights.params, weights.model, layout, dtype),
-    }
+    return Written(
+        architecture=result.architecture,
+        types={dtype: result.tensors},
+        parameters=result.parameters,
+        left_out=hf.left_out_notes(weights.model, result),
+        check=lambda path: check_export(
+            path, weights, lambda: hf.check_read_back(path, weights.params, weights.model, layout, dtype)
+        ),
+    )
 
 
-def write_gguf(config: ExportConfig, weights: Weights, dtype: str, folder: Path) -> dict[str, Any]:
-    """Writes a folder with a GGUF file; returns what its manifest says of it, and how it is read back."""
+def write_gguf(config: ExportConfig, weights: Weights, dtype: str, folder: Path) -> Written:
+    """Writes a folder with a GGUF file."""
     from export import gguf
 
     name = config.name or model_name(str(weights.origin["name"]))
-    result = gguf.export_gguf(weights.params, weights.model, weights.tokenizer, folder, kind=dtype, name=name)
-    return {
-        "file": result.file,
-        "architecture": result.architecture,
-        "types": dict(result.types),
-        "parameters": result.parameters,
-        "left_out": result.notes,
-        "read_back": lambda: gguf.check_read_back(folder / result.file, weights.params, weights.model, dtype),
-    }
+    result = gguf.export_gguf(
+        weights.params, weights.model, weights.tokenizer, folder, kind=dtype, name=name, ternary=weights.ternary
+    )
+    return Written(
+        architecture=result.architecture,
+        types=dict(result.types),
+        parameters=result.parameters,
+        left_out=result.notes,
+        check=lambda path: check_export(
+            path, weights, lambda: gguf.check_read_back(path, weights.params, weights.model, dtype)
+        ),
+        file=result.file,
+    )
 
 
-def write_stablehlo(config: ExportConfig, weights: Weights, dtype: str, folder: Path) -> dict[str, Any]:
-    """Writes a folder with StableHLO programs; returns what its manifest says of it, and how it is read back."""
+def write_stablehlo(config: ExportConfig, weights: Weights, dtype: str, folder: Path) -> Written:
+    """Writes a folder with StableHLO programs."""
     from export import stablehlo
 
     ends = eos_token_ids(weights.imported.get("config", {}), weights.imported.get("generation_config", {}))
     result = stablehlo.export_stablehlo(
         weights.params, weights.model, weights.tokenizer, folder, dtype=dtype, eos_token_ids=ends
     )
-    return {
-        "architecture": "StableHLO",
-        "types": {dtype: result.tensors},
-        "parameters": result.parameters,
-        "left_out": result.notes,
-        "read_back": lambda: stablehlo.check_read_back(folder, weights.params, dtype),
-    }
+    return Written(
+        architecture="StableHLO",
+        types={dtype: result.tensors},
+        parameters=result.parameters,
+        left_out=result.notes,
+        check=lambda path: check_export(path, weights, lambda: stablehlo.check_read_back(path, weights.params, dtype)),
+    )
+
+
+def write_device(config: ExportConfig, weights: Weights, dtype: str, folder: Path) -> Written:
+    """Writes a folder for a device's runtime."""
+    from export.devices import checks, convert
+
+    result = convert.export_device(
+        weights.params,
+        weights.model,
+        weights.tokenizer,
+        folder,
+        runtime=config.format,
+        dtype=dtype,
+        imported_config=weights.imported.get("config"),
+        imported_generation_config=weights.imported.get("generation_config"),
+    )
+    return Written(
+        architecture=result.architecture,
+        types={dtype: result.tensors},
+        parameters=result.parameters,
+        left_out=result.notes,
+        check=lambda path: checks.check_device(path, config.format, dtype, weights),
+    )
 
 
 def model_name(source: str) -> str:

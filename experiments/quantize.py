@@ -19,6 +19,8 @@ from cpm_jax.quantization.calibration import calibration_sequences
 from cpm_jax.quantization.config import QuantizationConfig
 from cpm_jax.quantization.pipeline import QuantizedModel, quantize_model
 from experiments.convert import check_free, write_checkpoint
+from experiments.export import tell
+from export.publish import Written, publish_export
 
 SUMMARY_FILE = "quantization.json"
 
@@ -75,7 +77,7 @@ def run(config: QuantizeConfig, workdir: Path) -> None:
     check_free(workdir)
     weights = load_weights(Path(config.source), config.tokenizer)
     if config.pack:
-        _check_packing(config, weights)
+        check_packing(config, weights)
     tokens: np.ndarray | None = None
     if config.quantization.calibrates:
         length = min(config.seq_len, weights.model.max_position_embeddings)
@@ -85,7 +87,7 @@ def run(config: QuantizeConfig, workdir: Path) -> None:
         weights.params, weights.model, config.quantization, tokens, batch_size=config.batch_size, progress=True
     )
     if config.pack:
-        _pack(config, weights, quantized, workdir)
+        pack(config, weights, quantized, workdir)
     summary = {"quantization": config_to_dict(quantized.quantization)}
     text = json.dumps(summary | {"errors": quantized.errors, "exponents": quantized.exponents}, indent=2) + "\n"
     saved = dataclasses.replace(weights, model=quantized.config, params=quantized.params)
@@ -102,7 +104,12 @@ def _said(config: QuantizeConfig) -> str:
     return describe(config.quantization)
 
 
-def _check_packing(config: QuantizeConfig, weights: Weights) -> None:
+def check_packing(config: QuantizeConfig, weights: Weights) -> None:
+    """Checks, before anything is quantised, that the result can be packed.
+
+    Raises:
+        ConfigError: it cannot; says what can.
+    """
     from export.gptq import check_gptq
     from export.marlin import check_marlin
 
@@ -110,17 +117,33 @@ def _check_packing(config: QuantizeConfig, weights: Weights) -> None:
     check(weights.model, config.quantization)
 
 
-def _pack(config: QuantizeConfig, weights: Weights, quantized: QuantizedModel, workdir: Path) -> None:
-    from export.gptq import export_gptq
-    from export.marlin import export_marlin
+def pack(config: QuantizeConfig, weights: Weights, quantized: QuantizedModel, workdir: Path) -> None:
+    """Writes the folder of codes, checked against the quantised model, with a manifest that `export` verifies."""
+    from export import gptq, marlin
+    from export.checks import check_export
+    from export.hf import left_out_notes
+    from export.packed_source import check_read_back, tensor_types
 
-    write = export_gptq if config.pack == "gptq" else export_marlin
-    result = write(
-        quantized,
-        weights.tokenizer,
-        workdir / config.pack,
-        facts=weights.facts,
-        imported_config=weights.imported.get("config"),
-        imported_generation_config=weights.imported.get("generation_config"),
-    )
-    print(f"{result.folder}: {result.architecture}, {', '.join(result.files)}")
+    write = gptq.export_gptq if config.pack == "gptq" else marlin.export_marlin
+
+    def write_into(folder: Path) -> Written:
+        result = write(
+            quantized,
+            weights.tokenizer,
+            folder,
+            facts=weights.facts,
+            imported_config=weights.imported.get("config"),
+            imported_generation_config=weights.imported.get("generation_config"),
+        )
+        return Written(
+            architecture=result.architecture,
+            types=tensor_types(folder),
+            parameters=result.parameters,
+            left_out=left_out_notes(quantized.config, result),
+            check=lambda path: check_export(path, weights, lambda: check_read_back(path, quantized)),
+        )
+
+    folder = workdir / config.pack
+    written, checked = publish_export(folder, config.pack, weights, write_into)
+    tell(written, checked)
+    print(f"{folder}: {written.architecture}, {written.parameters:,} parameters, {_said(config)}")

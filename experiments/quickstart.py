@@ -18,7 +18,8 @@ import jax
 import numpy as np
 from pydantic import NonNegativeInt, PositiveInt
 
-from cpm_jax.checkpoints.manager import CheckpointConfig, restore_params
+from cpm_jax.checkpoints.manager import CheckpointConfig, find_checkpoint, restore_params
+from cpm_jax.checkpoints.weights import Weights, checkpoint_origin
 from cpm_jax.common.config import ConfigError, config_dataclass, config_to_dict
 from cpm_jax.common.extras import how_to_install
 from cpm_jax.common.files import write_json
@@ -391,8 +392,9 @@ def export(
     tokenizer: Tokenizer,
     workdir: Path,
 ) -> dict[str, Any]:
-    """Writes the Hugging Face folder, with the facts of the training in its model card."""
-    from export.hf import export_hf
+    """Writes the Hugging Face folder, checked, with a manifest and the facts of the training in its model card."""
+    from experiments.export import ExportConfig, tell, write_hf
+    from export.publish import publish_export
 
     facts = {
         "Text": ", ".join(manifest.sources),
@@ -402,13 +404,17 @@ def export(
         "zstd -19 on the same text": f"{scores['zstd']['value']:.4f}",
         "Commit": meta["git_revision"] or "unknown",
     }
-    result = export_hf(params, config.model, tokenizer, workdir / HF_DIR, facts=facts)
-    left_out = f"; {result.left_out:,} parameters of MTP layers left out" if result.left_out else ""
-    print(f"  {result.folder}: {result.architecture}, {result.parameters:,} parameters{left_out}")
+    origin = checkpoint_origin(find_checkpoint(workdir), meta, config.model, tokenizer)
+    weights = Weights(config.model, params, tokenizer, imported={}, facts=facts, origin=origin)
+    written, checked = publish_export(
+        workdir / HF_DIR, "hf", weights, lambda folder: write_hf(ExportConfig(), weights, weights.dtype, folder)
+    )
+    tell(written, checked)
+    print(f"  {workdir / HF_DIR}: {written.architecture}, {written.parameters:,} parameters")
     return {
-        "architecture": result.architecture,
-        "parameters": result.parameters,
-        "left_out": result.left_out,
+        "architecture": written.architecture,
+        "parameters": written.parameters,
+        "left_out": sum(leaf.size for leaf in jax.tree.leaves(params.get("mtp_layers", {}))),
         "flops_per_token": train_flops_per_token(config.model, manifest.seq_len),
     }
 

@@ -151,7 +151,8 @@ def trial_folder(workdir: Path, id: str) -> Path:
 def program_key(trial: Resolved) -> str | None:
     """What trials must agree in to share a program, see `cpm_jax.scaling.stacked`; None of one that cannot."""
     config = trial.config
-    if config.init_from or config.train.average_last or config.train.profile_start is not None:
+    alone = config.init_from or config.loss.distillation or config.train.average_last
+    if alone or config.train.profile_start is not None:
         return None
     rest: dict[str, Any] = {
         name: config_to_dict(getattr(config, name)) for name in ("mixture", "train", "loss", "checkpoint", "mesh")

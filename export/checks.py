@@ -8,8 +8,8 @@ class for it.
 import dataclasses
 import importlib.util
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cpm_jax.checkpoints.hf_config import LAYOUTS, find_layout
+from cpm_jax.checkpoints.hf_config import find_layout
 from cpm_jax.checkpoints.import_params import import_params
 from cpm_jax.checkpoints.sources import open_source
+from cpm_jax.checkpoints.weights import Weights
 from cpm_jax.common.extras import how_to_install
 from cpm_jax.data.tokenizer import Tokenizer
-from cpm_jax.modeling.config import ModelConfig
+from cpm_jax.modeling.config import ModelConfig, SparseConfig
+from export.devices.runtimes import RUNTIMES
 from export.folders import ExportError
 from export.hf_check import check_hf, greedy, logits_of
-from export.manifest import Check, RecordedText, check_files, read_manifest, tool_versions
+from export.hf_code import why_not_run
+from export.manifest import Check, Manifest, RecordedText, check_files, read_manifest, tool_versions
+from export.packed_source import PackedSource, is_marlin, is_packed
 from export.stablehlo import compare_programs, is_stablehlo, read_model
 
 MAX_TOKENS, GREEDY_TOKENS, TOP, TOLERANCE = 64, 16, 8, 1e-4
@@ -50,6 +54,7 @@ class Exported:
     Attributes:
         path: the folder or file that a runtime loads.
         config: the model, computing densely in float32.
+        sparse: the sparse attention of runtimes that have it.
         params: its parameters, float32: the values as they are stored.
         tokenizer: its tokenizer.
     """
@@ -58,6 +63,12 @@ class Exported:
     config: ModelConfig
     params: Any
     tokenizer: Tokenizer
+    sparse: SparseConfig | None = None
+
+    @property
+    def as_run(self) -> ModelConfig:
+        """The model as such a runtime computes it."""
+        return dataclasses.replace(self.config, sparse_config=self.sparse)
 
 
 def exact(config: ModelConfig) -> ModelConfig:
@@ -68,8 +79,8 @@ def exact(config: ModelConfig) -> ModelConfig:
 
 
 def _num_tokens(config: ModelConfig) -> int:
-    """How much of a text is used: so much that it and its continuation are rotated alike, however long the row is."""
-    longest = min(config.max_position_embeddings, config.rope.switch_length or MAX_TOKENS + GREEDY_TOKENS)
+    """How much of a text is used: so much that it and its continuation are computed alike, however long the row is."""
+    longest = min(config.max_position_embeddings, *config.switch_lengths, MAX_TOKENS + GREEDY_TOKENS)
     return min(MAX_TOKENS, max(1, longest - GREEDY_TOKENS))
 
 
@@ -84,11 +95,11 @@ def read_export(path: Path) -> Exported:
         config, params = read_model(path)
         wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)
         return Exported(path, exact(config), wide, Tokenizer.load(path))
-    source = open_source(path)
+    source = PackedSource(path) if is_packed(path) else open_source(path)
     if (tokenizer := source.tokenizer()) is None:
         raise ExportError(f"{path} has no tokenizer")
     config, params = import_params(source)
-    return Exported(path, exact(config), params, tokenizer)
+    return Exported(path, exact(config), params, tokenizer, config.sparse_config)
 
 
 def record(exported: Exported) -> tuple[RecordedText, ...]:
@@ -170,11 +181,58 @@ def compare_source(exported: Exported, params: Any, config: ModelConfig, tokeniz
     )
 
 
-def compare_runtime(exported: Exported, texts: Sequence[str]) -> Check | str:
-    """Compares with what runs the export elsewhere: its own programs, or `transformers`.
+@dataclass(frozen=True)
+class NotMade:
+    """A check that cannot be made.
 
-    Returns:
-        The check that was passed; or why it cannot be made, in words.
+    Attributes:
+        name: which.
+        reason: why, in words.
+    """
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What the checks of an export found.
+
+    Attributes:
+        passed: the checks that were passed.
+        texts: what the exported model says of texts.
+        not_made: checks that could not be made, and why.
+        tools: versions of packages that other processes checked it with.
+    """
+
+    passed: tuple[Check, ...] = ()
+    texts: tuple[RecordedText, ...] = ()
+    not_made: Mapping[str, str] = field(default_factory=dict)
+    tools: Mapping[str, str] = field(default_factory=dict)
+
+
+def check_export(path: Path, weights: Weights, read_back: Callable[[], int]) -> Checked:
+    """Makes all checks of an export.
+
+    Args:
+        path: the folder or file that a runtime loads.
+        weights: what it was made of.
+        read_back: compares every value, and returns their number.
+
+    Raises:
+        ExportError: one is not passed.
+    """
+    passed = [Check("read_back", {"values": read_back()})]
+    exported = read_export(path)
+    passed.append(compare_source(exported, weights.params, weights.model, weights.tokenizer))
+    against = compare_runtime(exported, list(TEXTS.values()))
+    if isinstance(against, NotMade):
+        return Checked(tuple(passed), record(exported), {against.name: against.reason})
+    return Checked((*passed, against), record(exported))
+
+
+def compare_runtime(exported: Exported, texts: Sequence[str]) -> Check | NotMade:
+    """Compares with what runs the export elsewhere: its own programs, `transformers`, or our runtime in PyTorch.
 
     Raises:
         ExportError: they differ.
@@ -182,44 +240,66 @@ def compare_runtime(exported: Exported, texts: Sequence[str]) -> Check | str:
     if is_stablehlo(exported.path):
         limit = _num_tokens(exported.config)
         return compare_programs(exported.path, [exported.tokenizer.encode(text)[:limit] for text in texts])
+    if is_packed(exported.path):
+        return compare_torch_runtime(exported, texts)
     return compare_transformers(exported, texts)
 
 
-def compare_transformers(exported: Exported, texts: Sequence[str]) -> Check | str:
-    """Compares with `transformers`.
+def compare_torch_runtime(exported: Exported, texts: Sequence[str]) -> Check | NotMade:
+    """Compares GPTQ weights with our runtime in PyTorch, as transformers loads them with CUDA kernels only.
 
-    Returns:
-        The check that was passed; or why it cannot be made, in words.
+    Raises:
+        ExportError: logits or greedy text differ.
+    """
+    if is_marlin(exported.path):
+        return NotMade("CPM.cu", "its kernels, which load Marlin weights, need a GPU")
+    if importlib.util.find_spec("torch") is None:
+        return NotMade("torch_runtime", f"torch not installed ({how_to_install('export')})")
+    from export.torch_check import check_torch_runtime
+
+    config = exported.as_run
+    rows = [exported.tokenizer.encode(text)[: _num_tokens(config)] for text in texts]
+    return check_torch_runtime(exported.path, config, exported.params, rows, GREEDY_TOKENS, TOLERANCE)
+
+
+def compare_transformers(exported: Exported, texts: Sequence[str]) -> Check | NotMade:
+    """Compares with `transformers`.
 
     Raises:
         ExportError: token ids, logits or greedy text differ.
     """
-    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
-    if missing:
-        return f"{' and '.join(missing)} not installed ({how_to_install('export')})"
-    source = open_source(exported.path)
-    layout = find_layout(source.config)
-    if exported.path.suffix == ".gguf":
-        if layout.model_type not in ("llama", "qwen2"):
-            return f"transformers does not load GGUF files of {layout.model_type}"
-        if exported.config.rope.rope_type != "default":
-            return f"transformers reads no scaling of the rotary embedding ({exported.config.rope.rope_type}) from GGUF"
-        if layout.model_type == "llama" and exported.config.attention_bias:
-            return "transformers reads no biases of llama from GGUF"
-    elif not layout.in_transformers:
-        known = ", ".join(name for name, other in LAYOUTS.items() if other.in_transformers)
-        return f"transformers has no class {layout.architecture}; it has those of {known}"
+    if reason := _no_transformers(exported):
+        return NotMade("transformers", reason)
+    of_transformers = exported.path.suffix == ".gguf" or find_layout(open_source(exported.path).config).in_transformers
+    config = exported.config if of_transformers else exported.as_run
     result = check_hf(
         exported.path,
         exported.params,
-        exported.config,
+        config,
         exported.tokenizer,
         texts,
-        max_tokens=_num_tokens(exported.config),
+        max_tokens=_num_tokens(config),
         greedy_tokens=GREEDY_TOKENS,
         tolerance=TOLERANCE,
     )
     return Check("transformers", dataclasses.asdict(result))
+
+
+def _no_transformers(exported: Exported) -> str:
+    """Why transformers cannot be compared with; "" where it can."""
+    missing = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+    if missing:
+        return f"{' and '.join(missing)} not installed ({how_to_install('export')})"
+    layout = find_layout(open_source(exported.path).config)
+    if exported.path.suffix != ".gguf":
+        return "" if layout.in_transformers else why_not_run(layout, exported.path)
+    if layout.model_type not in ("llama", "qwen2"):
+        return f"transformers does not load GGUF files of {layout.model_type}"
+    if exported.config.rope.rope_type != "default":
+        return f"transformers reads no scaling of the rotary embedding ({exported.config.rope.rope_type}) from GGUF"
+    if layout.model_type == "llama" and exported.config.attention_bias:
+        return "transformers reads no biases of llama from GGUF"
+    return ""
 
 
 def verify_export(folder: Path) -> list[str]:
@@ -239,6 +319,11 @@ def verify_export(folder: Path) -> list[str]:
     check_files(folder, manifest)
     size = sum(entry.bytes for entry in manifest.files.values())
     found = [f"{len(manifest.files)} files, {size:,} bytes: as they were written {manifest.date}"]
+    if manifest.format in RUNTIMES:
+        from export.devices.checks import verify_device  # it uses what stands here
+
+        said, tools = verify_device(folder, manifest)
+        return [*found, *said, *_changed_tools(manifest, tool_versions() | dict(tools))]
     models = [name for name in manifest.files if name.endswith(".gguf")]
     exported = read_export(folder / models[0] if models else folder)
     found.append(f"{manifest.architecture}, {manifest.parameters:,} parameters: read back")
@@ -251,15 +336,14 @@ def verify_export(folder: Path) -> list[str]:
         found.append("no texts were recorded, as it was written without checks")
     texts = [text.text for text in manifest.texts] or list(TEXTS.values())
     against = compare_runtime(exported, texts)
-    found.append(f"transformers: {against}" if isinstance(against, str) else f"{against.name}: {describe(against)}")
-    here = tool_versions()
+    found.append(f"{against.name}: {against.reason if isinstance(against, NotMade) else describe(against)}")
+    return found + _changed_tools(manifest, tool_versions())
+
+
+def _changed_tools(manifest: Manifest, here: Mapping[str, str]) -> list[str]:
     changed = {name: there for name, there in manifest.tools.items() if here.get(name, there) != there}
-    if changed:
-        found.append(
-            "other versions than when it was written: "
-            + ", ".join(f"{name} {here[name]} (then {there})" for name, there in changed.items())
-        )
-    return found
+    words = ", ".join(f"{name} {here[name]} (then {there})" for name, there in changed.items())
+    return [f"other versions than when it was written: {words}"] if changed else []
 
 
 def describe(check: Check) -> str:

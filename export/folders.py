@@ -13,6 +13,7 @@ from cpm_jax.common.config import ConfigError, InputError
 from cpm_jax.common.files import publish_folder
 
 MANIFEST_FILE = "manifest.json"
+WHERE_SPARSE = "Hugging Face folders of the layouts minicpm, internlm2 and mimo attend sparsely"
 
 
 class ExportError(InputError):

@@ -34,9 +34,9 @@ from cpm_jax.checkpoints.hf_layouts import Tensor, flatten, tensors, to_theirs
 from cpm_jax.common import provenance
 from cpm_jax.common.config import ConfigError
 from cpm_jax.data.tokenizer import Tokenizer
-from cpm_jax.modeling.config import ModelConfig
+from cpm_jax.modeling.config import PER_CHANNEL, PER_TENSOR, ModelConfig, TernaryConfig
 from cpm_jax.modeling.rotary import attention_factor, inverse_frequencies
-from export.folders import ExportError, check_replaceable, on_host, whole_folder
+from export.folders import WHERE_SPARSE, ExportError, check_replaceable, on_host, whole_folder
 from export.gguf_tokenizer import normalises, tokenizer_to_gguf
 
 # The types that the gguf package can write, and what llama.cpp calls a file of them.
@@ -102,6 +102,7 @@ def export_gguf(
     *,
     kind: str = "F16",
     name: str = "model",
+    ternary: TernaryConfig | None = None,
 ) -> GgufExport:
     """Writes a folder with one GGUF file, `<name>-<kind>.gguf`, whole or not at all.
 
@@ -114,16 +115,20 @@ def export_gguf(
             serves as one) is Q8_0 where the others have fewer bits, and with ternary types it and the embedding are
             F16; rows that no block of the type divides are F16.
         name: of the model.
+        ternary: how the model was trained, where `params` are ternary values.
 
     Returns:
         What was written.
 
     Raises:
         ConfigError: llama.cpp has no place for something that the model or its tokenizer does, values are beyond the
-            type's range, no matrix can be stored in the type, or `folder` holds something else than an export.
+            type's range, no matrix can be stored in the type, ternary values would not be stored as they are, or
+            `folder` holds something else than an export.
     """
     folder = Path(folder)
     check_kind(kind)
+    if ternary is not None:
+        check_ternary(config, ternary, kind)
     check_replaceable(folder)
     architecture = find_architecture(config)
     metadata, factors = _metadata(config, architecture, kind, name)
@@ -208,6 +213,32 @@ def check_kind(kind: str) -> None:
     raise ConfigError(f"kind = {kind!r}: accepted are {', '.join(FILE_TYPES)}{advice}", field="kind")
 
 
+def check_ternary(config: ModelConfig, ternary: TernaryConfig, kind: str) -> None:
+    """Checks that a packed ternary type holds the values of a ternary model as they are.
+
+    Raises:
+        ConfigError: a row cannot be divided into its blocks, or a block would have to hold several scales.
+    """
+    if kind not in _TERNARY:
+        return
+    block = gguf.GGML_QUANT_SIZES[Kind[kind]][0]
+    for item in plan_tensors(config, kind):
+        width = item.tensor.shape[-1]
+        if len(item.tensor.shape) > 1 and item.name not in (_HEAD, _EMBEDDING) and width % block:
+            raise ConfigError(
+                f"kind = {kind!r}: it stores blocks of {block} values, and {item.name} has rows of {width}: choose F16 "
+                f"or BF16, or train a model whose inputs are multiples of {block}",
+                field="kind",
+            )
+    if (size := ternary.group_size) > 0 and size % block:
+        raise ConfigError(
+            f"TernaryConfig.group_size = {size}: {kind} has one scale for {block} values; accepted are multiples of "
+            f"{block}, {PER_CHANNEL} (one for each output) and {PER_TENSOR} (one for each matrix) in the training, or "
+            "F16 and BF16 as the type",
+            field="TernaryConfig.group_size",
+        )
+
+
 # The model.
 
 
@@ -217,6 +248,7 @@ def find_architecture(config: ModelConfig) -> str:
     Raises:
         ConfigError: none does; names the field.
     """
+    config.refuse_ternary("a GGUF file")
     rope = config.rope
 
     def refuse(field: str, value: Any, why: str) -> None:
@@ -318,7 +350,10 @@ def _notes(config: ModelConfig, left_out: int) -> Iterator[str]:
             "place for them in this architecture. The next token's probabilities do not depend on them"
         )
     if config.sparse_config is not None:
-        yield "sparse attention (InfLLM v2) is left out: llama.cpp attends densely, with the same weights"
+        yield (
+            "sparse attention (InfLLM v2) is left out: llama.cpp attends densely, with the same weights; "
+            f"{WHERE_SPARSE}"
+        )
     if config.fp8:
         yield "products in FP8 are left out: llama.cpp multiplies the weights as they are stored"
 

@@ -57,6 +57,13 @@ def pack_words(values: Int[np.ndarray, "... n"], bits: int) -> Int32[np.ndarray,
     return np.bitwise_or.reduce(parts << shifts, axis=-1).view(np.int32)
 
 
+def unpack_words(words: Int32[np.ndarray, "... n*bits/32"], bits: int) -> Int[np.ndarray, "... n"]:
+    """Undoes `pack_words`."""
+    shifts = np.arange(WORD // bits, dtype=np.uint32) * np.uint32(bits)
+    values = (words.view(np.uint32)[..., None] >> shifts) & np.uint32((1 << bits) - 1)
+    return values.reshape(*words.shape[:-1], -1).astype(np.int32)
+
+
 def pack_linear(codes: Int8[np.ndarray, "K N"], scales: Float[np.ndarray, "K/g N"], bits: int) -> dict[str, np.ndarray]:
     """The four tensors of one linear layer, by the last part of their names.
 
@@ -73,6 +80,14 @@ def pack_linear(codes: Int8[np.ndarray, "K N"], scales: Float[np.ndarray, "K/g N
         "scales": scales.astype(np.float16),
         "g_idx": np.arange(inputs, dtype=np.int32) // np.int32(inputs // len(scales)),
     }
+
+
+def unpack_linear(parts: Mapping[str, np.ndarray], bits: int) -> Float[np.ndarray, "N K"]:
+    """The weights that the four tensors of a linear layer stand for, outputs first, as in Hugging Face's folders."""
+    codes = unpack_words(np.ascontiguousarray(parts["qweight"].T), bits)
+    zeros = unpack_words(parts["qzeros"], bits) + 1
+    groups = parts["g_idx"]
+    return (codes - zeros[groups].T) * parts["scales"].astype(np.float32)[groups].T
 
 
 def quantization_config(quantization: QuantizationConfig) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 By default it is a class that `transformers` loads without remote code. Two of its classes hold any model of ours:
 `LlamaForCausalLM`, and, where µP multipliers are on, `GraniteForCausalLM`, which has the same multipliers of
 embeddings, residual branches, attention and logits under other names. Biases on q, k and v (MiMo, Qwen2) become
-`attention_bias` with a zero bias on o.
+`attention_bias` with a zero bias on o. Folders of layouts that transformers has no class for carry one of ours
+(`hf_code.py`).
 
 MTP layers have a place in the layout of MiMo only; elsewhere they are left out, as model card and result say.
 """
@@ -28,7 +29,8 @@ from cpm_jax.common.config import ConfigError
 from cpm_jax.common.files import write_json, write_text
 from cpm_jax.data.tokenizer import Tokenizer
 from cpm_jax.modeling.config import ModelConfig
-from export.folders import ExportError, on_host, whole_folder
+from export.folders import WHERE_SPARSE, ExportError, on_host, whole_folder
+from export.hf_code import auto_map, code_of
 
 DTYPES = {
     "float32": np.dtype(np.float32),
@@ -179,21 +181,24 @@ def _model_card(config: ModelConfig, layout: Layout, result: HfExport, facts: Ma
         f"{config.num_heads} query and {config.num_kv_heads} key-value heads, vocabulary {config.vocab_size:,}, "
         f"up to {config.max_position_embeddings:,} tokens."
     )
-    lines = ["---", "pipeline_tag: text-generation", "---", "", "# A decoder written by cpm_jax", "", size, ""]
-    if layout.in_transformers:
-        lines[1:1] = ["library_name: transformers"]
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", ""]
+    lines += ["# A decoder written by cpm_jax", "", size, ""]
+    code = "" if layout.in_transformers else ", trust_remote_code=True"
+    lines += [
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder"{code})',
+        f'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder"{code})  # {result.architecture}',
+        'inputs = tokenizer("import ", return_tensors="pt")',
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))",
+        "```",
+    ]
+    if code:
         lines += [
-            "```python",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
             "",
-            'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")',
-            f'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")  # {result.architecture}',
-            'inputs = tokenizer("import ", return_tensors="pt")',
-            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))",
-            "```",
+            f"transformers has no such class: it is in `modeling_{layout.model_type}.py`, beside the weights.",
         ]
-    else:
-        lines += [f"The layout is that of {result.architecture}, whose code is published with its own weights."]
     if result.left_out:
         lines += [
             "",
@@ -228,7 +233,8 @@ def left_out_notes(config: ModelConfig, result: HfExport) -> tuple[str, ...]:
     layout = next(layout for layout in LAYOUTS.values() if layout.architecture == result.architecture)
     if config.sparse_config is not None and layout.in_transformers:
         notes.append(
-            f"sparse attention (InfLLM v2) is left out: {result.architecture} attends densely, with the same weights"
+            f"sparse attention (InfLLM v2) is left out: {result.architecture} attends densely, with the same weights; "
+            f"{WHERE_SPARSE}"
         )
     return tuple(notes)
 
@@ -309,6 +315,8 @@ def export_hf(
     """
     chosen = choose_layout(layout, config, tokenizer)
     content = hf_config(config, tokenizer, dtype, chosen, imported_config)
+    if not chosen.in_transformers:
+        content["auto_map"] = auto_map(chosen)
     folder = Path(folder)
     with whole_folder(folder) as partial:
         flat, parts = flatten(params), tensors(chosen.names, config)
@@ -322,6 +330,9 @@ def export_hf(
             tensors=len(parts),
         )
         write_companions(partial, content, config, tokenizer, imported_generation_config)
+        if not chosen.in_transformers:
+            for name, text in code_of(chosen).items():
+                write_text(partial / name, text)
         write_text(partial / "README.md", _model_card(config, chosen, result, facts or {}))
     return result
 

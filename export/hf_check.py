@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cpm_jax.checkpoints.hf_config import LAYOUTS, find_layout
+from cpm_jax.checkpoints.hf_config import find_layout
 from cpm_jax.checkpoints.sources import CONFIG_FILE
 from cpm_jax.common.config import ConfigError
 from cpm_jax.common.extras import how_to_install
@@ -20,6 +20,7 @@ from cpm_jax.data.tokenizer import Tokenizer
 from cpm_jax.modeling.config import ModelConfig
 from cpm_jax.modeling.decoder import bind
 from export.folders import ExportError
+from export.hf_code import why_not_run
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,12 @@ def _load(path: Path) -> tuple[Any, Any, Any]:
     except ImportError as error:
         raise ConfigError(f"checking against transformers needs {error.name}: {how_to_install('export')}") from error
     if path.suffix == ".gguf":
-        folder, options = path.parent, {"gguf_file": path.name}
+        folder, options, runs_code = path.parent, {"gguf_file": path.name}, False
     else:
-        folder, options = path, {}
-        layout = find_layout(json.loads((folder / CONFIG_FILE).read_text("utf-8")))
-        if not layout.in_transformers:
-            known = ", ".join(name for name, other in LAYOUTS.items() if other.in_transformers)
-            raise ConfigError(f"transformers has no class {layout.architecture} to check {folder} with; it has {known}")
+        layout = find_layout(json.loads((path / CONFIG_FILE).read_text("utf-8")))
+        if not layout.in_transformers and (reason := why_not_run(layout, path)):
+            raise ConfigError(f"{path} cannot be checked: {reason}")
+        folder, options, runs_code = path, {}, not layout.in_transformers
     transformers.utils.logging.disable_progress_bar()
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         folder,
@@ -72,13 +72,16 @@ def _load(path: Path) -> tuple[Any, Any, Any]:
         attn_implementation="eager",
         output_loading_info=True,
         local_files_only=True,
+        trust_remote_code=runs_code,
         **options,
     )
     model, info = loaded
     problems = {name: sorted(map(str, found)) for name, found in info.items() if found}
     if problems:
         raise ExportError(f"transformers loads {path} with {problems}")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
+    # Given the config, it has no reason to run code, and none of its own is run.
+    given = {"config": model.config, "trust_remote_code": False} if runs_code else {}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **given, **options)
     return torch, model.eval(), tokenizer
 
 
@@ -153,8 +156,8 @@ def check_hf(
 
     Raises:
         ExportError: token ids, logits or greedy text differ.
-        ConfigError: torch or transformers is not installed, transformers has no class for the layout, or the texts
-            have no tokens.
+        ConfigError: torch or transformers is not installed, transformers has no class for the layout and the folder
+            no code of ours, or the texts have no tokens.
     """
     torch, model, hf_tokenizer = _load(folder := Path(folder))
     is_gguf = folder.suffix == ".gguf"

@@ -68,7 +68,7 @@ class Manifest:
     """The content of `manifest.json`.
 
     Attributes:
-        format: "hf", "gguf" or "stablehlo".
+        format: "hf", "gguf", "stablehlo", "onnx", "openvino", "gptq" or "marlin".
         architecture: what the runtime is to load it as.
         types: number of tensors of each stored type.
         parameters: number of values in them.
@@ -119,17 +119,18 @@ def describe_files(folder: Path) -> dict[str, FileEntry]:
     return {name: FileEntry(path.stat().st_size, sha256(path)) for name, path in names.items() if name != MANIFEST_FILE}
 
 
-def write_manifest(folder: Path, **fields: Any) -> Manifest:
+def write_manifest(folder: Path, *, tools: Mapping[str, str] | None = None, **fields: Any) -> Manifest:
     """Describes the files of a finished export, and writes its `manifest.json`.
 
     Args:
         folder: the export.
+        tools: versions of packages that other processes wrote or checked it with.
         fields: of `Manifest`, without files, tools, commit and date.
     """
     manifest = Manifest(
         **fields,
         files=describe_files(folder),
-        tools=tool_versions(),
+        tools=tool_versions() | dict(tools or {}),
         commit=provenance.git_revision(),
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )

@@ -25,7 +25,7 @@ from cpm_jax.data.tokenizer import Tokenizer
 from cpm_jax.modeling.config import ModelConfig
 from cpm_jax.quantization.config import QuantizationConfig
 from cpm_jax.quantization.pipeline import QuantizedModel
-from export.gptq import DTYPE, kernel_shapes, pack_words, split_tensors, write_quantized
+from export.gptq import DTYPE, kernel_shapes, pack_words, split_tensors, unpack_words, write_quantized
 from export.hf import HfExport, choose_layout, stored
 
 BITS, GROUP_SIZE = 4, 128  # what CPM.cu loads
@@ -49,6 +49,22 @@ def pack_codes(codes: Int8[np.ndarray, "K N"]) -> Int32[np.ndarray, "K/16 2*N"]:
     threads = parts.transpose(0, 4, 7, 2, 5, 3, 6, 1)  # band, chunk, column, pair, tile, then a word: odd, side, half
     words = pack_words(threads.reshape(-1, 8).astype(np.int32) + (1 << (BITS - 1)), BITS)
     return words.reshape(inputs // TILE, outputs * TILE * BITS // 32)
+
+
+def unpack_codes(words: Int32[np.ndarray, "K/16 2*N"]) -> Int8[np.ndarray, "K N"]:
+    """Undoes `pack_codes`."""
+    bands, width = words.shape
+    outputs = width // 2
+    values = unpack_words(words.reshape(-1, 1), BITS) - (1 << (BITS - 1))
+    parts = values.reshape(bands, outputs // CHUNK, 8, 4, CHUNK // TILE, 2, 2, 2).transpose(0, 7, 3, 5, 1, 4, 6, 2)
+    return parts.reshape(bands * TILE, outputs).astype(np.int8)
+
+
+def unpack_linear(parts: Mapping[str, np.ndarray]) -> Float[np.ndarray, "N K"]:
+    """The weights that the two tensors of a fused layer stand for, outputs first."""
+    scales = pack_scales(parts["scales"]).astype(np.float32)  # transposed twice, squares are as they were
+    codes = unpack_codes(parts["qweight"])
+    return (codes * np.repeat(scales, len(codes) // len(scales), axis=0)).T
 
 
 def pack_scales(scales: Float[np.ndarray, "G N"]) -> Float[np.ndarray, "G N"]:

@@ -28,7 +28,7 @@ from cpm_jax.data.tokenizer import Tokenizer
 from cpm_jax.modeling.config import DType, ModelConfig
 from cpm_jax.modeling.decoder import Params, abstract_params, bind
 from cpm_jax.modeling.kv_cache import KEY_BLOCK, KVCache
-from export.folders import ExportError, on_host, whole_folder
+from export.folders import WHERE_SPARSE, ExportError, on_host, whole_folder
 from export.hf_check import logits_of
 from export.manifest import Check
 
@@ -56,7 +56,12 @@ class StableHLOExport:
 
 
 def exported_model(config: ModelConfig, dtype: DType) -> ModelConfig:
-    """The model that the programs compute: dense, without MTP layers, parameters and activations of one type."""
+    """The model that the programs compute: dense, without MTP layers, parameters and activations of one type.
+
+    Raises:
+        ConfigError: the model is ternary.
+    """
+    config.refuse_ternary("a StableHLO program")
     return dataclasses.replace(
         config,
         dtype=dtype,
@@ -176,7 +181,10 @@ def _notes(config: ModelConfig, model: ModelConfig) -> list[str]:
     if config.num_nextn_predict_layers:
         notes.append("MTP layers are left out: the next token's probabilities do not depend on them")
     if config.sparse_config is not None:
-        notes.append("sparse attention (InfLLM v2) is left out: the programs attend densely, with the same weights")
+        notes.append(
+            "sparse attention (InfLLM v2) is left out: the programs attend densely, with the same weights; "
+            f"{WHERE_SPARSE}"
+        )
     if (limit := cache_limit(model)) < config.max_position_embeddings:
         notes.append(
             f"the cache has at most {limit:,} slots of the context's {config.max_position_embeddings:,}: it consists "

@@ -370,6 +370,7 @@ def _check_holds(config: ModelConfig, layout: Layout) -> None:
     def refuse(field: str, value: Any, why: str) -> None:
         raise ConfigError(f"{field} = {value}: the layout {layout.model_type!r} {why}", field=field)
 
+    config.refuse_ternary("a published config")
     others = ", ".join(name for name, other in LAYOUTS.items() if other.multipliers)
     if _has_multipliers(config) and not layout.multipliers:
         for name, off in (("scale_emb", 1), ("scale_depth", 0), ("dim_model_base", 0)):

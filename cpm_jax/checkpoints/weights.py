@@ -22,8 +22,9 @@ from cpm_jax.common import provenance
 from cpm_jax.common.config import InputError, config_from_dict, config_to_dict
 from cpm_jax.common.progress import Progress
 from cpm_jax.data.tokenizer import Tokenizer
-from cpm_jax.modeling.config import DType, ModelConfig
+from cpm_jax.modeling.config import PER_CHANNEL, PER_TENSOR, DType, ModelConfig, TernaryConfig
 from cpm_jax.modeling.decoder import Params, abstract_params
+from cpm_jax.modeling.ternary import materialize
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Weights:
             config.json ("config") and generation_config.json ("generation_config"); empty for a model that began here.
         facts: what its model card says.
         origin: what a manifest says of the source: its name, kind, step, tokens, commit and hashes.
+        ternary: how a model was rounded that was trained ternary; `model` and `params` then are of the rounded values.
     """
 
     model: ModelConfig
@@ -46,6 +48,7 @@ class Weights:
     imported: Mapping[str, Any]
     facts: Mapping[str, str]
     origin: Mapping[str, str | int]
+    ternary: TernaryConfig | None = None
 
     @property
     def dtype(self) -> str:
@@ -147,7 +150,17 @@ def _load_checkpoint(checkpoint: Path, given: str, mesh: Mesh | None) -> Weights
     imported = meta.get("imported", {})
     if imported:
         facts = {"Imported from": Path(imported["path"]).name} | facts
-    return Weights(model, params, tokenizer, imported, facts, checkpoint_origin(checkpoint, meta, model, tokenizer))
+    if model.ternary is not None:
+        facts |= {"Weights": f"ternary, {describe_groups(model.ternary)}"}
+    origin = checkpoint_origin(checkpoint, meta, model, tokenizer)
+    plain, params = materialize(model, params)
+    return Weights(plain, params, tokenizer, imported, facts, origin, model.ternary)
+
+
+def describe_groups(ternary: TernaryConfig) -> str:
+    """What shares a scale, in words."""
+    names = {PER_TENSOR: "one scale for each matrix", PER_CHANNEL: "one scale for each output"}
+    return names.get(ternary.group_size, f"one scale for {ternary.group_size} inputs of each output")
 
 
 def checkpoint_origin(

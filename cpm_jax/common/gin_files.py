@@ -164,6 +164,13 @@ def list_gin_files(below: str = "") -> list[Path]:
     return sorted((GIN_ROOT / below).rglob("*.gin"))
 
 
+def verbs_with_macro(name: str) -> list[str]:
+    """The verbs whose run files set a macro, by the commands in their headers."""
+    texts = (path.read_text(encoding="utf-8") for path in list_gin_files("runs"))
+    commands = (re.search(r"experiments\.run (\w+)", text) for text in texts if re.search(rf"^{name} = ", text, re.M))
+    return sorted({command[1] for command in commands if command})
+
+
 def _short_name(path: Path) -> str:
     for root in (GIN_ROOT, Path.cwd()):
         if path.is_relative_to(root):

@@ -27,6 +27,7 @@ from cpm_jax.common.gin_files import (
     parse_flag,
     read_gin_text,
     suggest,
+    verbs_with_macro,
     with_includes,
 )
 
@@ -155,7 +156,9 @@ class Settings:
             if name not in users and not offered:
                 shown = setting.where if setting.from_flag else f"{setting.where}: {name}"
                 near = suggest(name, list(users)) or f"\n  macros: {', '.join(sorted(users))}"
-                problems.append(f"{shown}: no gin file uses the macro {name}{near}")
+                verbs = verbs_with_macro(name)
+                elsewhere = f"\n  {name} is a macro of {', '.join(verbs)}" if verbs else ""
+                problems.append(f"{shown}: no gin file uses the macro {name}{near}{elsewhere}")
         final = {(s.scope, s.key): s for s in self.settings}.values()
         needed = {r.name: s for s in final for r in s.references if r.is_macro and r != REQUIRED}
         without = {name: s for name, s in needed.items() if name not in macros}

@@ -7,6 +7,7 @@ out. Nothing is loaded from elsewhere, so the file can be mailed, printed, or op
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import jinja2
 
@@ -85,6 +86,39 @@ class Table:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """A cell of a grid.
+
+    Attributes:
+        text: what it says.
+        tone: "good", "bad", "none" where there is nothing to judge, or "gap" where that is missing.
+        detail: smaller, below it.
+        tooltip: everything, for those who point at it.
+    """
+
+    text: str
+    tone: Literal["good", "bad", "none", "gap"]
+    detail: str = ""
+    tooltip: str = ""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Verdicts by two things, in colours.
+
+    Attributes:
+        header: names of the columns, the first of which holds the names of the rows.
+        rows: name and marks of each.
+        caption: a sentence below it.
+    """
+
+    header: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[Mark]]]
+    caption: str = ""
+    kind: str = "grid"
+
+
+@dataclass(frozen=True)
 class Sample:
     """Text that a model wrote.
 
@@ -109,7 +143,7 @@ class Details:
     kind: str = "details"
 
 
-Block = Text | Figure | Figures | Table | Sample | Details
+Block = Text | Figure | Figures | Table | Grid | Sample | Details
 
 
 @dataclass(frozen=True)

@@ -323,11 +323,11 @@ def decoding_params(config: ModelConfig, params: Params) -> Params:
     """Parameters without MTP layers, with matrices and biases in the compute dtype.
 
     The model casts them to it in any case before it multiplies, so casting them once changes no result and halves what
-    every token has to read. Norm scales are used in float32, FP8 scales are taken from the stored values, and int8
-    kernels are multiplied as they are.
+    every token has to read. Norm scales are used in float32, scales of FP8 and of ternary weights are taken from the
+    stored values, and int8 kernels are multiplied as they are.
     """
     params = {name: value for name, value in params.items() if name != "mtp_layers"}
-    if config.fp8:
+    if config.fp8 or config.ternary is not None:
         return params
 
     def cast(path: tuple[jax.tree_util.DictKey, ...], leaf: jax.Array | Int8Kernel) -> jax.Array | Int8Kernel:

@@ -15,6 +15,7 @@ from cpm_jax.data.tokenizer import Tokenizer
 from cpm_jax.modeling.config import ModelConfig, SparseConfig
 from cpm_jax.modeling.decoder import Params, abstract_params
 from cpm_jax.modeling.int8 import WeightDType, quantize_layers
+from cpm_jax.modeling.ternary import materialize
 
 ComputeDType = Literal["", "float32", "bfloat16"]
 
@@ -23,8 +24,8 @@ class LoadedModel(NamedTuple):
     """What generation and evaluation need.
 
     Attributes:
-        config: the model.
-        params: its parameters.
+        config: the model; one that was trained ternary is an ordinary one here.
+        params: its parameters; of such a model the rounded values.
         tokenizer: the tokenizer that it was trained with.
         step: training step of the checkpoint; 0 of weights from elsewhere.
         path: the checkpoint, folder or file that was read.
@@ -89,6 +90,7 @@ def _load_own(path: Path, tokenizer: str | Path | None, dtype: ComputeDType, mes
             f"the tokenizer {folder} is not the one that the model in {step_dir} was trained with: its sha256 is "
             f"{loaded.sha256}, not {trained_with}"
         )
+    config, params = materialize(config, params)
     imported = meta.get("imported", {})
     eos_ids = eos_token_ids(imported.get("config", {}), imported.get("generation_config", {}))
     return LoadedModel(config, params, loaded, int(meta.get("step", 0)), step_dir, eos_ids)

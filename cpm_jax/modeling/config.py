@@ -200,6 +200,29 @@ class SparseConfig:
         return length > self.dense_len
 
 
+PER_TENSOR, PER_CHANNEL = 0, -1  # as TernaryConfig.group_size
+
+
+@config_dataclass
+class TernaryConfig:
+    """Weights of -1, 0 and 1 times a scale in the linear layers (BitCPM4, MiniCPM4 report §3.3); see `ternary.py`.
+
+    Attributes:
+        group_size: consecutive inputs of an output that share a scale, 256 in llama.cpp's packed files; -1 gives each
+            output one, 0 the whole matrix (BitNet b1.58).
+    """
+
+    group_size: int = 256
+
+    def __post_init__(self) -> None:
+        if self.group_size < PER_CHANNEL:
+            raise ConfigError(
+                f"TernaryConfig.group_size = {self.group_size}: must be positive, {PER_TENSOR} for one scale for each "
+                f"matrix, or {PER_CHANNEL} for one for each output",
+                field="TernaryConfig.group_size",
+            )
+
+
 @config_dataclass
 class ModelConfig:
     """A decoder-only transformer of the MiniCPM4, MiMo, InternLM2 and Llama family.
@@ -230,6 +253,8 @@ class ModelConfig:
         dtype: type of activations and of the matrices as they are multiplied.
         param_dtype: type in which parameters are stored and updated.
         fp8: whether the linear projections multiply in FP8 (MiniCPM4 report §2.3).
+        ternary: how the linear projections' weights are rounded to three values as they are multiplied; embedding,
+            norms, biases and head are not. None does not round them.
         remat: what the backward pass recomputes: nothing, all but the outputs of matrix products ("dots"), or
             the whole layer ("full").
         scan_layers: whether layers run in `lax.scan` (fast to compile) or unrolled (fast to run when small).
@@ -256,6 +281,7 @@ class ModelConfig:
     dtype: DType = "bfloat16"
     param_dtype: DType = "float32"
     fp8: bool = False
+    ternary: TernaryConfig | None = None
     remat: Literal["none", "dots", "full"] = "none"
     scan_layers: bool = True
 
@@ -287,6 +313,8 @@ class ModelConfig:
                 f"{self.head_size // 2}",
                 field="RopeConfig.short_factor",
             )
+        if self.ternary is not None:
+            self._check_ternary(self.ternary.group_size)
         sparse = self.sparse_config
         if sparse is not None and not sparse.applies(self.max_position_embeddings):
             _warn_once(
@@ -301,6 +329,42 @@ class ModelConfig:
                     f"tokens that max_position_embeddings = {self.max_position_embeddings} has",
                     field="SparseConfig.topk",
                 )
+
+    def refuse_ternary(self, where: str) -> None:
+        """Refuses a model whose parameters are not yet the ternary values that it computes with.
+
+        Args:
+            where: what has no place for them, in words.
+
+        Raises:
+            ConfigError: it is one.
+        """
+        if self.ternary is not None:
+            raise ConfigError(
+                f"ModelConfig.ternary = {self.ternary}: {where} holds weights as they are multiplied; must be None, "
+                "with the parameters that `cpm_jax.modeling.ternary.materialize` gives",
+                field="ModelConfig.ternary",
+            )
+
+    def _check_ternary(self, group_size: int) -> None:
+        inputs = {
+            "d_model": self.d_model,
+            "num_heads x head_dim": self.num_heads * self.head_size,
+            "d_ff": self.d_ff,
+        }
+        odd = [f"{name} = {size}" for name, size in inputs.items() if group_size > 0 and size % group_size]
+        if odd:
+            raise ConfigError(
+                f"TernaryConfig.group_size = {group_size}: must divide the inputs of every linear layer, and does not "
+                f"divide {', '.join(odd)}; {PER_CHANNEL} is one scale for each output, {PER_TENSOR} for each matrix",
+                field="TernaryConfig.group_size",
+            )
+        if self.fp8:
+            raise ConfigError(
+                "ModelConfig.fp8 = True: FP8 would round the scales of ternary weights again; must be False with "
+                "ModelConfig.ternary",
+                field="ModelConfig.fp8",
+            )
 
     @property
     def switch_lengths(self) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from cpm_jax.common.sharding import activation_spec, is_divided
 from cpm_jax.modeling.config import ModelConfig
 from cpm_jax.modeling.fp8 import fp8_matmul
 from cpm_jax.modeling.int8 import Int8Kernel, int8_matmul
+from cpm_jax.modeling.ternary import fake_quantize
 from kernels_pallas.collectives import axis_names, gather_parameter
 
 
@@ -45,7 +46,9 @@ def hidden_std(config: ModelConfig) -> float:
 
 
 class Linear(nnx.Module):
-    """A matrix product, with a bias on request, in the dtype of its input (operands in FP8 when `config.fp8`).
+    """A matrix product, with a bias on request, in the dtype of its input.
+
+    Operands are FP8 when `config.fp8`; the kernel is rounded to three values when `config.ternary`.
 
     Parameters: kernel [in, out] (for inference also an `Int8Kernel`), bias [out].
     """
@@ -56,19 +59,21 @@ class Linear(nnx.Module):
         """Declares the parameters.
 
         Args:
-            config: gives dtypes, the initial scale and whether to multiply in FP8.
+            config: gives dtypes, the initial scale and how operands are rounded.
             in_features: size of the input's last dimension.
             out_features: size of the output's last dimension.
             axes: logical axes of the two dimensions of the kernel.
             use_bias: whether a bias is added.
         """
-        self.fp8 = config.fp8
+        self.fp8, self.ternary = config.fp8, config.ternary
         self.kernel = declare_param(config, (in_features, out_features), axes, std=hidden_std(config))
         self.bias = declare_param(config, (out_features,), axes[1:]) if use_bias else None
 
     def __call__(self, x: Float[Array, "... in"]) -> Float[Array, "... out"]:
         """Projects the last dimension of x."""
         kernel = self.kernel.get_value()
+        if self.ternary is not None:
+            kernel = fake_quantize(kernel, self.ternary.group_size)
         # Rows that are not divided over devices become one dimension: the kernel's gradient is then a product of two
         # matrices as they lie, where XLA on CPU would recompute what it sums over into a transposed copy.
         rows = x if is_divided() else x.reshape(-1, x.shape[-1])

@@ -109,7 +109,8 @@ def quantize_model(
         progress: whether to show how far it is.
 
     Raises:
-        ConfigError: the group size does not divide the inputs of a linear layer, or a rotation meets MTP layers.
+        ConfigError: the group size does not divide the inputs of a linear layer, a rotation meets MTP layers, or the
+            model is ternary.
         QuantizationError: calibration data that is missing, too short or too long, or weights or activations that are
             not finite.
     """
@@ -142,6 +143,7 @@ def quantize_model(
 
 
 def _check(config: ModelConfig, quantization: QuantizationConfig, tokens: np.ndarray | None) -> None:
+    config.refuse_ternary("quantisation after training")
     if tokens is None:
         if quantization.calibrates:
             switch = "method = 'gptq'" if quantization.method == "gptq" else "smoothing = True"

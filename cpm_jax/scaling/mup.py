@@ -19,7 +19,7 @@ KvHeads = Literal["fixed", "grow"]
 # Fields that grow with the width, and those that may differ: of depth, and of how the arithmetic is done. Heads are
 # compared by their real width.
 _GROWS = ("d_model", "num_heads", "num_kv_heads", "d_ff")
-_FREE = ("num_layers", "param_dtype", "dtype", "remat", "scan_layers", "fp8", "head_dim")
+_FREE = ("num_layers", "param_dtype", "dtype", "remat", "scan_layers", "fp8", "ternary", "head_dim")
 
 
 @config_function

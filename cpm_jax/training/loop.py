@@ -11,7 +11,6 @@ import gc
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -38,9 +37,11 @@ from cpm_jax.common.metrics import MetricWriter, make_metric_writer
 from cpm_jax.common.progress import Progress
 from cpm_jax.modeling.config import ModelConfig
 from cpm_jax.modeling.model_size import train_flops_per_token
+from cpm_jax.training.distillation import load_teacher
 from cpm_jax.training.losses import Batch, LossConfig, LossSums
 from cpm_jax.training.optimizer import OptimizerConfig, make_optimizer
 from cpm_jax.training.preemption import StopRequest
+from cpm_jax.training.profiling import Profiler
 from cpm_jax.training.schedules import ScheduleConfig, make_schedule
 from cpm_jax.training.throughput import Throughput
 from cpm_jax.training.train_state import TrainState, abstract_state, init_state
@@ -48,7 +49,6 @@ from cpm_jax.training.train_step import Metrics, check_batch_size, make_eval_ste
 from cpm_jax.training.watchdog import Watchdog
 
 AVERAGED_DIR = "averaged"  # within a workdir
-PROFILE_DIR = "profile"  # within a workdir
 STACKS_FILE = "stacks.txt"  # within a workdir
 
 _GC_EVERY = 1000  # steps; Python's own moments would differ between hosts, and each host waits for the slowest
@@ -153,7 +153,7 @@ def train(
         model: the model.
         optimizer: the optimizer.
         schedule: learning rate; a restart may change its future, not its past.
-        loss: weights of the losses.
+        loss: weights of the losses, and a teacher.
         checkpoint: when to save and what to keep.
         data: batches.
         mesh: from `common.sharding.make_mesh`; a restart may change it.
@@ -220,15 +220,28 @@ def train(
         throughput = Throughput(tokens_per_step, train_flops_per_token(model, data.seq_len))
         log = _StepLog(config, data.sources, writer, progress, throughput, watchdog, restored.meta["tokens_seen"])
         evaluate = _make_evaluate(config, model, data, mesh)
-        train_step = _train_step(model, optimizer, schedule, loss, len(data.sources), config.num_microbatches, mesh)
+        teacher = None
+        if loss.distillation is not None:
+            teacher = load_teacher(loss.distillation, model, mesh, fixed.get("tokenizer_sha256"))
+        train_step = _train_step(
+            model,
+            optimizer,
+            schedule,
+            loss,
+            len(data.sources),
+            config.num_microbatches,
+            mesh,
+            teacher.config if teacher else None,
+        )
+        frozen = (teacher.params,) if teacher else ()
         stack.enter_context(_quiet_gc())
-        profiler = stack.enter_context(_Profiler(config, workdir))
+        profiler = stack.enter_context(Profiler(config.profile_start, config.profile_steps, workdir))
 
         watchdog.beat("the first step", config.watchdog_compile_seconds)
         batches = stack.enter_context(contextlib.closing(data.batches(step)))
         for batch in islice(batches, max(config.steps - step, 0)):
             profiler.before(step)
-            state, metrics = train_step(state, put_batch(batch, mesh))
+            state, metrics = train_step(state, put_batch(batch, mesh), *frozen)
             step += 1
             log.add(step, metrics)  # waits for the step before, so that the device always has one to go on with
             checkpointer.check_for_errors()
@@ -298,10 +311,17 @@ def _train_step(
     num_sources: int,
     num_microbatches: int,
     mesh: Mesh,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    teacher: ModelConfig | None,
+) -> Callable[..., tuple[TrainState, Metrics]]:
     update = make_optimizer(optimizer, schedule, model)
     return make_train_step(
-        model, update, loss=loss, num_sources=num_sources, num_microbatches=num_microbatches, mesh=mesh
+        model,
+        update,
+        loss=loss,
+        num_sources=num_sources,
+        num_microbatches=num_microbatches,
+        mesh=mesh,
+        teacher=teacher,
     )
 
 
@@ -467,34 +487,3 @@ def _quiet_gc() -> Iterator[None]:
     finally:
         gc.enable()
         gc.unfreeze()
-
-
-class _Profiler:
-    """Traces the steps that the config asks for."""
-
-    def __init__(self, config: TrainConfig, workdir: Path):
-        self._start, self._steps = config.profile_start, config.profile_steps
-        self._directory = workdir / PROFILE_DIR
-        self._tracing = False
-
-    def before(self, step: int) -> None:
-        """Begins the trace if it is to begin after `step` steps."""
-        if step == self._start:
-            jax.profiler.start_trace(os.fspath(self._directory))
-            self._tracing = True
-
-    def ends(self, step: int) -> bool:
-        """Whether the trace is to end after `step` steps."""
-        return self._tracing and self._start is not None and step >= self._start + self._steps
-
-    def stop(self) -> None:
-        """Writes the trace."""
-        jax.profiler.stop_trace()
-        self._tracing = False
-
-    def __enter__(self) -> "_Profiler":
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        if self._tracing:
-            self.stop()

@@ -10,6 +10,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt
 from cpm_jax.common.config import config_dataclass, config_function
 from cpm_jax.common.sharding import activation_spec
 from cpm_jax.modeling.decoder import Decoder
+from cpm_jax.training.distillation import DistillationConfig, divergence_from_teacher
 from kernels_pallas.linear_cross_entropy.api import linear_cross_entropy
 
 Batch = dict[str, Any]
@@ -23,11 +24,13 @@ class LossConfig:
         mtp_weight: factor on the mean loss of the MTP layers.
         mtp_final_weight: the factor from step `mtp_final_step` on.
         mtp_final_step: step of the change; None keeps `mtp_weight`.
+        distillation: a teacher to learn from beside the tokens; None for none.
     """
 
     mtp_weight: NonNegativeFloat = 0.3
     mtp_final_weight: NonNegativeFloat = 0.1
     mtp_final_step: NonNegativeInt | None = None
+    distillation: DistillationConfig | None = None
 
 
 @config_function
@@ -51,12 +54,14 @@ class LossSums(NamedTuple):
         mtp_nll: the same for each of the M MTP layers, of tokens 2, 3, … ahead.
         source_nll: `nll` by source, S of them.
         source_weight: loss weight by source; it sums to the weight of `nll`.
+        teacher_kl: weighted divergence from the teacher, in nats; 0 without one.
     """
 
     nll: Float[Array, ""]
     mtp_nll: Float[Array, " M"]
     source_nll: Float[Array, " S"]
     source_weight: Float[Array, " S"]
+    teacher_kl: Float[Array, ""]
 
 
 def _ahead(x: Int[Array, "B T"] | Float[Array, "B T"], by: int) -> jax.Array:
@@ -107,17 +112,24 @@ def _head_loss(
     )
 
 
-def loss_sums(model: Decoder, batch: Batch, num_sources: int) -> LossSums:
+def loss_sums(
+    model: Decoder, batch: Batch, num_sources: int, *, teacher: Decoder | None = None, temperature: float = 1.0
+) -> LossSums:
     """Runs the model on a batch and sums its losses.
 
     Args:
         model: from `modeling.decoder.bind`.
         batch: as in docs/architecture.md.
         num_sources: S, the number of mixture components.
+        teacher: to take the divergence from; None takes none.
+        temperature: of both distributions there.
     """
     kernel = model.lm_head_kernel()
     hidden = model(batch["tokens"], batch["positions"], batch["segment_ids"])
     total, nll = _head_loss(model, hidden, kernel, batch["targets"], batch["loss_weights"])
+    teacher_kl = jnp.zeros(())
+    if teacher is not None:
+        teacher_kl = divergence_from_teacher(model, hidden, teacher, batch, temperature)
 
     mtp_totals = []
     for depth in range(model.config.num_nextn_predict_layers):
@@ -133,4 +145,5 @@ def loss_sums(model: Decoder, batch: Batch, num_sources: int) -> LossSums:
         mtp_nll=jnp.stack(mtp_totals) if mtp_totals else jnp.zeros((0,), jnp.float32),
         source_nll=by_source(nll * batch["loss_weights"]),
         source_weight=by_source(batch["loss_weights"]),
+        teacher_kl=teacher_kl,
     )

@@ -113,25 +113,28 @@ def wsd(
     decay_steps: NonNegativeInt,
     decay_shape: DecayShape = "exponential",
     final_lr_ratio: NonNegativeFloat = 0.1,
+    first_step: NonNegativeInt = 0,
 ) -> ScheduleConfig:
     """Warm-up, stable, decay (MiniCPM, arXiv:2404.06395 §4).
 
     Args:
         peak_lr: learning rate of the stable phase.
-        train_steps: steps in all.
+        train_steps: steps in all, those before `first_step` too.
         warmup_steps: steps of linear warm-up from 0.
         decay_steps: steps of decay at the end, some 10% of all.
         decay_shape: MiniCPM decays exponentially.
         final_lr_ratio: final learning rate as a fraction of `peak_lr`.
+        first_step: global step at which the warm-up begins: that of the checkpoint which a later stage goes on from.
 
     Raises:
         ConfigError: if warm-up and decay are longer than the training.
     """
-    stable_steps = train_steps - warmup_steps - decay_steps
+    stable_steps = train_steps - first_step - warmup_steps - decay_steps
     if stable_steps < 0:
+        before, at = ("first_step + ", f"{first_step} + ") if first_step else ("", "")
         raise ConfigError(
-            f"wsd.train_steps = {train_steps}: must be at least warmup_steps + decay_steps = "
-            f"{warmup_steps} + {decay_steps} = {warmup_steps + decay_steps}",
+            f"wsd.train_steps = {train_steps}: must be at least {before}warmup_steps + decay_steps = "
+            f"{at}{warmup_steps} + {decay_steps} = {first_step + warmup_steps + decay_steps}",
             field="wsd.train_steps",
         )
     return ScheduleConfig(
@@ -139,7 +142,8 @@ def wsd(
             Phase(steps=warmup_steps, end=peak_lr, shape="linear"),
             Phase(steps=stable_steps, end=peak_lr, shape="constant"),
             Phase(steps=decay_steps, end=peak_lr * final_lr_ratio, shape=decay_shape, start=peak_lr),
-        )
+        ),
+        first_step=first_step,
     )
 
 

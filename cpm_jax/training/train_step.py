@@ -13,6 +13,7 @@ from cpm_jax.common.config import ConfigError
 from cpm_jax.common.sharding import constrain, data_shard, logical_sharding
 from cpm_jax.modeling import decoder
 from cpm_jax.modeling.config import ModelConfig, Multipliers
+from cpm_jax.training.distillation import DistillationConfig
 from cpm_jax.training.losses import Batch, LossConfig, LossSums, loss_sums, loss_weights, mean, mtp_weight
 from cpm_jax.training.optimizer import Optimizer, global_norm
 from cpm_jax.training.train_state import TrainState, state_sharding
@@ -83,17 +84,26 @@ def _loss_and_grads(
     num_microbatches: int,
     mtp_factor: Float[Array, ""],
     multipliers: Multipliers | None,
+    distillation: DistillationConfig | None,
+    teacher: decoder.Decoder | None,
 ) -> tuple[LossSums, Float[Array, ""], Float[Array, " M"], Any]:
     """Loss sums, the two total weights, and float32 gradients of the weighted mean loss of the whole batch."""
     num_mtp = config.num_nextn_predict_layers
     weight, mtp_weights = loss_weights(batch, num_mtp)
 
     def loss(params: Any, batch: Batch) -> tuple[Float[Array, ""], LossSums]:
-        sums = loss_sums(decoder.bind(config, params, multipliers), batch, num_sources)
+        model = decoder.bind(config, params, multipliers)
+        if distillation is None:
+            sums = loss_sums(model, batch, num_sources)
+        else:
+            sums = loss_sums(model, batch, num_sources, teacher=teacher, temperature=distillation.temperature)
         # Divided by the weights of the whole batch, micro-batches with different numbers of loss tokens add up to
         # the loss and the gradient of the batch taken at once.
         mtp = jnp.sum(mean(sums.mtp_nll, mtp_weights)) / max(num_mtp, 1)
-        return mean(sums.nll, weight) + mtp_factor * mtp, sums
+        total = mean(sums.nll, weight) + mtp_factor * mtp
+        if distillation is not None:
+            total += distillation.factor * mean(sums.teacher_kl, weight)
+        return total, sums
 
     def one(batch: Batch) -> tuple[LossSums, Any]:
         grads, sums = jax.grad(loss, has_aux=True)(params, batch)
@@ -124,7 +134,8 @@ def make_train_step(
     num_sources: int = 1,
     num_microbatches: int = 1,
     mesh: Mesh | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    teacher: ModelConfig | None = None,
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """Compiles one step of training. The state is donated: the one passed in is gone after the call.
 
     A step whose loss or gradient is not finite leaves parameters and optimizer as they were; it only counts.
@@ -136,22 +147,28 @@ def make_train_step(
         num_sources: S, the number of mixture components.
         num_microbatches: parts of the batch whose gradients are accumulated one after the other.
         mesh: from `common.sharding.make_mesh`; None is one device.
+        teacher: the model that `loss.distillation` names, whose parameters the step then takes as a third argument.
 
     Returns:
         A jitted function (state, batch) -> (state, metrics), where metrics are float32 scalars: loss (total), ntp_loss,
-        mtp_loss (mean over MTP layers; only with such), grad_norm (before clipping), update_norm, param_norm (before
-        the update), lr, tokens (not padding), loss_tokens (total loss weight), nonfinite (1 if skipped),
-        nonfinite_run, nonfinite_total; and [S] arrays source_loss (NaN where a source has no token in the batch) and
-        source_tokens.
+        mtp_loss (mean over MTP layers; only with such), teacher_kl (only with a teacher), grad_norm (before clipping),
+        update_norm, param_norm (before the update), lr, tokens (not padding), loss_tokens (total loss weight),
+        nonfinite (1 if skipped), nonfinite_run, nonfinite_total; and [S] arrays source_loss (NaN where a source has no
+        token in the batch) and source_tokens.
+
+    Raises:
+        ConfigError: as `train_step`.
     """
-    step = train_step(config, optimizer, loss=loss, num_sources=num_sources, num_microbatches=num_microbatches)
+    step = train_step(
+        config, optimizer, loss=loss, num_sources=num_sources, num_microbatches=num_microbatches, teacher=teacher
+    )
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
     states, everywhere = state_sharding(config, optimizer, mesh), NamedSharding(mesh, PartitionSpec())
     return jax.jit(
         _in_mesh(step, mesh),
         donate_argnums=0,
-        in_shardings=(states, batch_sharding(mesh)),
+        in_shardings=(states, batch_sharding(mesh), *(() if teacher is None else (None,))),
         out_shardings=(states, everywhere),
     )
 
@@ -164,7 +181,8 @@ def train_step(
     num_sources: int = 1,
     num_microbatches: int = 1,
     multipliers: Multipliers | None = None,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    teacher: ModelConfig | None = None,
+) -> Callable[..., tuple[TrainState, Metrics]]:
     """The function that `make_train_step` compiles, for programs that hold more than one training.
 
     Args:
@@ -174,12 +192,30 @@ def train_step(
         num_sources: S, the number of mixture components.
         num_microbatches: parts of the batch whose gradients are accumulated one after the other.
         multipliers: in place of the model's.
-    """
+        teacher: as for `make_train_step`.
 
-    def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+    Raises:
+        ConfigError: there is a teacher without `loss.distillation`, or that without a teacher.
+    """
+    if (loss.distillation is None) != (teacher is None):
+        raise ConfigError(
+            f"LossConfig.distillation = {loss.distillation}: only a training by itself has a teacher, not one that "
+            "shares a program or is only planned; must be None here",
+            field="LossConfig.distillation",
+        )
+
+    def step(state: TrainState, batch: Batch, teacher_params: Any = None) -> tuple[TrainState, Metrics]:
         mtp_factor = mtp_weight(loss, state.step)
         sums, weight, mtp_weights, grads = _loss_and_grads(
-            config, state.params, batch, num_sources, num_microbatches, mtp_factor, multipliers
+            config,
+            state.params,
+            batch,
+            num_sources,
+            num_microbatches,
+            mtp_factor,
+            multipliers,
+            loss.distillation,
+            None if teacher is None else decoder.bind(teacher, teacher_params),
         )
         ntp_loss = mean(sums.nll, weight)
         total_loss, metrics = ntp_loss, {}
@@ -187,6 +223,10 @@ def train_step(
             mtp_loss = jnp.mean(mean(sums.mtp_nll, mtp_weights))
             total_loss = ntp_loss + mtp_factor * mtp_loss
             metrics = {"mtp_loss": mtp_loss}
+        if loss.distillation is not None:
+            teacher_kl = mean(sums.teacher_kl, weight)
+            total_loss += loss.distillation.factor * teacher_kl
+            metrics["teacher_kl"] = teacher_kl
 
         grad_norm = global_norm(grads)
         finite = jnp.isfinite(total_loss) & jnp.isfinite(grad_norm)

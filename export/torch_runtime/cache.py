@@ -70,15 +70,31 @@ class LayerCache:
 
 
 @dataclass
+class DraftCache:
+    """What drafting by MTP layers keeps; see `speculative`.
+
+    Attributes:
+        layers: of each MTP layer.
+        hidden: the model's hidden states at the last positions, that of position p in place p modulo R [B, R, D].
+        tokens: ids of all tokens by their positions, and behind them the drafts [B, S].
+    """
+
+    layers: list[LayerCache]
+    hidden: Tensor
+    tokens: Tensor
+
+
+@dataclass
 class Cache:
     """What a model keeps of past tokens.
 
     Attributes:
         length: tokens that fit.
-        num_slots: S, `length` rounded up to whole blocks where attention is sparse.
+        num_slots: S, at least `length`: whole blocks where attention is sparse, with room for drafts.
         sparse: by what blocks are chosen; None where attention is dense.
-        rotary: cosines and sines of all positions [length, 2, H/2].
+        rotary: cosines and sines of all positions [length or more, 2, H/2].
         layers: of each layer.
+        drafts: what MTP layers keep; None where none draft.
     """
 
     length: int
@@ -86,10 +102,16 @@ class Cache:
     sparse: SparseConfig | None
     rotary: Tensor
     layers: list[LayerCache]
+    drafts: DraftCache | None = None
 
 
 def init_cache(
-    config: ModelConfig, batch_size: int, length: int, dtype: torch.dtype, device: torch.device | str
+    config: ModelConfig,
+    batch_size: int,
+    length: int,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    num_mtp_layers: int = 0,
 ) -> Cache:
     """An empty cache.
 
@@ -100,6 +122,7 @@ def init_cache(
             sparse and which of LongRoPE's lists is taken.
         dtype: of keys and values.
         device: where it lies.
+        num_mtp_layers: M, layers that draft; there is room for 3 · M drafts and passes over them behind `length`.
 
     Raises:
         LengthError: the model has no positions for so many tokens.
@@ -109,7 +132,8 @@ def init_cache(
             f"a cache of {length} tokens: accepted are 1 to max_position_embeddings = {config.max_position_embeddings}"
         )
     sparse = config.sparse if config.sparse is not None and config.sparse.applies(length) else None
-    num_slots = length if sparse is None else -(-length // sparse.block_size) * sparse.block_size
+    room = length + 3 * num_mtp_layers
+    num_slots = room if sparse is None else -(-room // sparse.block_size) * sparse.block_size
 
     def zeros(places: int) -> Tensor:
         return torch.zeros(batch_size, config.num_kv_heads, places, config.head_dim, dtype=dtype, device=device)
@@ -127,5 +151,10 @@ def init_cache(
         )
 
     # The length that decides about frequencies is that of the sequence, not of its slots.
-    rotary = rotary_table(config.rope, config.head_dim, length, device)
-    return Cache(length, num_slots, sparse, rotary, [layer() for _ in range(config.num_layers)])
+    rotary = rotary_table(config.rope, config.head_dim, length, device, room)
+    drafts = None
+    if num_mtp_layers:
+        hidden = torch.zeros(batch_size, 3 * num_mtp_layers, config.hidden_size, dtype=dtype, device=device)
+        tokens = torch.zeros(batch_size, num_slots, dtype=torch.long, device=device)
+        drafts = DraftCache([layer() for _ in range(num_mtp_layers)], hidden, tokens)
+    return Cache(length, num_slots, sparse, rotary, [layer() for _ in range(config.num_layers)], drafts)

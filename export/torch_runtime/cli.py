@@ -35,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cache-length", type=int, metavar="N", help="default: what prompt and new tokens need")
     parser.add_argument("--prefill-chunk", type=int, default=512, metavar="N", help="prompt tokens read at a time")
     parser.add_argument("--compile", action="store_true", help="decode by torch.compile")
+    parser.add_argument("--speculative", action="store_true", help="the model's MTP layers draft tokens")
     parser.add_argument("--kernels", choices=("torch", "triton"), default="torch", help="triton needs a GPU")
     return parser
 
@@ -75,7 +76,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.kernels == "triton" and importlib.util.find_spec("triton") is None:
         raise ValueError("--kernels triton: the package triton is not installed; PyTorch's builds for CUDA bring it")
     dtype = args.dtype or (None if device.type == "cuda" else "float32")
-    model = load_model(args.folder, device, getattr(torch, dtype) if dtype else None)
+    model = load_model(args.folder, device, getattr(torch, dtype) if dtype else None, args.speculative)
     model.use_kernels(args.kernels)
     tokenizer = Tokenizer(args.folder, model.config)
     prompt = tokenizer.encode_prompt(sys.stdin.read() if args.prompt is None else args.prompt)
@@ -93,8 +94,9 @@ def _run(args: argparse.Namespace) -> None:
     for piece in tokenizer.stream(tokens):
         print(piece, end="", flush=True)
     print()
+    drafts = f" ({speed.acceptance_length:.2f} in a step)" if args.speculative else ""
     print(
         f"prompt: {speed.prompt_tokens} tokens, {speed.prefill_rate:.1f} tokens/s; new: {speed.new_tokens} tokens, "
-        f"{speed.decode_rate:.1f} tokens/s; weights: {num_bytes(model) / 2**20:.1f} MiB on {device}",
+        f"{speed.decode_rate:.1f} tokens/s{drafts}; weights: {num_bytes(model) / 2**20:.1f} MiB on {device}",
         file=sys.stderr,
     )

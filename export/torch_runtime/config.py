@@ -14,6 +14,7 @@ from typing import Any
 Json = Mapping[str, Any]
 
 CONFIG_FILE = "config.json"
+MOST_MTP_LAYERS = 32
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
@@ -180,6 +181,7 @@ class ModelConfig:
         hidden_size: width of the residual stream, D.
         intermediate_size: width of the SwiGLU layer, F.
         num_layers: L.
+        num_nextn_predict_layers: MTP layers, M.
         num_heads: query heads, N.
         num_kv_heads: key and value heads, K.
         head_dim: width of a head, H.
@@ -205,6 +207,7 @@ class ModelConfig:
     hidden_size: int
     intermediate_size: int
     num_layers: int
+    num_nextn_predict_layers: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -277,6 +280,7 @@ def read_config(folder: str | Path) -> ModelConfig:
         hidden_size=width,
         intermediate_size=_whole(hf, "intermediate_size"),
         num_layers=layers,
+        num_nextn_predict_layers=_mtp_layers(hf) if kind == "mimo" else 0,
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
@@ -309,6 +313,15 @@ def _whole(hf: Json, name: str, default: int | None = None) -> int:
     if type(value) is not int or value < 1:
         found = "is missing" if value is None else f"= {value!r}"
         raise FolderError(f"config.json: {name} {found}: accepted are whole numbers above 0")
+    return value
+
+
+def _mtp_layers(hf: Json) -> int:
+    value = hf.get("num_nextn_predict_layers") or 0
+    if type(value) is not int or not 0 <= value <= MOST_MTP_LAYERS:
+        raise FolderError(
+            f"config.json: num_nextn_predict_layers = {value!r}: accepted are whole numbers from 0 to {MOST_MTP_LAYERS}"
+        )
     return value
 
 

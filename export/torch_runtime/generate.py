@@ -1,4 +1,8 @@
-"""Generation: a prompt is read in chunks, then one token follows another by a step that never changes its shape."""
+"""Generation: a prompt is read in chunks, then tokens follow by a step that never changes its shape.
+
+Without MTP layers a step makes one token. With them it verifies drafts, and makes one token more than were right. A
+draft is right if the model's own draw is the same token, so that the draws of any distribution stay what they are.
+"""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -6,12 +10,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from export.torch_runtime.cache import Cache, LengthError
 from export.torch_runtime.model import Decoder
+from export.torch_runtime.speculative import read_prompt, speculate
 
-# Of one token [B, 1] at one position [1], in a cache: logits [B, V].
-Step = Callable[[Tensor, Tensor], Tensor]
+# Of one token [B, 1] at one position [1], in a cache: the drafts that were read behind it [B, M], and logits after it
+# and each of them [B, M + 1, V]. M is 0 where the model has no MTP layers.
+Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -49,12 +56,21 @@ class Speed:
         prefill_seconds: reading them, up to the first new token.
         new_tokens: tokens that were made.
         decode_seconds: making all of them but the first.
+        steps: times that the model read what it had made.
+        accepted: drafts that were right in them.
     """
 
     prompt_tokens: int = 0
     prefill_seconds: float = 0.0
     new_tokens: int = 0
     decode_seconds: float = 0.0
+    steps: int = 0
+    accepted: int = 0
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens that a step made, in the mean: 1 without drafts, at most M + 1 with those of M MTP layers."""
+        return 1 + self.accepted / self.steps if self.steps else 1.0
 
     @property
     def prefill_rate(self) -> float:
@@ -115,29 +131,32 @@ def prefill(model: Decoder, tokens: Tensor, cache: Cache, chunk: int = 512) -> T
         raise LengthError(f"a prompt of {length} tokens: accepted are 1 to {cache.length}, the length of the cache")
     if chunk < 1:
         raise ValueError(f"chunk = {chunk}: must be at least 1")
+    if cache.drafts is not None:
+        cache.drafts.tokens[:, :length] = tokens
     for start in range(0, length, chunk):
         end = min(start + chunk, length)
         positions = torch.arange(start, end, device=tokens.device)
         hidden = model(tokens[:, start:end], positions, cache, num_slots=end)
+        if cache.drafts is not None:
+            read_prompt(model, hidden, positions, cache, num_slots=end)
     return model.logits(hidden[:, -1])
 
 
 def eager_step(model: Decoder, cache: Cache) -> Step:
     """A step of decoding that reads the cache as far as it is filled."""
-
-    def step(token: Tensor, position: Tensor) -> Tensor:
-        filled = int(position) + 1
-        block = cache.sparse.block_size if cache.sparse else 1
-        return model.logits(model(token, position, cache, num_slots=-(-filled // block) * block)[:, -1])
-
-    return step
+    return _step(model, cache, static=False)
 
 
 def static_step(model: Decoder, cache: Cache) -> Step:
     """A step that reads the whole cache by a mask: the same operations on the same memory at every position."""
+    return _step(model, cache, static=True)
 
-    def step(token: Tensor, position: Tensor) -> Tensor:
-        return model.logits(model(token, position, cache, num_slots=cache.num_slots)[:, -1])
+
+def _step(model: Decoder, cache: Cache, static: bool) -> Step:
+    def step(token: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        if cache.drafts is not None:
+            return speculate(model, token, position, cache, static)
+        return token[:, :0], model.logits(model(token, position, cache, None if static else int(position) + 1))
 
     return step
 
@@ -150,7 +169,7 @@ def compiled_step(model: Decoder, cache: Cache) -> Step:
 class CudaGraphStep:
     """`static_step` as a CUDA graph: captured once, then replayed with a single launch.
 
-    Capturing runs the step at position 0 of the cache, so it comes before the prompt is read.
+    Capturing runs the step at position 1 of the cache, so it comes before the prompt is read.
     """
 
     def __init__(self, model: Decoder, cache: Cache, compiled: bool = False):
@@ -164,7 +183,7 @@ class CudaGraphStep:
         step = compiled_step(model, cache) if compiled else static_step(model, cache)
         batch_size = cache.layers[0].keys.shape[0]
         self._token = torch.zeros(batch_size, 1, dtype=torch.long, device=model.device)
-        self._position = torch.zeros(1, dtype=torch.long, device=model.device)
+        self._position = torch.ones(1, dtype=torch.long, device=model.device)  # drafts need a token before
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # libraries allocate, and kernels compile, before the capture
@@ -173,14 +192,14 @@ class CudaGraphStep:
         torch.cuda.current_stream().wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            self._logits = step(self._token, self._position)
+            self._result = step(self._token, self._position)
 
-    def __call__(self, token: Tensor, position: Tensor) -> Tensor:
-        """Logits [B, V], which the next call writes over."""
+    def __call__(self, token: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Drafts and logits, which the next call writes over."""
         self._token.copy_(token)
         self._position.copy_(position)
         self._graph.replay()
-        return self._logits
+        return self._result
 
 
 @torch.inference_mode()
@@ -199,7 +218,7 @@ def generate(
     """Continues a prompt until a token that ends a text (it comes last) or `max_new_tokens`.
 
     Args:
-        model: from `load_model`.
+        model: from `load_model`; with its MTP layers it makes several tokens in a step.
         prompt: token ids.
         max_new_tokens: most tokens to make.
         sampling: how they are drawn; None takes the defaults.
@@ -236,15 +255,22 @@ def generate(
     tokens = torch.tensor([list(prompt)], dtype=torch.long, device=model.device)
     started = time.perf_counter()
     logits = prefill(model, tokens, cache, chunk)
-    for index in range(max_new_tokens):
-        token = sample(logits, sampling, generator)
-        value = int(token)  # waits for the device
+    drafts, position = tokens[0, :0], len(prompt) - 1  # of the last token that was read
+    speed.prompt_tokens = len(prompt)
+    while True:
+        draws = sample(logits, sampling, generator)
+        drafted, drawn = torch.stack([functional.pad(drafts, (0, 1), value=-1), draws]).tolist()  # waits for the device
+        accepted = next(i for i, token in enumerate(drawn) if token != drafted[i])
         now = time.perf_counter()
-        if index == 0:
-            speed.prompt_tokens, speed.prefill_seconds = len(prompt), now - started
-            started = now
-        speed.new_tokens, speed.decode_seconds = index + 1, now - started
-        yield value
-        if value in model.config.eos_token_ids or index + 1 == max_new_tokens:
-            return
-        logits = step(token[:, None], torch.tensor([len(prompt) + index], device=model.device))
+        if speed.steps == 0:
+            speed.prefill_seconds, started = now - started, now
+        speed.accepted += accepted
+        for token in drawn[: accepted + 1]:
+            speed.new_tokens, speed.decode_seconds = speed.new_tokens + 1, now - started
+            yield token
+            if token in model.config.eos_token_ids or speed.new_tokens == max_new_tokens:
+                return
+        position += accepted + 1
+        known = draws[accepted : accepted + 1, None]
+        following, after = step(known, torch.tensor([position], device=model.device))
+        drafts, logits, speed.steps = following[0], after[0], speed.steps + 1

@@ -152,23 +152,23 @@ def attend_to_blocks(
 def gather_and_attend(
     q: Tensor, keys: Tensor, values: Tensor, block_ids: Tensor, positions: Tensor, scale: float, block_size: int
 ) -> Tensor:
-    """As `attend_to_blocks` for one query, T = 1, whose blocks are fetched from where they lie.
+    """As `attend_to_blocks` for few queries, each of which fetches its blocks from where they lie.
 
     The number of slots is a multiple of `block_size`.
     """
-    batch, _, heads, size = q.shape
     kv_heads, device = keys.shape[1], q.device
-    ids = block_ids.squeeze(2).clamp(min=0)  # [B, K, I]
-    rows = torch.arange(batch, device=device)[:, None, None]
-    groups = torch.arange(kv_heads, device=device)[:, None]
+    ids = block_ids.clamp(min=0)  # [B, K, T, I]
+    rows = torch.arange(q.shape[0], device=device)[:, None, None, None]
+    groups = torch.arange(kv_heads, device=device)[:, None, None]
 
     def fetch(cache: Tensor) -> Tensor:
-        return cache.unflatten(2, (-1, block_size))[rows, groups, ids].flatten(2, 3)  # [B, K, I · block, H]
+        blocks = cache.unflatten(2, (-1, block_size))[rows, groups, ids]  # [B, K, T, I, block, H]
+        return blocks.flatten(3, 4).flatten(1, 2)  # [B, K · T, I · block, H]
 
-    slots = (ids[..., None] * block_size + torch.arange(block_size, device=device)).flatten(2)
-    known = (block_ids.squeeze(2) >= 0).repeat_interleave(block_size, dim=2)
-    mask = (known & (slots <= positions)).unsqueeze(2)  # [B, K, 1, I · block]
+    slots = (ids[..., None] * block_size + torch.arange(block_size, device=device)).flatten(3)
+    known = (block_ids >= 0).repeat_interleave(block_size, dim=3)
+    mask = (known & (slots <= positions[:, None])).flatten(1, 2).unsqueeze(2)  # [B, K · T, 1, I · block]
     # The heads that share keys are so many queries of one head.
-    grouped = q.view(batch, kv_heads, heads // kv_heads, size)
+    grouped = q.unflatten(2, (kv_heads, -1)).transpose(1, 2).flatten(1, 2)  # [B, K · T, G, H]
     out = functional.scaled_dot_product_attention(grouped, fetch(keys), fetch(values), mask, scale=scale)
-    return out.reshape(batch, 1, heads, size)
+    return out.unflatten(1, (kv_heads, -1)).transpose(1, 2).flatten(2, 3)

@@ -58,24 +58,41 @@ def _yarn_ramp(rope: RopeConfig, half: int) -> Tensor:
     return (torch.arange(half, dtype=torch.float64) - low) / max(high - low, 0.001)
 
 
-def rotary_table(rope: RopeConfig, head_dim: int, length: int, device: torch.device | str) -> Tensor:
+def rotary_table(
+    rope: RopeConfig, head_dim: int, length: int, device: torch.device | str, num_positions: int | None = None
+) -> Tensor:
     """Cosines and sines of all positions, float32 [length, 2, H/2], times the attention factor.
 
     Angles are made in float64: in float32 those of position 131,072 would be off by 0.008 radians.
+
+    Args:
+        rope: how fast pairs of dimensions turn.
+        head_dim: H.
+        length: of the sequence, which decides about frequencies.
+        device: where to.
+        num_positions: how many there are, where they are not as many as the sequence has.
     """
     frequencies = inverse_frequencies(rope, head_dim, length)
-    angles = torch.outer(torch.arange(length, dtype=torch.float64), frequencies)
+    angles = torch.outer(torch.arange(num_positions or length, dtype=torch.float64), frequencies)
     table = torch.stack([angles.cos(), angles.sin()], dim=1) * rope.attention_factor
     return table.float().to(device)
 
 
-def apply_rotary(x: Tensor, cos_sin: Tensor) -> Tensor:
-    """Rotates each pair (x[i], x[i + H/2]) in float32.
+def rotate(q: Tensor, k: Tensor, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotates each pair (x[i], x[i + H/2]) of queries and keys in float32.
 
     Args:
-        x: [B, T, heads, H].
+        q: [B, T, N, H].
+        k: [B, T, K, H].
         cos_sin: rows of `rotary_table` [T, 2, H/2].
+
+    Returns:
+        Both, of the types that they came in.
     """
     cos, sin = cos_sin[:, None, 0], cos_sin[:, None, 1]
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+    def rotated(x: Tensor) -> Tensor:
+        first, second = x.float().chunk(2, dim=-1)
+        return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1).to(x.dtype)
+
+    return rotated(q), rotated(k)

@@ -52,7 +52,7 @@ def _loss(hidden: Array, kernel: Array, targets: Array, weights: Array) -> tuple
         nll = _chunk_logits(hidden, kernel, targets)[2]
         return total + jnp.sum(weights * nll), nll
 
-    total, nll = lax.scan(chunk, jnp.zeros(()), _to_chunks(kernel.shape[1], hidden, targets, weights))
+    total, nll = lax.scan(chunk, jnp.zeros(()), to_chunks(kernel.shape[1], hidden, targets, weights))
     return total, _from_chunks(nll, targets.shape[1])
 
 
@@ -74,7 +74,7 @@ def _loss_fwd(
         return (total + jnp.sum(weights * nll), dkernel), (nll, dhidden.astype(hidden.dtype))
 
     start = jnp.zeros(()), jnp.zeros(kernel.shape, jnp.float32)
-    chunks = _to_chunks(kernel.shape[1], hidden, targets, weights)
+    chunks = to_chunks(kernel.shape[1], hidden, targets, weights)
     (total, dkernel), (nll, dhidden) = lax.scan(chunk, start, chunks)
     nll, dhidden = (_from_chunks(x, targets.shape[1]) for x in (nll, dhidden))
     return (total, nll), (dhidden, dkernel.astype(kernel.dtype))
@@ -98,8 +98,13 @@ def _chunk_logits(
     return logits, lse, lse - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
 
 
-def _to_chunks(vocab_size: int, *arrays: Array) -> tuple[Array, ...]:
-    """[B, T, ...] -> [n, B, c, ...], padded with zeros (so with weight 0) at the end of T."""
+def to_chunks(vocab_size: int, *arrays: Array) -> tuple[Array, ...]:
+    """[B, T, ...] -> [n, B, c, ...], padded with zeros (so with weight 0) at the end of T.
+
+    Args:
+        vocab_size: V of the logits that are to exist for one chunk at a time, see `chunk_length`.
+        arrays: with the same B and T.
+    """
     batch_size, seq_len = arrays[0].shape[:2]
     mesh = jax.sharding.get_abstract_mesh()
     # Devices whose part is already cut out (`per_device.py`) do not share these rows.

@@ -74,6 +74,7 @@ def _page() -> report.Page:
                 [
                     report.Text("中文 <script>alert(1)</script>"),
                     report.Table(["name", "bytes"], [["a", "1"], ["b", "2"]], number_columns=[1], caption="sizes"),
+                    report.Grid(["", "there"], [("here", [report.Mark("6e-7", "good", "all", 'of <"1">')])], "grid"),
                     report.Sample("a.py", "def f(", "x\ud800):"),
                     report.Details("config", "LR = 1e-3"),
                 ],
@@ -98,9 +99,11 @@ def test_page_is_well_formed_self_contained_and_escaped(tmp_path):
         "训练",
         "held out",
         "1.500",
+        "6e-7",
         "x?):",
     ):
         assert words in text
+    assert '<td class="good" title="of &lt;&#34;1&#34;&gt;">' in page
     assert [p.name for p in path.parent.iterdir()] == ["report.html"]
 
 

@@ -201,7 +201,7 @@ def test_what_is_cut_short_is_not_there(published: Path, tmp_path: Path, monkeyp
         ({"SOURCE": "/nowhere.gguf"}, exit_codes.BAD_INPUT, "/nowhere.gguf: No such file or directory"),
         ({"SOURCE": __file__}, exit_codes.BAD_INPUT, "test_convert.py: neither of these; give a Hugging Face folder"),
         ({"PARAM_DTYPE": "float16"}, exit_codes.BAD_CONFIG, "'float32' or 'bfloat16'"),
-        ({"FORMAT": "hf"}, exit_codes.BAD_CONFIG, "no gin file uses the macro FORMAT"),
+        ({"FORMAT": "hf"}, exit_codes.BAD_CONFIG, "FORMAT is a macro of export, prepare"),
         ({"TOKENIZER": "/nowhere"}, exit_codes.BAD_INPUT, "no such tokenizer.json"),
     ],
 )

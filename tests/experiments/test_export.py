@@ -163,6 +163,24 @@ def test_a_hugging_face_folder_has_a_manifest(published: Path, tmp_path: Path, c
     assert "README.md has 4 bytes where the manifest says" in capsys.readouterr().err
 
 
+def test_a_folder_with_code_of_its_own(minicpm: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """Its code is run to check it, unless somebody has changed it, whatever the manifest says."""
+    assert export(tmp_path, SOURCE=minicpm, TYPE="float32", CHECK=True) == exit_codes.OK
+    folder = tmp_path / "hf"
+    said = capsys.readouterr()
+    assert "check transformers: architecture MiniCPMForCausalLM" in said.out
+    assert "sparse attention" not in said.err
+    assert verify(folder) == exit_codes.OK
+    assert "transformers: architecture MiniCPMForCausalLM" in capsys.readouterr().out
+    code, manifest = folder / "modeling_minicpm.py", folder / "manifest.json"
+    code.write_text(code.read_text() + "raise SystemExit\n")
+    entry = json.loads(manifest.read_text())
+    entry["files"][code.name] = {"bytes": code.stat().st_size, "sha256": sha256(code)}
+    manifest.write_text(json.dumps(entry))
+    assert verify(folder) == exit_codes.OK
+    assert "transformers: modeling_minicpm.py is not what this version writes" in capsys.readouterr().out
+
+
 def test_a_failed_check_leaves_the_earlier_export(
     published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
@@ -229,7 +247,7 @@ def test_a_full_disk(
     ("macros", "code", "words"),
     [
         ({"SOURCE": "/nowhere"}, exit_codes.BAD_INPUT, "no Hugging Face folder (it has no config.json), no .gguf file"),
-        ({"FORMAT": "gpt2"}, exit_codes.BAD_CONFIG, "'gguf' or 'stablehlo'"),
+        ({"FORMAT": "gpt2"}, exit_codes.BAD_CONFIG, "'onnx' or 'openvino'"),
         (
             {"TYPE": "Q8_0"},
             exit_codes.BAD_CONFIG,

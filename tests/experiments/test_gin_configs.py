@@ -14,8 +14,8 @@ ALL = {str(path.relative_to(GIN_ROOT)) for path in list_gin_files()}
 RUNS = sorted(name for name in ALL if name.split("/")[0] in ("runs", "papers"))
 SIZES = sorted(name for name in ALL if name.startswith("size/"))
 INCLUDED_ONLY = {"papers/mimo/common.gin"}
-# Of a benchmark: tests/benchmarks/test_verification_trust.py builds them.
-STUDIES = {name for name in ALL if name.startswith("papers/minicpm4/verification_trust")}
+# Of benchmarks: tests/benchmarks/test_verification_trust.py and test_bitcpm.py build them.
+STUDIES = {name for name in ALL if re.match(r"papers/minicpm4/(verification_trust|bitcpm_(study|groups))", name)}
 STEPS = ["--gin.BATCH_SIZE=4", "--gin.TRAIN_STEPS=100"]
 
 
@@ -57,7 +57,7 @@ OPTIMS = sorted(name for name in ALL if name.startswith("optim/"))
 
 COMMANDS = {name: example(name) for name in sorted(set(RUNS) - INCLUDED_ONLY - STUDIES)}
 COMMANDS |= {f"{a} {s}": [*pretrain(a, s), *optim_flags("optim/wsd_mup.gin")] for a, s in PAIRS}
-COMMANDS["arch/infllm_v2.gin"] = example("arch/infllm_v2.gin")
+COMMANDS |= {name: example(name) for name in ("arch/infllm_v2.gin", "arch/ternary.gin")}
 COMMANDS |= {name: [*pretrain("arch/minicpm4.gin", "size/5m.gin", name), *optim_flags(name)] for name in OPTIMS}
 
 

@@ -58,8 +58,15 @@ def test_the_checkpoint_is_a_model_and_the_folder_its_codes(source, tmp_path, ca
     summary = json.loads((tmp_path / "quantization.json").read_text())
     assert summary["quantization"]["skip_initial_tokens"] == 4
     assert len(summary["errors"]["self_attn/q_proj"]) == 2
+    assert "check read_back: values" in said
+    assert "check torch_runtime: max error" in said
+    manifest = json.loads((tmp_path / "gptq/manifest.json").read_text())
+    figures = {check["name"]: check["figures"] for check in manifest["checks"]}
+    assert figures["source"]["kl_divergence"] > 0  # against the model before it was quantised
+    assert run.main(["export", f"--workdir={tmp_path}", f"--gin.VERIFY={tmp_path / 'gptq'}"]) == exit_codes.OK
+    assert "torch_runtime: max error" in capsys.readouterr().out
     # The same command again replaces what it made.
-    assert quantize(source, tmp_path, PACK="gptq", METHOD="rtn", ROTATION=False) == exit_codes.OK
+    assert quantize(source, tmp_path, PACK="gptq", METHOD="rtn", ROTATION=True) == exit_codes.OK
 
 
 @pytest.mark.parametrize(

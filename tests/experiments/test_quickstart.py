@@ -18,6 +18,8 @@ from cpm_jax.training.schedules import wsd
 from experiments import quickstart
 from experiments.curate import CurateConfig
 from experiments.quickstart import QuickstartConfig, Stages, pretrain_config, run, stage_names
+from export.checks import verify_export
+from export.manifest import read_manifest
 
 
 @pytest.fixture
@@ -162,6 +164,8 @@ def test_from_text_to_report_interrupted_and_resumed(config, tmp_path, monkeypat
     assert list(found) == list(quickstart.STAGES)
     assert found["check"]["result"].get("max_error", 0.0) <= 1e-4
     assert found["evaluate"]["result"]["model"]["value"] < 8
+    assert [check.name for check in read_manifest(workdir / "hf").checks[:2]] == ["read_back", "source"]
+    assert "as they were written" in verify_export(workdir / "hf")[0]
     page = (workdir / "report.html").read_text("utf-8")
     for words in (
         "zstd -19",

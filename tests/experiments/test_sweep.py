@@ -279,7 +279,6 @@ def test_submitit_starts_workers(make, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not slurm_cluster.installed(), reason="SLURM is not installed, or cannot be started by this user")
 def test_slurm_starts_workers(make, tmp_path, monkeypatch):
     with slurm_cluster.cluster(tmp_path / "slurm") as environment:
         for name in ("SLURM_CONF", "PATH"):

@@ -19,22 +19,14 @@ from cpm_jax.common.config import ConfigError
 from cpm_jax.data.gguf_tokenizer import tokenizer_from_gguf
 from cpm_jax.data.tokenizer import Tokenizer
 from cpm_jax.modeling.config import ModelConfig, RopeConfig, SparseConfig
-from cpm_jax.modeling.decoder import init_params
 from cpm_jax.modeling.rotary import attention_factor, inverse_frequencies
 from export.folders import ExportError
 from export.gguf import FILE_TYPES, check_read_back, export_gguf, plan_tensors
 from export.gguf_tokenizer import tokenizer_to_gguf
 from export.hf_check import check_hf
 from tests.data.test_gguf_tokenizer import TEXTS, recorded_metadata, sentencepiece
+from tests.export.small_models import LLAMA3, LONGROPE, MUP, PLAIN, YARN, random_params
 
-HEADS, KV_HEADS = 4, 2
-MUP = {"scale_emb": 12.0, "scale_depth": 1.4, "dim_model_base": 16}
-FACTORS = tuple(1.0 + 0.25 * i for i in range(8))
-LONGROPE = RopeConfig(
-    short_factor=FACTORS, long_factor=tuple(4 * f for f in FACTORS), original_max_position_embeddings=64
-)
-YARN = RopeConfig(scaling="yarn", factor=4.0, original_max_position_embeddings=32, beta_fast=16.0)
-LLAMA3 = RopeConfig(rope_theta=5e5, scaling="llama3", factor=8.0, original_max_position_embeddings=32)
 CASES = {
     "llama": {},
     "llama tied, wide heads": {"tie_word_embeddings": True, "head_dim": 32},
@@ -59,30 +51,11 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def plain() -> ModelConfig:
-    return ModelConfig(
-        vocab_size=320,
-        num_layers=2,
-        d_model=64,
-        num_heads=HEADS,
-        num_kv_heads=KV_HEADS,
-        d_ff=96,
-        max_position_embeddings=256,
-        initializer_range=0.15,
-        rms_norm_eps=1e-5,
-        dtype="float32",
-    )
-
-
-def noisy_params(config: ModelConfig):
-    """Initial parameters with every norm scale and bias moved away from where it would not show."""
-    leaves, tree = jax.tree.flatten(init_params(config, jax.random.key(1)))
-    rng = np.random.default_rng(2)
-    noisy = [np.asarray(leaf) + 0.1 * rng.standard_normal(leaf.shape, np.float32) for leaf in leaves]
-    return jax.tree.unflatten(tree, [jnp.asarray(leaf) for leaf in noisy])
+    return dataclasses.replace(PLAIN, rms_norm_eps=1e-5)
 
 
 def export(config, tokenizer, folder, kind="F32", params=None):
-    params = noisy_params(config) if params is None else params
+    params = random_params(config) if params is None else params
     result = export_gguf(params, config, tokenizer, folder, kind=kind, name="tiny")
     return params, result, folder / result.file
 
@@ -160,7 +133,7 @@ def test_transformers_computes_the_same(case, kind, plain, tokenizer, tmp_path):
 def test_a_difference_is_found(plain, tokenizer, tmp_path):
     params, _, path = export(plain, tokenizer, tmp_path / "out", "Q8_0")
     kernel = params["layers"]["self_attn"]["k_proj"]["kernel"]
-    params["layers"]["self_attn"]["k_proj"]["kernel"] = kernel.at[1, 3, 5].add(1.0)
+    params["layers"]["self_attn"]["k_proj"]["kernel"] = jnp.asarray(kernel).at[1, 3, 5].add(1.0)
     with pytest.raises(ExportError, match=r"blk\.1\.attn_k\.weight \(Q8_0\) reads back with other values"):
         check_read_back(path, params, plain, "Q8_0")
 
@@ -221,9 +194,9 @@ def test_rows_that_no_block_divides(plain, tokenizer, tmp_path):
     ],
 )
 def test_values_beyond_the_type(kind, value, words, plain, tokenizer, tmp_path):
-    params = noisy_params(plain)
+    params = random_params(plain)
     kernel = params["layers"]["mlp"]["up_proj"]["kernel"]
-    params["layers"]["mlp"]["up_proj"]["kernel"] = kernel.at[1, 3, 5].set(value)
+    params["layers"]["mlp"]["up_proj"]["kernel"] = jnp.asarray(kernel).at[1, 3, 5].set(value)
     if words is None:
         export(plain, tokenizer, tmp_path / "out", kind, params)
         return

@@ -10,7 +10,8 @@ from cpm_jax.common.config import ConfigError
 from cpm_jax.quantization.config import QuantizationConfig
 from cpm_jax.quantization.layer import LINEARS, linear_of
 from export.gptq import describe, export_gptq, pack_linear
-from tests.export.quantized_models import ROUNDED, rounded_model, small_tokenizer
+from tests.export.quantized_models import ROUNDED, rounded_model
+from tests.export.small_models import small_tokenizer
 
 
 def unpack(tensors, bits):

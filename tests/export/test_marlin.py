@@ -11,7 +11,8 @@ from cpm_jax.common.config import ConfigError
 from cpm_jax.quantization.config import QuantizationConfig
 from cpm_jax.quantization.layer import linear_of
 from export.marlin import FUSED, export_marlin, pack_codes, pack_scales
-from tests.export.quantized_models import ROUNDED, rounded_model, small_tokenizer
+from tests.export.quantized_models import ROUNDED, rounded_model
+from tests.export.small_models import small_tokenizer
 
 # Which of the eight codes that a thread holds stands at each place of its word, from the lowest bits up.
 INTERLEAVE = (0, 2, 4, 6, 1, 3, 5, 7)

@@ -13,8 +13,7 @@ import pytest
 
 from cpm_jax.common.config import ConfigError
 from cpm_jax.data.tokenizer import Tokenizer
-from cpm_jax.modeling.config import ModelConfig, RopeConfig, SparseConfig
-from cpm_jax.modeling.decoder import init_params
+from cpm_jax.modeling.config import ModelConfig, SparseConfig
 from export.folders import ExportError
 from export.hf_check import greedy, logits_of
 from export.stablehlo import (
@@ -26,21 +25,14 @@ from export.stablehlo import (
     compare_programs,
     export_stablehlo,
 )
+from tests.export.small_models import LONGROPE, MUP, PLAIN, random_params
 
 TEXT = "def add(a, b):\n    return a + b\n\n\nclass Tree:\n    pass  # 树\n"
-LONGROPE = RopeConfig(
-    rope_theta=10_000.0,
-    short_factor=tuple(1.0 + 0.1 * i for i in range(8)),
-    long_factor=tuple(1.0 + 1.5 * i for i in range(8)),
-    original_max_position_embeddings=1100,
-)
 CASES = {
     "biases, unrolled": {"attention_bias": True, "scan_layers": False},
     "minicpm4": {
-        "scale_emb": 12.0,
-        "scale_depth": 1.4,
-        "dim_model_base": 16,
-        "rope": LONGROPE,
+        **MUP,
+        "rope": dataclasses.replace(LONGROPE, original_max_position_embeddings=1100),
         "num_nextn_predict_layers": 1,
         "sparse_config": SparseConfig(topk=8, dense_len=100),
     },
@@ -56,19 +48,8 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture(scope="module", params=CASES)
 def exported(request, tokenizer, tmp_path_factory):
     """Model, parameters and folder of each case."""
-    config = ModelConfig(
-        vocab_size=320,
-        num_layers=2,
-        d_model=64,
-        num_heads=4,
-        num_kv_heads=2,
-        d_ff=96,
-        max_position_embeddings=2048,
-        initializer_range=0.15,
-        dtype="float32",
-    )
-    config = dataclasses.replace(config, **CASES[request.param])
-    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(1))
+    config = dataclasses.replace(PLAIN, **{"max_position_embeddings": 2048} | CASES[request.param])
+    params = random_params(config)
     folder = tmp_path_factory.mktemp("export") / "stablehlo"
     return config, params, folder, export_stablehlo(params, config, tokenizer, folder)
 
@@ -156,7 +137,7 @@ def small(tokenizer):
     config = ModelConfig(
         vocab_size=320, num_layers=1, d_model=32, num_heads=2, num_kv_heads=1, d_ff=48, max_position_embeddings=512
     )
-    return config, jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
+    return config, random_params(config)
 
 
 def test_bfloat16_is_as_near_to_the_truth_as_our_own(small, tokenizer, tmp_path):

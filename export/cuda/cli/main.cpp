@@ -1,4 +1,5 @@
-// cpm FOLDER --ids 1,2,3: generates greedily from an exported folder. Takes and prints token ids.
+// cpm FOLDER --ids 1,2,3: generates greedily from an exported folder. Takes and prints token ids, or text where it was
+// built with a tokenizer.
 #include <algorithm>
 #include <cerrno>
 #include <chrono>
@@ -7,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <fstream>
+#include <functional>
 #include <memory>
 #include <sstream>
 #include <stdexcept>
@@ -14,19 +16,24 @@
 #include <vector>
 
 #include "cpm.h"
-#include "prompt_lookup.h"
+#include "draft_tree.h"
+#ifdef CPM_TOKENIZERS
+#include "text.h"
+#endif
 
 namespace {
 
 constexpr int64_t kLargestTree = 64;
 
 constexpr char kUsage[] =
-    "cpm FOLDER [--ids 1,2,3 | --ids-file FILE] [options]\n"
+    "cpm FOLDER [--ids 1,2,3 | --ids-file FILE | --prompt TEXT] [options]\n"
     "  --ids LIST           token ids of the prompt, separated by commas or spaces\n"
     "  --ids-file FILE      the same from a file\n"
+    "  --prompt TEXT        text instead of ids, then printed as text; where it was built with CPM_TOKENIZERS\n"
     "  --max-new-tokens N   how many tokens to generate greedily (default 0); a token that ends a text ends it\n"
     "  --draft N            verify trees of up to N tokens at once, drafted from how the text went on before; the\n"
     "                       tokens are the same (default 0: one at a time; at most 64)\n"
+    "  --mtp                the model's MTP layers draft the first tokens of a tree\n"
     "  --ignore-eos         go on after such a token\n"
     "  --capacity N         tokens that the KV cache holds (default: max_position_embeddings)\n"
     "  --chunk N            prompt tokens computed together (default 128)\n"
@@ -36,11 +43,13 @@ constexpr char kUsage[] =
     "Generated ids go to standard output; the memory plan and the speed to standard error.\n";
 
 struct Arguments {
-  std::string folder, logits_file, backend = "cpu";
+  std::string folder, logits_file, backend = "cpu", prompt;
+  bool has_prompt = false;
   std::vector<int32_t> ids;
   int64_t max_new_tokens = 0, draft = 0;
-  bool ignore_eos = false;
+  bool ignore_eos = false, mtp = false;
   cpm_options options{};
+  std::function<std::string(int32_t)> decode;  // where text is printed
 };
 
 class UsageError : public std::runtime_error {
@@ -85,10 +94,15 @@ Arguments parse(int argc, char** argv) {
       arguments.ids = parse_ids(name, value());
     } else if (name == "--ids-file") {
       arguments.ids = parse_ids(name, read_text(value()));
+    } else if (name == "--prompt") {
+      arguments.prompt = value();
+      arguments.has_prompt = true;
     } else if (name == "--max-new-tokens") {
       arguments.max_new_tokens = whole(name, value(), INT32_MAX);
     } else if (name == "--draft") {
       arguments.draft = whole(name, value(), kLargestTree);
+    } else if (name == "--mtp") {
+      arguments.mtp = true;
     } else if (name == "--ignore-eos") {
       arguments.ignore_eos = true;
     } else if (name == "--capacity") {
@@ -162,23 +176,28 @@ std::vector<float> read_prompt(cpm_model* model, const Arguments& arguments) {
 class Output {
  public:
   Output(const cpm_model* model, const Arguments& arguments)
-      : model_(model), left_(arguments.max_new_tokens), ignore_eos_(arguments.ignore_eos) {}
+      : model_(model), arguments_(arguments), left_(arguments.max_new_tokens) {}
 
   // Whether more are wanted.
   bool add(int32_t token) {
-    std::printf("%s%" PRId32, first_ ? "" : " ", token);
+    if (arguments_.decode) {
+      std::printf("%s", arguments_.decode(token).c_str());
+    } else {
+      std::printf("%s%" PRId32, first_ ? "" : " ", token);
+    }
     std::fflush(stdout);
     first_ = false;
     --left_;
-    done_ = left_ == 0 || (!ignore_eos_ && cpm_is_eos(model_, token));
+    done_ = left_ == 0 || (!arguments_.ignore_eos && cpm_is_eos(model_, token));
     if (done_) std::printf("\n");
     return !done_;
   }
 
  private:
   const cpm_model* model_;
+  const Arguments& arguments_;
   int64_t left_;
-  bool ignore_eos_, first_ = true, done_ = false;
+  bool first_ = true, done_ = false;
 };
 
 void generate(cpm_model* model, const Arguments& arguments, std::vector<float> logits) {
@@ -191,12 +210,21 @@ void generate(cpm_model* model, const Arguments& arguments, std::vector<float> l
 void generate_by_drafts(cpm_model* model, const Arguments& arguments, std::vector<float> logits, int64_t capacity) {
   Output output(model, arguments);
   std::vector<int32_t> text = arguments.ids, accepted(kLargestTree);
+  const int32_t mtp_layers = cpm_mtp_layers(model);
+  std::vector<int32_t> drafts(static_cast<size_t>(mtp_layers));
   int64_t passes = 0, kept = 0;
   for (bool more = true; more;) {
     text.push_back(best(logits));
     if (!output.add(text.back())) break;
-    const int64_t room = std::min(arguments.draft, capacity - cpm_length(model));
-    const DraftTree tree = draft_tree(text, static_cast<size_t>(std::max<int64_t>(room, 1)));
+    const int64_t most = std::max<int64_t>(arguments.draft, mtp_layers + 1);
+    const auto room = static_cast<size_t>(std::max<int64_t>(std::min(most, capacity - cpm_length(model)), 1));
+    DraftTree tree{{text.back()}, {-1}};
+    if (mtp_layers > 0) {
+      const int32_t drafted = cpm_draft(model, text.back(), drafts.data());
+      if (drafted < 0) throw std::runtime_error(cpm_last_error());
+      tree.add(drafts.begin(), drafts.begin() + drafted, room);
+    }
+    if (arguments.draft > 0) look_up(text, room, tree);
     const auto count = static_cast<int32_t>(tree.tokens.size());
     const int32_t number =
         cpm_verify_tree(model, tree.tokens.data(), tree.parents.data(), count, accepted.data(), logits.data());
@@ -208,14 +236,32 @@ void generate_by_drafts(cpm_model* model, const Arguments& arguments, std::vecto
       more = output.add(text.back());
     }
   }
-  std::fprintf(stderr, "drafts: %" PRId64 " tokens accepted in %" PRId64 " passes\n", kept, passes);
+  std::fprintf(stderr, "drafts: %" PRId64 " tokens accepted in %" PRId64 " passes, %.2f tokens a pass\n", kept, passes,
+               1 + static_cast<double>(kept) / static_cast<double>(std::max<int64_t>(passes, 1)));
 }
 
-void run(const Arguments& arguments) {
+// Takes text for what it is where there is a tokenizer.
+void read_text_prompt(Arguments& arguments) {
+#ifdef CPM_TOKENIZERS
+  const auto tokenizer = std::make_shared<TextTokenizer>(arguments.folder);
+  arguments.ids = tokenizer->encode(arguments.prompt);
+  if (arguments.ids.empty()) throw UsageError("--prompt: the text has no tokens");
+  arguments.decode = [tokenizer](int32_t token) { return tokenizer->decode(token); };
+#else
+  throw UsageError("--prompt " + arguments.prompt + ": this program was built without CPM_TOKENIZERS; give --ids");
+#endif
+}
+
+void run(Arguments arguments) {
+  if (arguments.has_prompt) read_text_prompt(arguments);
   cpm_options options = arguments.options;
   options.backend = arguments.backend.c_str();
+  options.mtp = arguments.mtp ? 1 : 0;
   const std::unique_ptr<cpm_model, decltype(&cpm_close)> model(cpm_open(arguments.folder.c_str(), &options), cpm_close);
   if (model == nullptr) throw std::runtime_error(cpm_last_error());
+  if (arguments.mtp && cpm_mtp_layers(model.get()) == 0) {
+    throw UsageError("--mtp: the model has no MTP layers; those of the layout mimo may have");
+  }
   print_plan(model.get());
   if (arguments.ids.empty()) return;
   auto start = std::chrono::steady_clock::now();
@@ -224,7 +270,7 @@ void run(const Arguments& arguments) {
   if (arguments.max_new_tokens == 0) return;
   const int64_t before = cpm_length(model.get());
   start = std::chrono::steady_clock::now();
-  if (arguments.draft > 0) {
+  if (arguments.draft > 0 || arguments.mtp) {
     cpm_plan plan;
     cpm_memory_plan(model.get(), &plan);
     generate_by_drafts(model.get(), arguments, std::move(logits), plan.capacity);

@@ -19,6 +19,7 @@ typedef struct {
   int32_t chunk;        // tokens of a prompt that are computed together; 0 is 128
   int32_t threads;      // of the CPU; 0 is one for each core
   const char* backend;  // NULL or "cpu"; "cuda" where the library was built with it
+  int32_t mtp;          // 1 loads MTP layers too, where the model has any: they draft tokens
 } cpm_options;
 
 // Where the bytes go. All but the mapped ones are one allocation, made when the model is opened, in this order.
@@ -67,6 +68,13 @@ int32_t cpm_decode(cpm_model* model, int32_t token, float* logits);
 // those after the last accepted one. Returns how many were accepted, the root included.
 int32_t cpm_verify_tree(cpm_model* model, const int32_t* tokens, const int32_t* parents, int32_t count,
                         int32_t* accepted, float* logits);
+
+// MTP layers that were loaded.
+int32_t cpm_mtp_layers(const cpm_model* model);
+
+// Drafts what follows `token`, which follows the cache: a chain of cpm_mtp_layers() tokens, one of each MTP layer, to be
+// verified with `token` as their root. Returns how many: 0 where nothing has been read yet, or since cpm_truncate.
+int32_t cpm_draft(cpm_model* model, int32_t token, int32_t* drafts);
 
 #ifdef __cplusplus
 }

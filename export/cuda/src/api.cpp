@@ -44,7 +44,8 @@ cpm_model* cpm_open(const char* folder, const cpm_options* options) {
     require(folder, "folder");
     cpm::Options chosen;
     if (options != nullptr) {
-      chosen = {options->capacity, options->chunk, options->threads, options->backend ? options->backend : "cpu"};
+      chosen = {options->capacity, options->chunk, options->threads, options->backend ? options->backend : "cpu",
+                options->mtp != 0};
     }
     return new cpm_model(folder, chosen);
   });
@@ -104,5 +105,16 @@ int32_t cpm_verify_tree(cpm_model* model, const int32_t* tokens, const int32_t* 
     const std::vector<int32_t> indices = model->model.verify(tokens, parents, count, logits);
     std::copy(indices.begin(), indices.end(), accepted);
     return static_cast<int32_t>(indices.size());
+  });
+}
+
+int32_t cpm_mtp_layers(const cpm_model* model) { return model->model.mtp_layers(); }
+
+int32_t cpm_draft(cpm_model* model, int32_t token, int32_t* drafts) {
+  return guarded(-1, [&] {
+    require(drafts, "drafts");
+    const std::vector<int32_t> tokens = model->model.draft(token);
+    std::copy(tokens.begin(), tokens.end(), drafts);
+    return static_cast<int32_t>(tokens.size());
   });
 }

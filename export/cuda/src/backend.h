@@ -33,6 +33,8 @@ class Backend {
   // out [count, rows] = multiplier * x · weightsᵀ + bias; bias may be NULL
   virtual void linear(const Matrix& weights, const float* bias, const float* x, int32_t count, float multiplier,
                       float* out) = 0;
+  // out [count, 2 * width]: of each row that of x, then that of y
+  virtual void join(const float* x, const float* y, int32_t count, int32_t width, float* out) = 0;
   // x += multiplier * y
   virtual void add(float* x, const float* y, float multiplier, int64_t size) = 0;
   // gate = silu(gate) * up

@@ -259,9 +259,9 @@ std::vector<double> inverse_frequencies(const Rope& rope, int32_t head_dim, int6
 Config read_config(const std::filesystem::path& folder) {
   const Json hf = Json::read(folder / "config.json");
   const std::string model_type = hf.get("model_type").text();
-  if (!one_of(model_type, {"llama", "qwen2", "granite", "minicpm"})) {
+  if (!one_of(model_type, {"llama", "qwen2", "granite", "minicpm", "mimo"})) {
     hf.get("model_type")
-        .refuse("llama, qwen2, granite or minicpm; export the model again in the layout of one of them");
+        .refuse("llama, qwen2, granite, minicpm or mimo; export the model again in the layout of one of them");
   }
   check_constants(hf);
   Config config;
@@ -280,12 +280,18 @@ Config read_config(const std::filesystem::path& folder) {
   config.head_dim = hf.has("head_dim") ? size_field(hf, "head_dim") : config.d_model / config.num_heads;
   if (config.head_dim % 2)
     fail("config.json: head_dim = " + std::to_string(config.head_dim) + ": accepted are even numbers");
-  const int64_t usual_length = model_type == "qwen2" ? 32768 : 2048;
+  const bool qkv_bias = model_type == "qwen2" || model_type == "mimo";  // and no other
+  if (model_type == "mimo") {
+    config.num_nextn_predict_layers =
+        static_cast<int32_t>(whole_or(hf, "num_nextn_predict_layers", 0, kMostMtpLayers, 0));
+    if (config.d_model > kLargestInt / 2) hf.get("hidden_size").refuse("at most half of 31 bits");
+  }
+  const int64_t usual_length = qkv_bias ? 32768 : 2048;
   config.max_position_embeddings = whole_or(hf, "max_position_embeddings", 1, kLongestSequence, usual_length);
   config.rms_norm_eps = positive_or(hf, "rms_norm_eps", 1e-6);
   config.tie_word_embeddings = flag_or(hf, "tie_word_embeddings", model_type == "minicpm");
-  config.attention_bias = model_type == "qwen2" || flag_or(hf, "attention_bias", false);
-  config.output_bias = model_type != "qwen2" && config.attention_bias;
+  config.attention_bias = qkv_bias || flag_or(hf, "attention_bias", false);
+  config.output_bias = !qkv_bias && config.attention_bias;
   read_multipliers(hf, model_type, config);
   read_rope(hf, config);
   if (hf.has("sparse_config") && !hf.get("sparse_config").names().empty()) {

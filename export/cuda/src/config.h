@@ -11,6 +11,7 @@ namespace cpm {
 
 // No sequence, block or window is longer: positions up to here are exact in 24 bits.
 constexpr int64_t kLongestSequence = int64_t{1} << 24;
+constexpr int64_t kMostMtpLayers = 32;
 
 // Rotary embedding: how fast each pair of dimensions turns.
 struct Rope {
@@ -55,6 +56,7 @@ struct Quantization {
 
 struct Config {
   int32_t vocab_size, num_layers, d_model, d_ff, num_heads, num_kv_heads, head_dim;
+  int32_t num_nextn_predict_layers = 0;  // MTP layers
   int64_t max_position_embeddings;
   double rms_norm_eps;
   Rope rope;

@@ -108,8 +108,8 @@ CpuBackend::CpuBackend(int32_t threads) : threads_(num_threads(threads)) {}
 void CpuBackend::plan_scratch(const Config& config, int64_t capacity, int32_t, MemoryPlan& plan) {
   const auto threads = static_cast<uint64_t>(threads_);
   const int64_t attention_width = static_cast<int64_t>(config.num_heads) * config.head_dim;
-  const int64_t widest =
-      std::max({static_cast<int64_t>(config.d_model), static_cast<int64_t>(config.d_ff), attention_width});
+  const int64_t residual_width = static_cast<int64_t>(config.d_model) * (config.num_nextn_predict_layers > 0 ? 2 : 1);
+  const int64_t widest = std::max({residual_width, static_cast<int64_t>(config.d_ff), attention_width});
   row_values_ = kTileRows * widest;
   plan.add(MemoryPlan::kActivations, &rows_, checked_multiply(threads, row_values_, "rows"),
            "unpacked rows of weights");
@@ -177,6 +177,13 @@ void CpuBackend::linear(const Matrix& weights, const float* bias, const float* x
         }
       }
     }
+  }
+}
+
+void CpuBackend::join(const float* x, const float* y, int32_t count, int32_t width, float* out) {
+  for (int64_t t = 0; t < count; ++t) {
+    std::copy_n(x + t * width, width, out + 2 * t * width);
+    std::copy_n(y + t * width, width, out + (2 * t + 1) * width);
   }
 }
 

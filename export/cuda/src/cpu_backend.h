@@ -21,6 +21,7 @@ class CpuBackend : public Backend {
   void rms_norm(const float* x, const float* scale, int32_t count, int32_t width, float epsilon, float* out) override;
   void linear(const Matrix& weights, const float* bias, const float* x, int32_t count, float multiplier,
               float* out) override;
+  void join(const float* x, const float* y, int32_t count, int32_t width, float* out) override;
   void add(float* x, const float* y, float multiplier, int64_t size) override;
   void swiglu(float* gate, const float* up, int64_t size) override;
   void rotate(const float* x, const float* cosines, const float* sines, int32_t count, int32_t num_heads,

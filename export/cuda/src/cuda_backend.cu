@@ -89,6 +89,12 @@ class CudaBackend : public Backend {
     launched("linear");
   }
 
+  void join(const float* x, const float* y, int32_t count, int32_t width, float* out) override {
+    const int64_t values = static_cast<int64_t>(count) * width;
+    join_kernel<<<blocks_for(values), kThreads>>>(x, y, values, width, out);
+    launched("join");
+  }
+
   void add(float* x, const float* y, float multiplier, int64_t size) override {
     add_kernel<<<blocks_for(size), kThreads>>>(x, y, multiplier, size);
     launched("add");

@@ -110,6 +110,14 @@ __global__ void linear_kernel(Matrix weights, const float* bias, const float* x,
 // A thread for each value, here and in the kernels below up to `complete_kernels`.
 __device__ inline int64_t thread_index() { return static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x; }
 
+__global__ void join_kernel(const float* x, const float* y, int64_t values, int32_t width, float* out) {
+  const int64_t i = thread_index();
+  if (i >= values) return;
+  float* row = out + i / width * 2 * width + i % width;
+  row[0] = x[i];
+  row[width] = y[i];
+}
+
 __global__ void add_kernel(float* x, const float* y, float multiplier, int64_t size) {
   const int64_t i = thread_index();
   if (i < size) x[i] += y[i] * multiplier;

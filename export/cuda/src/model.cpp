@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 
 #include "checked.h"
 
@@ -53,8 +54,10 @@ Model::Model(const std::filesystem::path& folder, const Options& options)
     fail("chunk = " + std::to_string(chunk_) + ": accepted are 1 to " + std::to_string(kLongestChunk) + " tokens");
   }
   sparse_ = config_.sparse && capacity_ > config_.sparse->dense_len;
+  // A chunk or a tree, and before it what MTP layers have not seen the followers of.
+  rows_ = std::max(chunk_, kLargestTree) + (options.mtp ? config_.num_nextn_predict_layers : 0);
   heads_ = {config_.num_heads, config_.num_kv_heads, config_.head_dim, static_cast<int32_t>(capacity_)};
-  weights_ = std::make_unique<Weights>(files_, config_, *backend_, plan_);
+  weights_ = std::make_unique<Weights>(files_, config_, options.mtp, *backend_, plan_);
   frequencies_ = inverse_frequencies(config_.rope, config_.head_dim, capacity_);
   plan_activations();
   plan_cache();
@@ -64,8 +67,7 @@ Model::Model(const std::filesystem::path& folder, const Options& options)
 
 void Model::plan_activations() {
   const auto part = MemoryPlan::kActivations;
-  const int32_t tokens = std::max(chunk_, kLargestTree);
-  const auto rows = static_cast<uint64_t>(tokens);
+  const auto rows = static_cast<uint64_t>(rows_);
   const auto plan = [&](auto** place, uint64_t columns, const char* what) {
     plan_.add(part, place, checked_multiply(rows, columns, what), what);
   };
@@ -84,6 +86,11 @@ void Model::plan_activations() {
   plan(&attended_, q_size, "attended values");
   plan(&gate_, config_.d_ff, "gates");
   plan(&up_, config_.d_ff, "the feed-forward layer");
+  if (mtp_layers() > 0) {
+    hidden_heads_ = {1, 1, config_.d_model, rows_};
+    plan(&hidden_, config_.d_model, "hidden states");
+    plan(&joined_, 2 * static_cast<uint64_t>(config_.d_model), "what MTP layers read");
+  }
   plan_.add(part, &logits_, checked_multiply(kLogitRows, config_.vocab_size, "logits"), "logits");
   if (sparse_) {
     const Sparse& s = *config_.sparse;
@@ -100,7 +107,7 @@ void Model::plan_activations() {
       plan(&unrotated_k_, kv_size, "unrotated keys");
     }
   }
-  backend_->plan_scratch(config_, capacity_, tokens, plan_);
+  backend_->plan_scratch(config_, capacity_, rows_, plan_);
 }
 
 void Model::plan_cache() {
@@ -110,10 +117,11 @@ void Model::plan_cache() {
     plan_.add(part, place, checked_multiply(kv_size, tokens, what), what);
   };
   caches_.resize(config_.num_layers);
-  for (LayerCache& cache : caches_) {
+  mtp_caches_.resize(weights_->mtp_layers.size());
+  const auto plan_layer = [&](LayerCache& cache) {
     plan(&cache.keys, capacity_, "cached keys");
     plan(&cache.values, capacity_, "cached values");
-    if (!sparse_) continue;
+    if (!sparse_) return;
     const Sparse& s = *config_.sparse;
     if (s.use_nope) plan(&cache.unrotated, capacity_, "cached unrotated keys");
     const auto kernels = [&](int64_t size, int64_t stride, Kernels& made) {
@@ -123,7 +131,9 @@ void Model::plan_cache() {
     };
     kernels(s.kernel_size, s.kernel_stride, cache.fine);
     if (s.lse_approximation) kernels(s.coarse_kernel_size(), s.coarse_kernel_stride(), cache.coarse);
-  }
+  };
+  for (LayerCache& cache : caches_) plan_layer(cache);
+  for (LayerCache& cache : mtp_caches_) plan_layer(cache);
 }
 
 bool Model::ends_text(int32_t token) const {
@@ -137,6 +147,8 @@ void Model::truncate(int64_t length) {
          " tokens in the cache");
   }
   length_ = length;
+  text_.resize(static_cast<size_t>(length));
+  settled_ = std::min(settled_, length);
 }
 
 void Model::check_tokens(const int32_t* tokens, int64_t count) const {
@@ -154,6 +166,8 @@ void Model::check_tokens(const int32_t* tokens, int64_t count) const {
 void Model::append(const int32_t* tokens, int64_t count, float* logits, bool each) {
   check_tokens(tokens, count);
   if (count == 0 && logits != nullptr) fail("0 tokens: there are no logits after none of them");
+  text_.resize(static_cast<size_t>(length_));  // where an error came before
+  text_.insert(text_.end(), tokens, tokens + count);
   for (int64_t first = 0; first < count; first += chunk_) {
     const auto number = static_cast<int32_t>(std::min<int64_t>(chunk_, count - first));
     forward(tokens + first, number, nullptr);
@@ -191,7 +205,23 @@ std::vector<int32_t> Model::verify(const int32_t* tokens, const int32_t* parents
     accepted.push_back(child);
   }
   keep(accepted);
+  text_.resize(static_cast<size_t>(length_) - accepted.size());
+  for (const int32_t index : accepted) text_.push_back(tokens[index]);
   return accepted;
+}
+
+std::vector<int32_t> Model::draft(int32_t token) {
+  if (mtp_layers() == 0) fail("the model was opened without MTP layers, or has none");
+  if (token < 0 || token >= config_.vocab_size) {
+    fail("token " + std::to_string(token) + ": accepted are 0 to " + std::to_string(config_.vocab_size - 1));
+  }
+  if (settled_ == length_) return {};
+  text_.resize(static_cast<size_t>(length_));
+  text_.push_back(token);
+  run_mtp(true);
+  const std::vector<int32_t> drafts(text_.begin() + static_cast<std::ptrdiff_t>(length_) + 1, text_.end());
+  text_.resize(static_cast<size_t>(length_));
+  return drafts;
 }
 
 void Model::keep(const std::vector<int32_t>& accepted) {
@@ -205,6 +235,9 @@ void Model::keep(const std::vector<int32_t>& accepted) {
     for (const Kernels& kernels : {cache.fine, cache.coarse}) {
       if (kernels.size > 0) backend_->complete_kernels(heads_, scored, base, count, kernels);
     }
+  }
+  if (hidden_ != nullptr) {
+    backend_->compact(hidden_heads_, static_cast<int32_t>(length_ - settled_), tokens_, count, hidden_);
   }
   length_ += count;
 }
@@ -225,10 +258,9 @@ void Model::rotations(const int32_t* positions, int32_t count) {
 
 void Model::forward(const int32_t* tokens, int32_t count, const uint64_t* ancestors) {
   Backend& run = *backend_;
+  if (hidden_ != nullptr && length_ - settled_ > mtp_layers()) run_mtp(false);  // makes room for new hidden states
   const auto base = static_cast<int32_t>(length_);
-  const int64_t width = config_.d_model, hidden = config_.d_ff;
   const auto epsilon = static_cast<float>(config_.rms_norm_eps);
-  const auto residual = static_cast<float>(config_.residual_multiplier);
   const NewTokens host{count, base, ancestors};
   std::vector<int32_t> positions;
   for (int32_t t = 0; t < count; ++t) positions.push_back(position_of(host, t));
@@ -238,19 +270,65 @@ void Model::forward(const int32_t* tokens, int32_t count, const uint64_t* ancest
   const NewTokens placed{count, base, ancestors == nullptr ? nullptr : ancestors_};
 
   run.embed(weights_->embedding, tokens_, count, static_cast<float>(config_.embedding_multiplier), x_);
-  for (size_t i = 0; i < caches_.size(); ++i) {
-    const Layer& layer = weights_->layers[i];
-    run.rms_norm(x_, layer.input_norm, count, config_.d_model, epsilon, normed_);
-    attention(layer, caches_[i], placed);
-    run.add(x_, branch_, residual, count * width);
-    run.rms_norm(x_, layer.post_attention_norm, count, config_.d_model, epsilon, normed_);
-    run.linear(layer.gate, nullptr, normed_, count, 1, gate_);
-    run.linear(layer.up, nullptr, normed_, count, 1, up_);
-    run.swiglu(gate_, up_, count * hidden);
-    run.linear(layer.down, nullptr, gate_, count, 1, branch_);
-    run.add(x_, branch_, residual, count * width);
-  }
+  for (size_t i = 0; i < caches_.size(); ++i) block(weights_->layers[i], caches_[i], placed);
   run.rms_norm(x_, weights_->norm, count, config_.d_model, epsilon, normed_);
+  if (hidden_ != nullptr) {
+    run.store(hidden_heads_, {count, static_cast<int32_t>(base - settled_), nullptr}, normed_, hidden_);
+  }
+}
+
+void Model::run_mtp(bool draft) {
+  Backend& run = *backend_;
+  const auto epsilon = static_cast<float>(config_.rms_norm_eps);
+  const auto count = static_cast<int32_t>(length_ - settled_);
+  const NewTokens placed{count, static_cast<int32_t>(settled_), nullptr};
+  std::vector<int32_t> indices(static_cast<size_t>(count));
+  std::iota(indices.begin(), indices.end(), placed.base);
+  rotations(indices.data(), count);
+  const float* hidden = hidden_;
+  for (size_t depth = 0; depth < mtp_caches_.size(); ++depth) {
+    const MtpLayer& layer = weights_->mtp_layers[depth];
+    for (size_t t = 0; t < indices.size(); ++t) {  // 0 for what is not known yet, which is computed again
+      const size_t next = static_cast<size_t>(settled_) + t + depth + 1;
+      indices[t] = next < text_.size() ? text_[next] : 0;
+    }
+    run.upload(tokens_, indices.data(), indices.size() * sizeof indices[0]);
+    run.embed(weights_->embedding, tokens_, count, static_cast<float>(config_.embedding_multiplier), x_);
+    run.rms_norm(x_, layer.token_norm, count, config_.d_model, epsilon, x_);
+    run.rms_norm(hidden, layer.hidden_norm, count, config_.d_model, epsilon, normed_);
+    run.join(normed_, x_, count, config_.d_model, joined_);
+    run.linear(layer.input_proj, nullptr, joined_, count, 1, x_);
+    block(layer.layer, mtp_caches_[depth], placed);
+    run.rms_norm(x_, layer.final_norm, count, config_.d_model, epsilon, normed_);
+    hidden = normed_;
+    if (!draft) continue;
+    std::vector<float> after(static_cast<size_t>(config_.vocab_size));
+    logits(count - 1, 1, after.data());
+    text_.push_back(static_cast<int32_t>(std::max_element(after.begin(), after.end()) - after.begin()));
+  }
+  // The last layer has not seen what follows the last positions: as many as there are layers.
+  const auto left = std::min(count, mtp_layers());
+  std::iota(indices.begin(), indices.end(), count - left);
+  run.upload(tokens_, indices.data(), static_cast<uint64_t>(left) * sizeof indices[0]);
+  run.compact(hidden_heads_, 0, tokens_, left, hidden_);
+  settled_ = length_ - left;
+}
+
+void Model::block(const Layer& layer, LayerCache& cache, const NewTokens& tokens) {
+  Backend& run = *backend_;
+  const int32_t count = tokens.count;
+  const int64_t width = config_.d_model, hidden = config_.d_ff;
+  const auto epsilon = static_cast<float>(config_.rms_norm_eps);
+  const auto residual = static_cast<float>(config_.residual_multiplier);
+  run.rms_norm(x_, layer.input_norm, count, config_.d_model, epsilon, normed_);
+  attention(layer, cache, tokens);
+  run.add(x_, branch_, residual, count * width);
+  run.rms_norm(x_, layer.post_attention_norm, count, config_.d_model, epsilon, normed_);
+  run.linear(layer.gate, nullptr, normed_, count, 1, gate_);
+  run.linear(layer.up, nullptr, normed_, count, 1, up_);
+  run.swiglu(gate_, up_, count * hidden);
+  run.linear(layer.down, nullptr, gate_, count, 1, branch_);
+  run.add(x_, branch_, residual, count * width);
 }
 
 void Model::attention(const Layer& layer, LayerCache& cache, const NewTokens& tokens) {

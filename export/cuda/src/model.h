@@ -19,6 +19,7 @@ struct Options {
   int32_t chunk = 0;
   int32_t threads = 0;
   std::string backend = "cpu";
+  bool mtp = false;  // whether MTP layers are loaded, where there are any
 };
 
 class Model {
@@ -31,6 +32,7 @@ class Model {
   int64_t capacity() const { return capacity_; }
   bool is_sparse() const { return sparse_; }
   bool ends_text(int32_t token) const;
+  int32_t mtp_layers() const { return static_cast<int32_t>(weights_->mtp_layers.size()); }
 
   int64_t length() const { return length_; }
   void truncate(int64_t length);
@@ -42,6 +44,10 @@ class Model {
   // comes before its children. From the root on the child is accepted that is the best token after its parent. The
   // accepted ones stay in the cache. Returns their indices; `logits` takes those after the last of them.
   std::vector<int32_t> verify(const int32_t* tokens, const int32_t* parents, int32_t count, float* logits);
+
+  // What MTP layers think follows `token`, which follows the cache: a token of each. None where no token has been read,
+  // or none since the cache was truncated to what they had seen.
+  std::vector<int32_t> draft(int32_t token);
 
  private:
   // The cache of one layer.
@@ -56,6 +62,10 @@ class Model {
   void check_tokens(const int32_t* tokens, int64_t count) const;
   // Hidden states of new tokens, normalised for the head; writes the cache, but not length_.
   void forward(const int32_t* tokens, int32_t count, const uint64_t* ancestors);
+  // Adds both branches of a layer to the residual stream.
+  void block(const Layer& layer, LayerCache& cache, const NewTokens& tokens);
+  // Shows the MTP layers the hidden states that are kept; appends to text_ the token that each predicts if `draft`.
+  void run_mtp(bool draft);
   void attention(const Layer& layer, LayerCache& cache, const NewTokens& tokens);
   void rotations(const int32_t* positions, int32_t count);
   // Moves accepted tokens of a tree to the slots of their positions.
@@ -68,14 +78,22 @@ class Model {
   const TensorFiles files_;
   int64_t capacity_;
   int32_t chunk_;
+  int32_t rows_;  // tokens that there are activations for
   bool sparse_;
   Heads heads_;
   Selection selection_{};
   std::vector<double> frequencies_;
   MemoryPlan plan_;
   std::unique_ptr<Weights> weights_;
-  std::vector<LayerCache> caches_;
+  std::vector<LayerCache> caches_, mtp_caches_;
   int64_t length_ = 0;
+
+  // MTP layers have seen the positions before settled_ with all tokens that follow them. Hidden states are kept of the
+  // others up to length_, as heads of a cache whose first slot is settled_.
+  std::vector<int32_t> text_;  // all tokens
+  int64_t settled_ = 0;
+  Heads hidden_heads_{};
+  float *hidden_ = nullptr, *joined_ = nullptr;
 
   // Activations, a row for each token of a chunk.
   int32_t* tokens_;

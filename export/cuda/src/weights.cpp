@@ -28,7 +28,7 @@ std::vector<float> to_floats(const Tensor& tensor, int32_t size) {
 
 }  // namespace
 
-Weights::Weights(const TensorFiles& files, const Config& config, const Backend& backend, MemoryPlan& plan)
+Weights::Weights(const TensorFiles& files, const Config& config, bool mtp, const Backend& backend, MemoryPlan& plan)
     : files_(files), config_(config), mapped_(backend.reads_mapped_files()) {
   if (static_cast<size_t>(config.num_layers) > files.size()) {  // said before anything of that size is made
     fail("config.json: num_hidden_layers = " + std::to_string(config.num_layers) + ": the weights have only " +
@@ -38,6 +38,10 @@ Weights::Weights(const TensorFiles& files, const Config& config, const Backend& 
   for (int32_t i = 0; i < config.num_layers; ++i) {
     layers.emplace_back();
     layer("model.layers." + std::to_string(i) + ".", layers.back(), plan);
+  }
+  for (int32_t i = 0; mtp && i < config.num_nextn_predict_layers; ++i) {
+    mtp_layers.emplace_back();
+    mtp_layer("model.mtp_layers." + std::to_string(i) + ".", mtp_layers.back(), plan);
   }
   vector("model.norm.weight", config.d_model, &norm, plan);
   if (!config.tie_word_embeddings) plain("lm_head.weight", config.vocab_size, config.d_model, head, plan);
@@ -184,10 +188,20 @@ void Weights::layer(const std::string& prefix, Layer& layer, MemoryPlan& plan) {
   vector(prefix + "post_attention_layernorm.weight", c.d_model, &layer.post_attention_norm, plan);
 }
 
+void Weights::mtp_layer(const std::string& prefix, MtpLayer& layer, MemoryPlan& plan) {
+  const int32_t width = config_.d_model;
+  vector(prefix + "hidden_layernorm.weight", width, &layer.hidden_norm, plan);
+  vector(prefix + "token_layernorm.weight", width, &layer.token_norm, plan);
+  linear(prefix + "input_proj", width, 2 * width, layer.input_proj, plan);
+  this->layer(prefix, layer.layer, plan);
+  vector(prefix + "final_layernorm.weight", width, &layer.final_norm, plan);
+}
+
 void Weights::check_nothing_is_left() {
   const std::string buffer = "rotary_emb.inv_freq";  // a constant that old versions of transformers saved
+  const bool leaves_mtp = config_.num_nextn_predict_layers > 0 && mtp_layers.empty();
   for (const std::string& name : files_.names()) {
-    if (used_.count(name) > 0) continue;
+    if (used_.count(name) > 0 || (leaves_mtp && name.rfind("model.mtp_layers.", 0) == 0)) continue;
     const bool is_buffer =
         name.size() >= buffer.size() && name.compare(name.size() - buffer.size(), buffer.size(), buffer) == 0;
     if (is_buffer) continue;

@@ -22,11 +22,19 @@ struct Layer {
   Matrix gate, up, down;
 };
 
+// A layer that predicts one token further ahead than the hidden states that it is given.
+struct MtpLayer {
+  const float *hidden_norm, *token_norm;
+  Matrix input_proj;  // of both, side by side
+  Layer layer;
+  const float* final_norm;
+};
+
 class Weights {
  public:
   // Finds and checks every tensor, and plans the copies that the backend needs. A tensor that the model has no place
-  // for is an error, too: the file would not be what config.json says.
-  Weights(const TensorFiles& files, const Config& config, const Backend& backend, MemoryPlan& plan);
+  // for is an error, too: the file would not be what config.json says. MTP layers are left where they are unless `mtp`.
+  Weights(const TensorFiles& files, const Config& config, bool mtp, const Backend& backend, MemoryPlan& plan);
   Weights(const Weights&) = delete;
   Weights& operator=(const Weights&) = delete;
 
@@ -39,6 +47,7 @@ class Weights {
   Matrix embedding, head;
   const float* norm = nullptr;
   std::deque<Layer> layers;  // whose addresses stay, as the plan writes to them
+  std::deque<MtpLayer> mtp_layers;
 
  private:
   // A part of a file for *place: as it lies there, or copied to the pool if the backend cannot read it there.
@@ -53,6 +62,7 @@ class Weights {
   void marlin(const std::string& name, const std::vector<int32_t>& rows, int32_t columns,
               const std::vector<Matrix*>& matrices, MemoryPlan& plan);
   void layer(const std::string& prefix, Layer& layer, MemoryPlan& plan);
+  void mtp_layer(const std::string& prefix, MtpLayer& layer, MemoryPlan& plan);
   void check_nothing_is_left();
 
   const TensorFiles& files_;

@@ -155,7 +155,7 @@ void parse(const std::string& file, Count& count) {
 
 // Opens a folder and computes some tokens.
 void open(const fs::path& folder, Count& count) {
-  const cpm_options options{kCapacity, 5, 1, nullptr};
+  const cpm_options options{kCapacity, 5, 1, nullptr, 1};
   cpm_model* model = cpm_open(folder.c_str(), &options);
   if (model == nullptr) {
     if (*cpm_last_error() == '\0') throw std::logic_error("an error without a text");
@@ -164,7 +164,9 @@ void open(const fs::path& folder, Count& count) {
   }
   const std::vector<int32_t> tokens(kCapacity - 1, cpm_vocab_size(model) - 1);
   std::vector<float> logits(static_cast<size_t>(cpm_vocab_size(model)));
+  std::vector<int32_t> drafts(static_cast<size_t>(cpm_mtp_layers(model)) + 1);
   if (cpm_prefill(model, tokens.data(), kCapacity - 1, logits.data()) != 0 ||
+      (cpm_mtp_layers(model) > 0 && cpm_draft(model, 0, drafts.data()) != cpm_mtp_layers(model)) ||
       cpm_decode(model, 0, logits.data()) != 0) {
     throw std::logic_error(cpm_last_error());
   }

@@ -17,7 +17,7 @@ from export.torch_runtime.config import FolderError
 from export.torch_runtime.generate import SamplingConfig, Speed, generate, sample
 from export.torch_runtime.model import load_model
 from export.torch_runtime.text import Tokenizer
-from tests.export.quantized_models import small_tokenizer
+from tests.export.small_models import small_tokenizer
 from tests.export.torch_runtime.models import SPARSE, exported
 
 PACKAGE = Path(cli.__file__).parent

@@ -19,7 +19,8 @@ from export.torch_runtime.config import read_config
 from export.torch_runtime.generate import eager_step, prefill, static_step
 from export.torch_runtime.linear import QuantizedLinear
 from export.torch_runtime.model import load_model
-from tests.export.quantized_models import rounded_model, small_tokenizer
+from tests.export.quantized_models import rounded_model
+from tests.export.small_models import small_tokenizer
 from tests.export.torch_runtime.models import LONGROPE, MUP, PLAIN, SPARSE, exported, jax_logits, tokens_of
 
 
@@ -89,7 +90,7 @@ def test_a_prompt_in_chunks_and_token_by_token(sparse, tokenizer, tmp_path):
         np.testing.assert_allclose(first, whole[:, 137], atol=1e-4, rtol=0)
         with torch.inference_mode():
             step = make_step(model, cache)
-            steps = [step(ids[:, at : at + 1], torch.tensor([at])) for at in range(138, 150)]
+            steps = [step(ids[:, at : at + 1], torch.tensor([at]))[1][:, 0] for at in range(138, 150)]
         np.testing.assert_allclose(torch.stack(steps, dim=1), whole[:, 138:], atol=1e-4, rtol=0)
 
 

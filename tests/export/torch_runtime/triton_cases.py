@@ -1,5 +1,7 @@
 """Triton's kernels against plain PyTorch, in Triton's interpreter: a program of its own, as that is chosen at import.
 
+Rotary embedding is compared with our decoder's.
+
     TRITON_INTERPRET=1 python -m tests.export.torch_runtime.triton_cases FOLDER
 
 prints the largest error of each case as JSON. FOLDER holds a small model with int4 weights and sparse attention.
@@ -11,14 +13,20 @@ import os
 import sys
 from collections.abc import Iterator
 
+import jax.numpy as jnp
+import numpy as np
 import torch
 
-from export.torch_runtime import infllm
+from cpm_jax.modeling import rotary as ours
+from cpm_jax.modeling.config import ModelConfig, RopeConfig
+from export.torch_runtime import infllm, rope
+from export.torch_runtime.config import RopeConfig as RuntimeRope
 from export.torch_runtime.config import SparseConfig
 from export.torch_runtime.linear import QuantizedLinear
 from export.torch_runtime.model import RMSNorm, load_model
 from export.torch_runtime.triton_kernels.block_scores import block_scores
 from export.torch_runtime.triton_kernels.compress_keys import write_kernels
+from export.torch_runtime.triton_kernels.rotary import rotate
 from export.torch_runtime.triton_kernels.sparse_attention import sparse_attention
 
 Errors = Iterator[tuple[str, float]]
@@ -64,6 +72,46 @@ def norms() -> Errors:
         norm.kernels = "triton"
         for name, found, right in zip(("sum", "norm"), norm.add(x, branch, 0.25), expected, strict=True):
             yield f"{name} of {list(shape)}, {dtype}", error(found, right)
+
+
+def rotaries() -> Errors:
+    """Heads that fill no program, LongRoPE on both sides of its switch, parts of a text; q and k lie in one product."""
+    for heads, kv_heads, size, first, length, cache_length, dtype in (
+        (4, 2, 16, 0, 5, 64, torch.float32),
+        (9, 3, 24, 61, 7, 200, torch.float32),
+        (32, 2, 128, 130_000, 2, 131_072, torch.float32),
+        (7, 7, 64, 3, 1, 64, torch.bfloat16),
+    ):
+        factors = {"short_factor": (1.0 + np.arange(size // 2) / 8).tolist()}
+        factors["long_factor"] = (1.0 + 1.5 * np.arange(size // 2)).tolist()
+        theirs = RopeConfig(original_max_position_embeddings=64, **{name: tuple(f) for name, f in factors.items()})
+        config = ModelConfig(
+            vocab_size=8,
+            num_layers=1,
+            d_model=heads * size,
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            d_ff=8,
+            max_position_embeddings=cache_length,
+            rope=theirs,
+        )
+        angles = ours.rotation(config, jnp.arange(first, first + length)[None], cache_length)
+        product = torch.randn(2, length, heads + 2 * kv_heads, size).to(dtype)
+        q, k, _ = product.split([heads, kv_heads, kv_heads], dim=2)
+        runtime = RuntimeRope(
+            "longrope",
+            original_max_position_embeddings=64,
+            attention_factor=ours.attention_factor(config),
+            short_factor=theirs.short_factor,
+            long_factor=theirs.long_factor,
+        )
+        table = rope.rotary_table(runtime, size, cache_length, "cpu")[first : first + length]
+        for name, x, found in zip(("queries", "keys"), (q, k), rotate(q, k, table), strict=True):
+            expected = torch.from_numpy(np.array(ours.apply_rotary(jnp.asarray(x.float().numpy()), angles)))
+            yield (
+                f"rotated {name} {list(x.shape)} from position {first} of {cache_length}, {dtype}",
+                error(found, expected.to(dtype)),
+            )
 
 
 def sparse_attentions() -> Errors:
@@ -118,5 +166,5 @@ def whole_model(folder: str) -> Errors:
 if __name__ == "__main__":
     assert os.environ["TRITON_INTERPRET"] == "1"
     torch.manual_seed(0)
-    cases = itertools.chain(int4_products(), norms(), sparse_attentions(), whole_model(sys.argv[1]))
+    cases = itertools.chain(int4_products(), norms(), rotaries(), sparse_attentions(), whole_model(sys.argv[1]))
     print(json.dumps(dict(cases)))

@@ -1,0 +1,57 @@
+"""Packed folders read as the model that they stand for; the unpackers' judges are in the tests of both formats."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from cpm_jax.checkpoints.sources import SourceError
+from export.folders import ExportError
+from export.gptq import export_gptq
+from export.marlin import export_marlin
+from export.packed_source import PackedSource, check_read_back, is_marlin, is_packed, tensor_types
+from tests.export.quantized_models import ROUNDED, rounded_model
+from tests.export.small_models import MUP, small_tokenizer
+
+
+@pytest.mark.parametrize(
+    ("write", "settings", "changes"),
+    [
+        (export_gptq, {"bits": 2, "group_size": 64}, {"attention_bias": True, "tie_word_embeddings": True}),
+        (export_gptq, {"bits": 8, "group_size": -1}, MUP | {"num_nextn_predict_layers": 1}),
+        (export_marlin, {}, MUP),
+        (export_marlin, {}, {"param_dtype": "bfloat16"}),
+    ],
+)
+def test_every_value_is_read_back(write, settings, changes, tmp_path):
+    quantized = rounded_model(dataclasses.replace(ROUNDED, **settings), **changes)
+    folder = tmp_path / "packed"
+    result = write(quantized, small_tokenizer(), folder)
+    assert is_packed(folder)
+    assert is_marlin(folder) == (write is export_marlin)
+    assert check_read_back(folder, quantized) == result.parameters
+    assert sum(tensor_types(folder).values()) == result.tensors
+    source = PackedSource(folder)
+    name = "model.layers.1.self_attn.v_proj.weight"
+    kernel = np.asarray(quantized.params["layers"]["self_attn"]["v_proj"]["kernel"])[1]
+    assert source.shape(name) == kernel.T.shape
+    part = source.read(name, (slice(3, 9), slice(0, 50)))
+    np.testing.assert_array_equal(part.astype(kernel.dtype), kernel.T[3:9, :50])
+
+
+@pytest.mark.parametrize("write", [export_gptq, export_marlin])
+def test_one_changed_code_is_found(write, tmp_path):
+    quantized = rounded_model()
+    (file,) = write(quantized, small_tokenizer(), tmp_path / "packed").files
+    path = tmp_path / "packed" / file
+    tensors = safetensors.numpy.load_file(path)
+    name = next(name for name in tensors if "layers.1.mlp.down_proj.qweight" in name)
+    tensors[name][5, 7] ^= 1 << 9
+    safetensors.numpy.save_file(tensors, path)
+    with pytest.raises(ExportError, match="layers/mlp/down_proj/kernel reads back with other values"):
+        check_read_back(tmp_path / "packed", quantized)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(SourceError, match="cannot be read as quantised weights"):
+        PackedSource(tmp_path / "packed")
+    assert not is_packed(tmp_path)
