@@ -69,6 +69,7 @@ def test_agreement_ends_with_the_first_other_token():
     assert agreement(np.array([[1, 2, 9, 4], [1, 2, 3, 4]]), base) == 3.0
 
 
+@pytest.mark.slow
 def test_reports_every_variant(published, monkeypatch, tmp_path):
     rng = np.random.default_rng(0)
     excerpts = [Excerpt(f"novels{i}", rng.integers(0, 261, 300).astype(np.int32), np.arange(300)) for i in range(2)]
