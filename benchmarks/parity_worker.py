@@ -148,7 +148,7 @@ class TorchRuntime(Cached):
         positions = self._torch.arange(first, first + len(ids))
         with self._torch.inference_mode():
             if len(ids) == 1:
-                return self._step(self._model, cache)(tokens, positions)[1].numpy(), cache
+                return self._step(self._model, cache)(tokens, positions)[1][0].numpy(), cache
             hidden = self._model(tokens, positions, cache, num_slots=first + len(ids))
             return self._model.logits(hidden)[0].numpy(), cache
 
