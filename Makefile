@@ -32,12 +32,20 @@ $(VENV)/.run: setup.cfg $(CONSTRAINTS)
 	@touch $@
 
 dev: $(VENV)/.dev ## the same, with what tests and lint need
-$(VENV)/.dev: $(VENV)/.run $(VENV)/.no_deps
+$(VENV)/.dev: $(VENV)/.run $(VENV)/.no_deps $(VENV)/pytorch_tokenizers/.done
 	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS)$(if $(findstring export,$(EXTRAS)),$(comma)onnx),curate,spark,eval,gguf,sweep,dev]'
 	@touch $@
 
 $(VENV)/.no_deps: constraints/no_deps.txt $(VENV)/.run
 	$(VENV)/bin/pip install --quiet --no-deps --requirement constraints/no_deps.txt
+	@touch $@
+
+# Only its source: export/cuda compiles the part of it that reads tokenizer.json.
+$(VENV)/pytorch_tokenizers/.done: constraints/sources.txt $(VENV)/.run
+	rm -rf $(@D) && mkdir -p $(@D)
+	$(VENV)/bin/pip download --quiet --no-deps --no-binary :all: --no-build-isolation --dest $(@D) \
+		--requirement constraints/sources.txt
+	tar --extract --gzip --strip-components=1 --directory $(@D) --file $(@D)/pytorch_tokenizers-*.tar.gz
 	@touch $@
 
 $(VENV)/.curate: $(VENV)/.run $(VENV)/.no_deps

@@ -104,7 +104,7 @@ class Size:
         return [(self.large, seed) for seed in range(self.large_seeds)] + small
 
 
-SIZES = {"default": Size(), "smoke": Size((8,), 16, 2, 2, steps=6, rows=2, problems=200, test_problems=5)}
+SIZES = {"default": Size(), "smoke": Size((16,), 32, 2, 2, steps=6, rows=2, problems=200, test_problems=5)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,11 +153,16 @@ def trials(size: Size, width: int, seed: int) -> list[Trial]:
     ]
 
 
+@functools.cache
+def program_of(size: Size, width: int, seed: int) -> StackedProgram:
+    """The program of all recipes at a width."""
+    return StackedProgram(trials(size, width, seed), steps=size.steps, loss=LossConfig(), shared_batch=False)
+
+
 def train(size: Size, width: int, seed: int, texts: Texts) -> list[Any]:
     """Parameters of each recipe's model."""
-    chosen = trials(size, width, seed)
-    program = StackedProgram(chosen, steps=size.steps, loss=LossConfig(), shared_batch=False)
-    states = program.init()
+    states = program_of(size, width, seed).init()
+    program = program_of(size, width, 0)  # seeds differ in what they begin with: a process compiles the steps once
     for number in range(size.steps):
         # Recipes draw alike, so that they differ by what they are and not by the luck of the draw.
         each = [
@@ -168,7 +173,7 @@ def train(size: Size, width: int, seed: int, texts: Texts) -> list[Any]:
             states, program.put({key: np.stack([batch[key] for batch in each]) for key in each[0]})
         )
     params = jax.device_get(states.params)
-    return [jax.tree.map(lambda leaf, i=i: jnp.asarray(leaf[i]), params) for i in range(len(chosen))]
+    return [jax.tree.map(lambda leaf, i=i: jnp.asarray(leaf[i]), params) for i in range(len(RECIPES))]
 
 
 def solution_losses(lm: CpmJaxLM, solved: Sequence[Solved]) -> tuple[list[float], list[int]]:

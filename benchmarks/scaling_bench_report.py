@@ -141,12 +141,8 @@ def ordering(small: Measured, large: Measured, measure: Any, *, draws: int = DRA
     rng = np.random.default_rng(seed)
     count, seeds, of_large = small.loss.shape[0], small.loss.shape[1], large.accuracy.shape[1]
     point = both(np.arange(count), np.arange(seeds), np.arange(of_large))
-    drawn = np.array(
-        [
-            both(rng.integers(0, count, count), rng.integers(0, seeds, seeds), rng.integers(0, of_large, of_large))
-            for _ in range(draws)
-        ]
-    )
+    numbers = count, seeds, of_large
+    drawn = np.array([both(*(rng.choice(number, (number,)) for number in numbers)) for _ in range(draws)])
     columns = [*zip(point, drawn.T, strict=True), (point[0] - point[1], drawn[:, 0] - drawn[:, 1])]
     ends = [np.quantile(column, [(1 - LEVEL) / 2, (1 + LEVEL) / 2]) for _, column in columns]
     return Ordering(
@@ -273,12 +269,11 @@ def draw(study: Study) -> Figure:
     left, middle, right = canvas.subplots(1, 3)
     width = max(study.small)
     small, large = study.small[width][ALL], study.large[ALL]
-    for axis, values, name in (
-        (left, small.loss, "ScalingBench loss, nats a token"),
-        (middle, small.accuracy, "accuracy"),
+    order = ordering(small, large, pairs_in_order)
+    for axis, values, name, share in (
+        (left, small.loss, "ScalingBench loss, nats a token", order.loss),
+        (middle, small.accuracy, "accuracy", order.accuracy),
     ):
-        order = ordering(small, large, pairs_in_order)
-        share = order.loss if axis is left else order.accuracy
         for i, recipe in enumerate(study.recipes):
             color = COLORS[i % len(COLORS)]
             marker = "o" if i < len(COLORS) else "s"

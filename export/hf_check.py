@@ -79,10 +79,9 @@ def _load(path: Path) -> tuple[Any, Any, Any]:
     problems = {name: sorted(map(str, found)) for name, found in info.items() if found}
     if problems:
         raise ExportError(f"transformers loads {path} with {problems}")
-    # Asked for nothing, it would ask the user whether to run the code of config.json; the tokenizer needs none.
-    tokenizer = transformers.AutoTokenizer.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False, **options
-    )
+    # Given the config, it has no reason to run code, and none of its own is run.
+    given = {"config": model.config, "trust_remote_code": False} if runs_code else {}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **given, **options)
     return torch, model.eval(), tokenizer
 
 

@@ -68,6 +68,13 @@ IDS = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_toke
 _SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}  # where the file does not say
 
 
+def _cut_at(pattern: str) -> pre_tokenizers.PreTokenizer:
+    """Makes each match of a pattern a piece of its own."""
+    if pattern == r"\p{N}":
+        return pre_tokenizers.Digits(individual_digits=True)
+    return pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+
+
 def tokenizer_from_gguf(metadata: Mapping[str, Any], path: str) -> Tokenizer | None:
     """Builds the tokenizer that a GGUF file describes.
 
@@ -138,10 +145,12 @@ class _Reader:
         )
         if splitting.nfc:
             backend.normalizer = normalizers.NFC()
+        # Patterns that have a name go by it, as in the models' own files: other readers of tokenizer.json know those.
+        patterns, use_regex = splitting.patterns, splitting.patterns[-1] == GPT2_PATTERN
         backend.pre_tokenizer = pre_tokenizers.Sequence(
             [
-                *(pre_tokenizers.Split(Regex(pattern), behavior="isolated") for pattern in splitting.patterns),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+                *(_cut_at(pattern) for pattern in (patterns[:-1] if use_regex else patterns)),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex),
             ]
         )
         backend.decoder = decoders.ByteLevel()

@@ -239,7 +239,7 @@ class DecoderAttention(nn.Module):
         super().__init__()
         self.index, self.head_dim = index, config.head_dim
         self.kv_heads, self.group = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
-        self.sparse = SPARSE_DEFAULTS | config.sparse_config if config.sparse_config else {}
+        self.sparse = SPARSE_DEFAULTS | config.sparse_config if config.sparse_config else None
         width, kv_width, bias = config.hidden_size, self.kv_heads * self.head_dim, config.attention_bias
         if config.model_type == "internlm2":  # of each key/value head its queries, its key, its value
             self.wqkv = nn.Linear(width, (self.group + 2) * kv_width, bias=bias)
@@ -269,15 +269,19 @@ class DecoderAttention(nn.Module):
             raise ValueError("past_key_values: caches of fixed length are not supported; take a DynamicCache")
         past = k.shape[2] - q.shape[2]
         rotated, keys = rotate(q, cos[:, :, past:], sin[:, :, past:]), rotate(k, cos, sin)
-        if not self.sparse or k.shape[2] <= self.sparse["dense_len"]:
+        sparse = self.sparse
+        if sparse is None or k.shape[2] <= sparse["dense_len"]:
             out = functional.scaled_dot_product_attention(
                 rotated, keys, v, mask.visible, is_causal=mask.visible is None and q.shape[2] > 1, enable_gqa=True
             )
         else:
-            out = self.attend_sparsely(rotated, keys, v, (q, k) if self.sparse["use_nope"] else (rotated, keys), mask)
+            choosing = (q, k) if sparse["use_nope"] else (rotated, keys)
+            out = self.attend_sparsely(rotated, keys, v, choosing, mask, sparse)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
-    def attend_sparsely(self, q: Tensor, k: Tensor, v: Tensor, choosing: tuple[Tensor, Tensor], mask: Mask) -> Tensor:
+    def attend_sparsely(
+        self, q: Tensor, k: Tensor, v: Tensor, choosing: tuple[Tensor, Tensor], mask: Mask, sparse: dict[str, Any]
+    ) -> Tensor:
         """Attends row by row [B, N, T, H], each without its padding, as its blocks are counted from its first token.
 
         Raises:
@@ -290,7 +294,7 @@ class DecoderAttention(nn.Module):
             new = slice(max(start - (k.shape[2] - q.shape[2]), 0), None)  # of the new tokens those that are there
             queries, choosing_q = (x[row, :, new].unflatten(0, (self.kv_heads, -1)) for x in (q, choosing[0]))
             keys, values, choosing_k = (x[row, :, start:] for x in (k, v, choosing[1]))
-            attended = sparse_attention(queries, keys, values, choosing_q, choosing_k, self.sparse)
+            attended = sparse_attention(queries, keys, values, choosing_q, choosing_k, sparse)
             out[row, :, new] = attended.flatten(0, 1)
         return out
 
@@ -343,7 +347,7 @@ class DecoderModel(DecoderPreTrainedModel):
 
     def __init__(self, config: DecoderConfig):
         super().__init__(config)
-        self.embed_tokens: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, index) for index in range(config.num_hidden_layers))
         self.norm = DecoderRMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_init()
@@ -352,7 +356,7 @@ class DecoderModel(DecoderPreTrainedModel):
         """The embedding, under whatever name."""
         return self.embed_tokens
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         """Replaces it."""
         self.embed_tokens = value
 
@@ -391,7 +395,7 @@ class DecoderForCausalLM(DecoderPreTrainedModel, GenerationMixin):
         """The head, under whatever name."""
         return self.lm_head
 
-    def set_output_embeddings(self, value: nn.Module) -> None:
+    def set_output_embeddings(self, value: Any) -> None:
         """Replaces it."""
         self.lm_head = value
 

@@ -195,15 +195,9 @@ def test_killed_at_any_moment_it_goes_on_without_redoing_items(models, tmp_path)
     assert results(folder)["tasks"] == results(whole)["tasks"]
 
 
-def test_int8_weights_are_another_model(evaluated, models, files, tmp_path):
+def test_int8_weights_are_another_model(evaluated, models, files):
     with pytest.raises(ResumeError, match="weights_sha256"):
         run(config(models[0], files, "text", weight_dtype="int8"), evaluated)
-    run(config(models[0], files, "text", weight_dtype="int8"), tmp_path)
-    bits, float_bits = (
-        results(folder)["tasks"]["text"]["metrics"]["bits_per_byte"]["value"] for folder in (tmp_path, evaluated)
-    )
-    assert bits == pytest.approx(float_bits, rel=0.01)
-    assert bits != float_bits
 
 
 def test_a_model_that_diverged_is_told_of(models, files, tmp_path, monkeypatch, capsys):

@@ -68,7 +68,8 @@ def test_what_a_kill_leaves(name, tmp_path, monkeypatch):
     programs = stablehlo.make_programs(stablehlo.exported_model(config, "float32")) if name == "stablehlo" else None
     monkeypatch.setattr("tests.export.formats.quantize_model", lambda *_: quantized)
     monkeypatch.setattr("export.stablehlo.make_programs", lambda _: programs)
-    monkeypatch.setattr("export.publish.check_export", without_checks)
+    for place in ("experiments.export", "export.checks"):
+        monkeypatch.setattr(f"{place}.check_export", without_checks)
     folder = FORMATS[name](weights, tmp_path)
     with monkeypatch.context() as patch:
         disk = Disk(tmp_path, patch)

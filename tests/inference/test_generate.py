@@ -158,14 +158,18 @@ def test_an_int8_cache_takes_the_most_probable_tokens_up_to_near_ties(config, pa
     """Prompts of different lengths in one batch, with their outputs longer than a group of the cache's tokens."""
     int8 = Generator(config, params, tokenizer, cache_dtype="int8", tokens_per_call=5, prefill_chunks=(16, 4))
     together = complete(int8, PROMPTS, sampling=GREEDY)
-    assert complete(int8, PROMPTS[2:3], sampling=GREEDY, indices=[2]) == together[2:3]
     prompts = [tokenizer.encode_prompt(prompt) for prompt in PROMPTS]
     rows = np.zeros((len(prompts), max(map(len, prompts)) + 40), np.int32)
     for row, prompt, completion in zip(rows, prompts, together, strict=True):
         row[: len(prompt) + len(completion.token_ids)] = [*prompt, *completion.token_ids]
     positions = np.broadcast_to(np.arange(rows.shape[1]), rows.shape)
-    model = bind(config, params)
-    logits = np.asarray(model.logits(model(rows, positions, np.ones_like(rows))))
+
+    @jax.jit
+    def full_logits(params):
+        model = bind(config, params)
+        return model.logits(model(rows, positions, np.ones_like(rows)))
+
+    logits = np.asarray(full_logits(params))
     for row, prompt, completion in zip(logits, prompts, together, strict=True):
         seen = row[len(prompt) - 1 :][: len(completion.token_ids)]
         lost = seen.max(1) - seen[np.arange(len(seen)), list(completion.token_ids)]

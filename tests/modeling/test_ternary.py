@@ -1,6 +1,7 @@
 """Ternary weights against the formula in numpy and the straight-through estimator in PyTorch."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import torch
 
 from cpm_jax.common.config import ConfigError
 from cpm_jax.modeling.config import ModelConfig, TernaryConfig
-from cpm_jax.modeling.decoder import bind, init_params
+from cpm_jax.modeling.decoder import Params, bind, init_params
 from cpm_jax.modeling.kv_cache import init_cache
 from cpm_jax.modeling.ternary import SMALLEST_SCALE, fake_quantize, materialize
 
@@ -73,14 +74,20 @@ def test_the_gradient_is_that_of_a_straight_through_estimator():
         np.testing.assert_allclose(ours, other.numpy(), rtol=1e-4, atol=1e-4 * float(other.abs().max()))
 
 
+@functools.lru_cache
+def make(config: ModelConfig) -> tuple[Params, ModelConfig, Params]:
+    """Parameters, and the ordinary model that they stand for."""
+    params = jax.jit(init_params, static_argnums=0)(config, jax.random.key(0))
+    return params, *materialize(config, params)
+
+
 @pytest.fixture
 def ternary(tiny_config: ModelConfig) -> ModelConfig:
     return dataclasses.replace(tiny_config, ternary=TernaryConfig(group_size=32), num_nextn_predict_layers=1)
 
 
 def test_what_is_ternary(ternary):
-    params = init_params(ternary, jax.random.key(0))
-    plain, rounded = materialize(ternary, params)
+    params, plain, rounded = make(ternary)
     assert plain == dataclasses.replace(ternary, ternary=None)
     assert materialize(plain, params) == (plain, params)
     changed = set()
@@ -100,13 +107,12 @@ def test_what_is_ternary(ternary):
 
 
 def test_the_model_computes_with_the_rounded_values_with_and_without_a_cache(ternary):
-    params = init_params(ternary, jax.random.key(0))
+    params, plain, rounded = make(ternary)
     tokens = np.random.default_rng(0).integers(0, ternary.vocab_size, (2, 9))
     positions = np.broadcast_to(np.arange(9), tokens.shape)
     ones = np.ones_like(tokens)
 
     full = jax.jit(lambda p: bind(ternary, p)(tokens, positions, ones))(params)
-    plain, rounded = materialize(ternary, params)
     as_plain = jax.jit(lambda p: bind(plain, p)(tokens, positions, ones))
     np.testing.assert_allclose(as_plain(rounded), full, rtol=1e-6, atol=1e-6)
     assert np.abs(as_plain(params) - full).max() > 0.1

@@ -3,14 +3,26 @@
 #include <pytorch/tokenizers/hf_tokenizer.h>
 
 #include <fstream>
+#include <map>
 #include <nlohmann/json.hpp>
-#include <set>
 #include <stdexcept>
 
 struct TextTokenizer::Parts {
   tokenizers::HFTokenizer tokenizer;
   std::vector<int32_t> before;  // what begins a text
-  std::set<int32_t> special;
+  struct Added {
+    std::string content;
+    bool special;
+  };
+  std::map<int32_t, Added> added;
+
+  // The bytes of a token, of special ones too. A model may have more ids than its tokenizer has tokens.
+  std::string bytes(int32_t token) const {
+    const auto found = added.find(token);
+    if (found != added.end()) return found->second.content;
+    const auto text = tokenizer.decode(0, static_cast<uint64_t>(token));
+    return text.ok() ? text.get() : "";
+  }
 };
 
 TextTokenizer::TextTokenizer(const std::string& folder) : parts_(std::make_unique<Parts>()) {
@@ -19,7 +31,7 @@ TextTokenizer::TextTokenizer(const std::string& folder) : parts_(std::make_uniqu
     std::ifstream stream(file);
     const auto json = nlohmann::json::parse(stream);
     for (const auto& token : json.at("added_tokens")) {
-      if (token.at("special")) parts_->special.insert(token.at("id").get<int32_t>());
+      parts_->added[token.at("id").get<int32_t>()] = {token.at("content"), token.at("special")};
     }
     // The library has no post-processors. Those of exported folders are templates, or leave the tokens as they are.
     const auto processor = json.value("post_processor", nlohmann::json());
@@ -44,14 +56,21 @@ TextTokenizer::~TextTokenizer() = default;
 std::vector<int32_t> TextTokenizer::encode(const std::string& text) const {
   std::vector<int32_t> ids = parts_->before;
   if (text.empty()) return ids;
-  const auto found = parts_->tokenizer.encode(text);
+  const auto found = parts_->tokenizer.encode(text, 0, 0);
   if (!found.ok()) throw std::runtime_error("the tokenizer has no tokens for this text");
-  for (const uint64_t id : found.get()) ids.push_back(static_cast<int32_t>(id));
+  std::string read;
+  for (const uint64_t id : found.get()) {
+    ids.push_back(static_cast<int32_t>(id));
+    read += parts_->bytes(ids.back());
+  }
+  // The library drops what it has no rule for, such as all that a pattern to split at does not match.
+  if (read != text) {
+    throw std::runtime_error("the tokenizer would lose a part of this text here; give token ids (--ids)");
+  }
   return ids;
 }
 
 std::string TextTokenizer::decode(int32_t token) const {
-  if (parts_->special.count(token) > 0) return "";
-  const auto text = parts_->tokenizer.decode(0, static_cast<uint64_t>(token));
-  return text.ok() ? text.get() : "";  // a model may have more ids than its tokenizer has tokens
+  const auto found = parts_->added.find(token);
+  return found != parts_->added.end() && found->second.special ? "" : parts_->bytes(token);
 }

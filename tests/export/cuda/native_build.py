@@ -6,6 +6,7 @@ On the CPU it is built with the sanitizers. CPM_TEST_BACKEND=cuda makes the same
 import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ import numpy as np
 import pytest
 
 SOURCE = Path(__file__).parents[3] / "export/cuda"
+# The source of pytorch-tokenizers, which `make dev` unpacks.
+TOKENIZERS = Path(os.environ.get("CPM_TOKENIZERS", Path(sys.prefix) / "pytorch_tokenizers"))
 BACKEND = os.environ.get("CPM_TEST_BACKEND", "cpu")
 # A GPU's driver does not run with the sanitizers.
 OPTIONS = {"cpu": ["-DCPM_SANITIZE=ON"], "cuda": ["-DCPM_CUDA=ON", "-DCMAKE_CUDA_ARCHITECTURES=native"]}
@@ -27,12 +30,34 @@ ENVIRONMENT = {
 def skip_unless_it_builds(folder: Path) -> None:
     """Skips the test where a tool is missing; fails it if REQUIRE_NATIVE_BUILD is set."""
     missing = [tool for tool in ("g++", "cmake") if shutil.which(tool) is None]
-    if not missing:
-        probe = folder / "probe.cpp"
-        probe.write_text("#include <nlohmann/json_fwd.hpp>\n")
-        command = ["g++", "-std=c++17", "-fsyntax-only", str(probe)]
-        found = subprocess.run(command, capture_output=True, check=False)
-        missing = ["nlohmann-json3-dev"] if found.returncode else []
+    if not missing and not _includes(folder, "nlohmann/json_fwd.hpp"):
+        missing = ["nlohmann-json3-dev"]
+    _skip(missing)
+
+
+def skip_without_tokenizers(folder: Path) -> None:
+    """Likewise for what the program needs to take text."""
+    _skip(_missing_for_text(folder))
+
+
+def _missing_for_text(folder: Path) -> list[str]:
+    needed = {"libre2-dev": "re2/re2.h", "libpcre2-dev": "pcre2.h"}
+    missing = [package for package, header in needed.items() if not _includes(folder, header)]
+    if shutil.which("pkg-config") is None:
+        missing.append("pkg-config")
+    if not (TOKENIZERS / "src/hf_tokenizer.cpp").is_file():
+        missing.append(f"{TOKENIZERS} (make dev)")
+    return missing
+
+
+def _includes(folder: Path, header: str) -> bool:
+    probe = folder / "probe.cpp"
+    probe.write_text(f"#define PCRE2_CODE_UNIT_WIDTH 8\n#include <{header}>\n")
+    command = ["g++", "-std=c++17", "-fsyntax-only", str(probe)]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def _skip(missing: Sequence[str]) -> None:
     if missing:
         message = f"not installed: {', '.join(missing)}"
         if os.environ.get("REQUIRE_NATIVE_BUILD"):
@@ -73,10 +98,11 @@ class Build:
 
 
 def build(folder: Path) -> Build:
-    """Configures and builds everything."""
+    """Configures and builds everything, with text where what that needs is installed."""
     skip_unless_it_builds(folder)
     # Without a build type only the library is optimised: the programs would take longer to compile than to run.
-    options = [*OPTIONS[BACKEND], "-DCPM_TESTS=ON", "-DCMAKE_UNITY_BUILD=ON", "-DCMAKE_BUILD_TYPE=None"]
+    text = [] if _missing_for_text(folder) else [f"-DCPM_TOKENIZERS={TOKENIZERS}"]
+    options = [*OPTIONS[BACKEND], *text, "-DCPM_TESTS=ON", "-DCMAKE_UNITY_BUILD=ON", "-DCMAKE_BUILD_TYPE=None"]
     configure = ["cmake", "-S", SOURCE, "-B", folder, *options]
     for command in (configure, ["cmake", "--build", folder, "--parallel", "2"]):
         done = subprocess.run(list(map(str, command)), capture_output=True, check=False, text=True)

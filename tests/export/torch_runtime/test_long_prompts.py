@@ -12,7 +12,7 @@ from cpm_jax.modeling.config import RopeConfig, SparseConfig
 from cpm_jax.modeling.decoder import bind
 from cpm_jax.modeling.kv_cache import init_cache
 from export.torch_runtime import infllm
-from tests.export.quantized_models import small_tokenizer
+from tests.export.small_models import small_tokenizer
 from tests.export.torch_runtime.models import exported, tokens_of
 
 LENGTH, OUR_CHUNK, CHUNK = 32_805, 2187, 500

@@ -12,7 +12,7 @@ from export.torch_runtime.config import FolderError
 from export.torch_runtime.generate import SamplingConfig, Speed, eager_step, generate, prefill, static_step
 from export.torch_runtime.model import load_model
 from tests.export.mtp_models import drafting_params, mtp_logits
-from tests.export.quantized_models import small_tokenizer
+from tests.export.small_models import small_tokenizer
 from tests.export.torch_runtime.models import PLAIN, SPARSE, params_of, tokens_of
 
 MTP_LAYERS, ROUNDS, LENGTH = 2, 20, 160
