@@ -161,7 +161,7 @@ def compare_greedy(judge: Judge, greedy: Sequence[Sequence[int]], tie: float) ->
     Raises:
         OtherAnswerError: it is too short or too long.
     """
-    if any(len(said) != judge.new and (not len(said) or said[-1] not in judge.ends) for said in greedy):
+    if any(len(said) != judge.new and (len(said) == 0 or said[-1] not in judge.ends) for said in greedy):
         raise OtherAnswerError(f"texts of {', '.join(str(len(said)) for said in greedy)} tokens: asked for {judge.new}")
     gaps = np.concatenate([judge.gaps(index, tuple(map(int, said))) for index, said in enumerate(greedy)])
     return {
