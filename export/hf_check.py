@@ -66,22 +66,28 @@ def _load(path: Path) -> tuple[Any, Any, Any]:
             raise ConfigError(f"{path} cannot be checked: {reason}")
         folder, options, runs_code = path, {}, not layout.in_transformers
     transformers.utils.logging.disable_progress_bar()
-    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=torch.float32,
-        attn_implementation="eager",
-        output_loading_info=True,
-        local_files_only=True,
-        trust_remote_code=runs_code,
-        **options,
-    )
-    model, info = loaded
+    try:
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=runs_code,
+            **options,
+        )
+        model, info = loaded
+        # Given the config, it has no reason to run code, and none of its own is run.
+        given = {"config": model.config, "trust_remote_code": False} if runs_code else {}
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **given, **options)
+    except Exception as error:  # its classes raise whatever a file leads to
+        raise ExportError(f"transformers does not load {path}: {error}") from error
     problems = {name: sorted(map(str, found)) for name, found in info.items() if found}
     if problems:
         raise ExportError(f"transformers loads {path} with {problems}")
-    # Given the config, it has no reason to run code, and none of its own is run.
-    given = {"config": model.config, "trust_remote_code": False} if runs_code else {}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, **given, **options)
+    # What a model was published with may change greedy text too, by a penalty on repetition for one.
+    ends = {name: getattr(model.generation_config, name) for name in ("eos_token_id", "pad_token_id")}
+    model.generation_config = transformers.GenerationConfig(**ends)
     return torch, model.eval(), tokenizer
 
 
@@ -177,7 +183,8 @@ def check_hf(
         with torch.no_grad():
             expected = model(torch.tensor([ids])).logits[0].numpy()
         ours = logits_of(config, params, ids)
-        max_error = max(max_error, float(np.abs(ours - expected).max()))
+        # By numpy, which keeps what is no number; Python's max would pass over it.
+        max_error = float(np.maximum(max_error, np.abs(ours - expected).max()))
         largest = max(largest, float(np.abs(expected).max()))
         positions += len(ids)
         if greedy_tokens:
