@@ -49,7 +49,7 @@ def test_logits_that_were_recorded(tmp_path):
     last = np.asarray([0.5, -8.0, 2.0], np.float32)
     text = RecordedText("code", "a", (1,), (2,), (2, 0), (2.0, 0.5))
     assert recorded_error(tmp_path, text, last, 1e-4) == (0, pytest.approx(8e-4))
-    with pytest.raises(ExportError, match="after the text 'code' differ by 0.001 from those recorded"):
+    with pytest.raises(ExportError, match=r"after the text 'code' differ by 0\.001 from those recorded"):
         recorded_error(tmp_path, text, last + np.float32(1e-3), 1e-4)
     with pytest.raises(ExportError, match="differ by nan"):
         recorded_error(tmp_path, text, last * np.float32("nan"), 1e-4)
