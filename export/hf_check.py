@@ -202,24 +202,17 @@ def check_hf(
 def _greedy(
     torch: Any, model: Any, config: ModelConfig, params: Any, ids: list[int], count: int, tolerance: float
 ) -> int:
-    """Continues `ids` greedily on both sides; returns how many tokens agree.
+    """Continues `ids` greedily on both sides; returns how many tokens agree, ties within the tolerance included.
 
     Raises:
-        ExportError: they choose different tokens though ours is not a tie within the tolerance.
+        ExportError: they choose different tokens.
     """
     prompt = torch.tensor([ids])
     with torch.no_grad():
         out = model.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, do_sample=False)
     theirs = out[0, len(ids) :].tolist()
-    # One row of fixed length, so that it compiles once; what follows a position is not seen by it.
-    row = np.zeros((1, len(ids) + count), np.int32)
-    row[0, : len(ids)] = ids
-    for step, token in enumerate(theirs):
-        place = len(ids) + step
-        logits = np.asarray(_logits(config, params, jnp.asarray(row)))[0, place - 1]
-        if (ours := int(logits.argmax())) != token:
-            if logits[ours] - logits[token] <= 2 * tolerance:
-                return step  # a tie: what follows has nothing in common
-            raise ExportError(f"greedy token {step} is {ours} for us and {token} for transformers")
-        row[0, place] = token
+    ours = greedy(config, params, ids, len(theirs), follow=theirs, tie=2 * tolerance)
+    for step, (token, other) in enumerate(zip(ours, theirs, strict=True)):
+        if token != other:
+            raise ExportError(f"greedy token {step} is {token} for us and {other} for transformers")
     return len(theirs)

@@ -278,6 +278,7 @@ def test_every_cell_has_a_verdict(small_matrix):
     assert run("--strict")[0] == 1
     assert run("--strict", "--runtimes", "ours", "dense")[0] == 0
     (result,) = load(results)
+    assert result["command"] == "python -m benchmarks.parity --runtimes ours dense"
     assert all(row.met for row in result["rows"])
     page = (results / "parity.html").read_text()
     assert page.count('class="good"') == 3
