@@ -68,8 +68,8 @@ CPM_SHARED float marlin_weight(const Matrix& w, int32_t row, int32_t column) {
   // The scales of 64 outputs are transposed as an 8 x 8 matrix; of a single group those of 32, as a 4 x 4 one of pairs.
   const int32_t grouped = output / 64 * 64 + 8 * (output % 8) + output % 64 / 8;
   const int32_t single = output / 32 * 32 + 8 * (output % 8 / 2) + 2 * (output % 32 / 8) + output % 2;
-  const size_t scale = static_cast<size_t>(column / w.group_size) * w.stored_rows +
-                       (w.columns > w.group_size ? grouped : single);
+  const size_t scale =
+      static_cast<size_t>(column / w.group_size) * w.stored_rows + (w.columns > w.group_size ? grouped : single);
   return static_cast<float>(static_cast<int32_t>(code) - 8) * half_to_float(w.scales[scale]);
 }
 
