@@ -14,7 +14,7 @@ from cpm_jax.data.loader import open_datasets
 from cpm_jax.modeling.model_size import train_flops_per_token
 from cpm_jax.scaling import stacked_program
 from cpm_jax.scaling.runs import Run, run_id, summarise_run
-from cpm_jax.scaling.space import Bindings, Points, Range, Space, parse_space
+from cpm_jax.scaling.space import Bindings, Chain, Points, Product, Range, Space, parse_space
 from experiments import pretrain
 
 TRIALS_DIR, TRIAL_FILE, LOG_FILE = "trials", "trial.json", "log.txt"
@@ -100,7 +100,7 @@ def make_base(gin_files: tuple[str, ...], bindings: Mapping[str, Any], space: st
     found: Any = names.get("SPACE")
     if isinstance(found, str):
         found = parse_space(found)
-    if not isinstance(found, Points | Range) and not hasattr(found, "parts"):
+    if not isinstance(found, Points | Range | Product | Chain):
         raise ConfigError(f"{space}: SPACE = {found!r}: accepted is a space of cpm_jax.scaling.space", field="space")
     return Base(tuple(names.get("GIN_FILES", gin_files)), dict(bindings) | names.get("BINDINGS", {}), found)
 

@@ -7,6 +7,7 @@ without the model and gives the same file.
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -73,7 +74,7 @@ def build(
     for number, record in enumerate(records, start=1):
         try:
             prepared.append(_prepared(record))
-        except (ValueError, KeyError, IndexError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             rejects.append((f"record {number}", f"it has no {error}" if isinstance(error, KeyError) else str(error)))
     missing = [index for index, (_, reasoning, _) in enumerate(prepared) if not reasoning]
     written: dict[int, str] = {}
@@ -98,7 +99,7 @@ def build(
     for index, (question, reasoning, answer) in enumerate(prepared):
         by = "given"
         if not reasoning:
-            reasoning, by = written.get(index, ""), model
+            reasoning, by = _as_text(written.get(index, "")), model
             if not reasoning:
                 why = "the model wrote no reasoning" if client else "it has no reasoning, and there is no endpoint"
                 rejects.append((question[:60], why))
@@ -113,12 +114,19 @@ def build(
     return Built(len(lines), len(lines) - generated, generated, tuple(rejects))
 
 
+def _as_text(reply: str) -> str:
+    """A reply without lone surrogates, which JSON can hold and UTF-8 cannot."""
+    return reply.encode("utf-8", "replace").decode("utf-8")
+
+
 def _prepared(record: Mapping[str, Any]) -> tuple[str, str, str]:
     """Question with its choices, reasoning or "", and answer."""
     question, answer = record["question"], record["answer"]
     if (choices := record.get("choices")) is not None:
+        if not isinstance(choices, list | tuple):
+            raise ValueError(f"'choices' is {type(choices).__name__}, not a list")
         letters = [chr(ord("A") + place) for place in range(len(choices))]
-        if isinstance(answer, int) and not isinstance(answer, bool):
+        if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(letters):
             answer = letters[answer]
         elif answer in choices:
             answer = letters[choices.index(answer)]
@@ -188,4 +196,7 @@ def _echoed(reply: Any) -> tuple[list[int], list[float | None]] | None:
     found = reply["choices"][0].get("logprobs")
     if not found or not found.get("token_logprobs"):
         return None
-    return found["text_offset"], found["token_logprobs"]
+    offsets, logprobs = found["text_offset"], found["token_logprobs"]
+    if len(offsets) != len(logprobs) or not all(p is None or math.isfinite(p) for p in logprobs):
+        raise ValueError("logprobs must have a finite number, or null, for each text_offset")
+    return offsets, logprobs

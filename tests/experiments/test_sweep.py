@@ -19,7 +19,7 @@ from cpm_jax.common.config import ConfigError, InputError
 from cpm_jax.common.files import write_text
 from cpm_jax.data.prepare import PrepareConfig, prepare
 from cpm_jax.scaling import study as studies
-from cpm_jax.scaling.runs import read_runs
+from cpm_jax.scaling.runs import Run, read_runs, write_runs
 from cpm_jax.scaling.storage import StorageError
 from cpm_jax.scaling.study import StudyConfig
 from experiments import run, sweep, sweep_report, sweep_training, sweep_trials, worker
@@ -338,6 +338,7 @@ def test_python_files_name_space_and_base(make, tmp_path):
         ({"space": "values('PEAK_LR')"}, "has no values"),
         ({"space": "values('EVAL_EVERY', 0)"}, "eval_every = 0: trials are compared by their held-out loss"),
         ({"space": "log_uniform('PEAK_LR', 0.1, 1)"}, "PEAK_LR is a range"),
+        ({"group_by": "D_MODLE"}, "group_by = 'D_MODLE': the space binds PEAK_LR"),
         ({"grace_seconds": 1}, "grace_seconds = 1: must be at least twice"),
         (
             {"trials_per_program": 2, "study": StudyConfig(pruner="asha")},
@@ -412,18 +413,47 @@ def train_at_once(monkeypatch):
 
 
 def test_trials_of_unequal_tokens_are_marked_and_not_compared(make, tmp_path, train_at_once, capsys):
-    train_at_once(lambda bindings: 3.0 - 0.1 * bindings["BATCH_SIZE"])
-    space = "chain(product(pin('BATCH_SIZE', 2), values('SEED', 0, 1)), pin('BATCH_SIZE', 4))"
+    train_at_once(lambda bindings: 3.0 - 0.001 * bindings["TRAIN_STEPS"])
+    space = "chain(product(pin('TRAIN_STEPS', 30), values('SEED', 0, 1)), pin('TRAIN_STEPS', 300))"
     config = make(space, workers=0)
+    other = Run("other", 1, 0, 1, 1, 1, 1.0, 1, 0.1, 0, 3.0)  # of another study in this folder
+    write_runs(tmp_path / "runs.jsonl", [other])
     set_up(config, tmp_path)
     worker.run(worker.WorkerConfig(), tmp_path)
     sweep.run(config, tmp_path)
     said = capsys.readouterr().out
-    assert "trials of unequal tokens (3,840, 7,680): only the most common is compared" in said
-    assert "held-out loss 2.8000 ± 0.0000 over 2 seeds at 3,840 tokens" in said
+    assert "trials of unequal tokens (7,680, 76,800): only the most common is compared" in said
+    assert "held-out loss 2.9700 ± 0.0000 over 2 seeds at 7,680 tokens" in said
     _, _, page = read(tmp_path)
-    assert "Trials of another number of tokens, not compared: 2 (7,680)." in page
+    assert "Trials of another number of tokens, not compared: 2 (76,800)." in page
     assert page.count("done (other tokens: not compared)") == 1
+    assert other in read_runs(tmp_path / "runs.jsonl")
+
+
+def test_the_parts_of_a_chain_share_their_axes_and_bad_values_are_failures(make, tmp_path, train_at_once, monkeypatch):
+    train_at_once(lambda bindings: 3.0 + bindings["PEAK_LR"])
+    drawn, draw = [], sweep_report.parallel_figure
+    monkeypatch.setattr(
+        sweep_report,
+        "parallel_figure",
+        lambda columns, *rest, **more: drawn.append(columns) or draw(columns, *rest, **more),
+    )
+    space = (
+        "chain(product(pin('SEED', 0), values('PEAK_LR', 0.01, 0.02)),"
+        " product(pin('SEED', 1), values('PEAK_LR', 0.03, 0.04)), product(pin('NUM_HEADS', 3), pin('PEAK_LR', 0.01)))"
+    )
+    config = make(space, workers=0)
+    set_up(config, tmp_path)
+    worker.run(worker.WorkerConfig(), tmp_path)
+    _, trials, _ = read(tmp_path)
+    assert [t.status for t in trials] == ["done"] * 4 + ["failed"]
+    assert "num_heads" in trials[-1].error
+    base = config.base()
+    view = sweep_report.View(config, base, sweep.open_sweep(config, base, tmp_path)[0], 0.0)
+    assert view.refresh()
+    page = view.write(tmp_path, finished=True).read_text()
+    assert drawn[0]["PEAK_LR"] == [0.01, 0.02, 0.03, 0.04]
+    assert "trial 4 failed" in page
 
 
 def test_a_worker_that_was_silent_for_too_long_leaves_its_trial_to_the_next(make, tmp_path, train_at_once, capsys):
