@@ -237,7 +237,8 @@ def open_sweep(
             min_tokens=least,
             max_tokens=most,
             shared={"gin_files": list(base.gin_files)} | {name: repr(value) for name, value in base.bindings.items()},
-            about=_settings_text(config),
+            # Without its address: other machines may know the database under another one, and it may hold a password.
+            about=_settings_text(dataclasses.replace(config, storage="")),
         ),
         url,
         config.patience_seconds,

@@ -95,8 +95,8 @@ def make_base(gin_files: tuple[str, ...], bindings: Mapping[str, Any], space: st
         return Base(gin_files, bindings, parse_space(space))
     try:
         names = runpy.run_path(space.strip())
-    except OSError as error:
-        raise ConfigError(f"SweepConfig.space = {space!r}: {error.strerror}", field="SweepConfig.space") from error
+    except (OSError, SyntaxError) as error:
+        raise ConfigError(f"SweepConfig.space = {space!r}: {error}", field="SweepConfig.space") from error
     found: Any = names.get("SPACE")
     if isinstance(found, str):
         found = parse_space(found)
@@ -219,7 +219,7 @@ def as_run(trial: Resolved, folder: Path) -> Run | None:
         batch_size=config.train.batch_size,
         steps=config.train.steps,
         seed=config.train.seed,
-        config=trial.bindings,
+        config=trial.bindings | {"decay_share": config.schedule.decay_share},
         error=about["status"] == "failed",
     )
     # Its last logged loss may have been finite, where the gradient was not.

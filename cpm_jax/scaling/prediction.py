@@ -210,13 +210,17 @@ def suggest(runs: Sequence[Run], setting: Setting, target: Target, *, level: flo
 
 def decay_share(runs: Sequence[Run]) -> tuple[float, str]:
     """The share of decay that did best most often where it was varied, and what that rests on."""
-    by_size: dict[tuple[int, int], dict[float, float]] = defaultdict(dict)
+    by_size: dict[tuple[int, int], dict[tuple[float, Hashable], list[float]]] = defaultdict(lambda: defaultdict(list))
     for run in finished(runs).runs:
         share = next((value for name, value in run.config.items() if name.endswith("decay_share")), None)
         if isinstance(share, int | float):
-            losses = by_size[run.num_params, _two_digits(run.tokens)]
-            losses[round(float(share), 3)] = min(losses.get(round(float(share), 3), np.inf), run.loss or np.inf)
-    best = [min(losses, key=lambda share: losses[share]) for losses in by_size.values() if len(losses) > 1]
+            setting = (round(float(share), 3), but_seed(run))
+            by_size[run.num_params, _two_digits(run.tokens)][setting].append(run.loss or np.inf)
+    best = [
+        min(settings, key=lambda setting: float(np.mean(settings[setting])))[0]
+        for settings in by_size.values()
+        if len({share for share, _ in settings}) > 1
+    ]
     if not best:
         return DECAY_SHARE, "MiniCPM's; the runs do not vary it"
     return float(np.median(best)), f"median of the best of {len(best)} sizes at which it was varied"

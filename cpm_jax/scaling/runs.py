@@ -41,7 +41,7 @@ class Run:
         seed: of parameters and data order.
         loss: held-out loss of the last evaluation, in nats per token; None where there is none that is finite.
         bits_per_byte: of the same text, where known.
-        config: what was varied, flat: {"train.seed": 1, "schedule.decay_share": 0.1}.
+        config: what was varied, flat, and the share of its decay: {"SEED": 1, "decay_share": 0.1}.
         seconds: of training.
         status: "done": to the end, with a finite loss. "diverged": its loss was not finite. "failed": it ended with
             an error. "stopped": it was ended before all its tokens (pruned, or out of budget).

@@ -133,6 +133,7 @@ def test_a_sweep_ends_with_report_recommendation_and_runs(make, tmp_path, capsys
     lines = read_runs(tmp_path / "runs.jsonl")
     assert {line.id: line.loss for line in lines} == {t.id: t.loss for t in trials}
     assert {line.tokens for line in lines} == {STEPS * ROWS * SEQ_LEN}
+    assert {line.config["decay_share"] for line in lines} == {10 / STEPS}
     assert {line.flops for line in lines} == {t.flops for t in trials} == {t.planned_flops for t in trials}
     for title in ("Recommendation", "Curves", "Parallel coordinates", "Importance", "Trials"):
         assert f"<h2>{title}</h2>" in page
@@ -325,6 +326,9 @@ def test_python_files_name_space_and_base(make, tmp_path):
     file.write_text("SPACE = 3\n")
     with pytest.raises(ConfigError, match="SPACE = 3: accepted is a space"):
         make(str(file)).base()
+    file.write_text("SPACE = [\n")
+    with pytest.raises(ConfigError, match=r"mine\.py': '\[' was never closed"):
+        make(str(file)).base()
     with pytest.raises(ConfigError, match="No such file"):
         make(str(tmp_path / "none.py")).base()
 
@@ -488,6 +492,15 @@ def test_a_worker_that_does_not_see_the_sweeps_folder_needs_its_database_alone(m
     (line,) = read_runs(here / "runs.jsonl")
     assert (line.id, line.loss, line.flops) == (trial.id, trial.loss, trial.flops)
     assert "<h2>Curves</h2>" in page
+
+
+def test_a_worker_goes_by_the_address_that_it_was_given(make, tmp_path, train_at_once):
+    train_at_once(lambda bindings: 3.0)
+    here, there = tmp_path / "here", tmp_path / "there"
+    study = set_up(make(), here)  # whose own address of the database, "", means another one elsewhere
+    worker.run(worker.WorkerConfig(storage=f"sqlite:///{here / 'study.db'}"), there)
+    assert [t.state.name for t in study.get_trials()] == ["COMPLETE"] * 2
+    assert not (there / "study.db").exists()
 
 
 def test_a_worker_needs_a_sweep(tmp_path):
