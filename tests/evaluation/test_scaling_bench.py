@@ -168,6 +168,21 @@ def test_odd_records_and_replies_are_set_aside(tmp_path):
     assert read_solved(tmp_path / "a.jsonl")[0][0].reasoning == "one ? two"
 
 
+def test_a_question_that_the_endpoint_refuses_is_set_aside(tmp_path):
+    records = [{"question": "a short one?", "answer": "b"}, {"question": "a long one?", "answer": "b"}]
+
+    def answer(prompt):
+        return Reply(400, "too many tokens") if "a long one?" in prompt else "Because."
+
+    with serve(answer) as server:
+        client = OpenAIClient(server.url)
+        built = build(records, tmp_path / "a.jsonl", client=client, model="m")
+        assert (built.records, built.rejects[0][0]) == (1, "a long one?")
+        assert "answered 400" in built.rejects[0][1]
+        with pytest.raises(EndpointError, match=r"answered 400 .*too many tokens"):
+            build(records[1:], tmp_path / "b.jsonl", client=client, model="m")
+
+
 def echoing(prompt):
     """A model of one token a letter, each of a hundredth more nats than its place in the prompt."""
     scores = [None, *(-0.01 * place for place in range(1, len(prompt) + 1))]
