@@ -158,7 +158,7 @@ def record(name: str, found: dict[tuple[str, int, int, int], dict[str, Any]]) ->
         ValueError: a model diverges with every learning rate.
     """
     study, bench = STUDIES[name], Benchmark("mup_transfer", f"python -m benchmarks.mup_transfer --size {name}")
-    sizes = list(dict.fromkeys(cell[1:3] for cell in found))
+    sizes = sorted({cell[1:3] for cell in found})
     at_base = sizes.index((study.base_width, study.depths[0]))
     canvas = Figure(figsize=(8.6, 3.8), layout="constrained")
     axes = canvas.subplots(1, 2, sharey=True)
@@ -186,6 +186,8 @@ def record(name: str, found: dict[tuple[str, int, int, int], dict[str, Any]]) ->
                     baseline=float(means[i].min()),
                 )
         axis.set(xscale="log", xlabel="learning rate", title=parametrization)
+        axis.set_xticks(study.learning_rates, [f"{rate:g}" for rate in study.learning_rates], fontsize=7)
+        axis.minorticks_off()
         moves = np.abs(best - best[at_base])
         for what, of_these in (
             ("widths", [depth == study.depths[0] for _, depth in sizes]),

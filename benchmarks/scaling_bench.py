@@ -1,13 +1,13 @@
 """Does ScalingBench's loss of small models order recipes as larger models do, and better than accuracy does?
 
-    python -m benchmarks.scaling_bench [--work DIR]
+    python -m benchmarks.scaling_bench [--solutions short | long] [--work DIR]
 
 Twelve recipes (mixtures of data, learning rates, schedules) are each trained at small widths and at a large one, from
 several seeds, on generated problems with worked solutions. Each model is measured on problems that none has seen: the
 loss of the solution given its question, as `scaling_bench:` of `evaluate` has it, and the share of right answers. All
 recipes of a width and seed are one program, in a process on a core of its own; each such cell stays in `--work`, and a
 second call goes on.
-Writes `results/scaling_bench.json` and `docs/images/scaling_bench.svg`.
+Writes `results/scaling_bench_<solutions>.json` and `docs/images/scaling_bench_<solutions>.svg`.
 """
 
 import argparse
@@ -52,7 +52,6 @@ from cpm_jax.training.optimizer import OptimizerConfig
 from cpm_jax.training.schedules import ScheduleConfig, cosine, wsd
 
 LEARNING_RATE = 0.01
-ANSWER_TOKENS = 60  # most of an output: the longest solution has fewer
 BATCH_SIZE = 100  # of the evaluation
 EVEN = dict.fromkeys(TASKS, 1.0)
 MODEL = ModelConfig(
@@ -86,6 +85,8 @@ class Size:
         seq_len: tokens of a row.
         problems: of each task, to train on.
         test_problems: of each task, to measure by.
+        solutions: "short" or "long".
+        answer_tokens: most of an output: the longest solution has fewer.
     """
 
     small: tuple[int, ...] = (16, 32)
@@ -97,6 +98,8 @@ class Size:
     seq_len: int = 64
     problems: int = 20_000
     test_problems: int = 400
+    solutions: str = "short"
+    answer_tokens: int = 60
 
     def cells(self) -> list[tuple[int, int]]:
         """Width and seed of every cell, the large ones first: the cores are then done at about the same time."""
@@ -104,7 +107,11 @@ class Size:
         return [(self.large, seed) for seed in range(self.large_seeds)] + small
 
 
-SIZES = {"default": Size(), "smoke": Size((16,), 32, 2, 2, steps=6, rows=2, problems=200, test_problems=5)}
+SIZES = {
+    "short": Size(),
+    "long": Size(solutions="long", rows=8, seq_len=128, answer_tokens=90),
+    "smoke": Size((16,), 32, 2, 2, steps=6, rows=2, problems=200, test_problems=5),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -184,7 +191,7 @@ def solution_losses(lm: CpmJaxLM, solved: Sequence[Solved]) -> tuple[list[float]
     return [one.value for one in measured], [int(one.weight) for one in measured]
 
 
-def right_answers(lm: CpmJaxLM, solved: Sequence[Solved]) -> list[int]:
+def right_answers(lm: CpmJaxLM, solved: Sequence[Solved], answer_tokens: int) -> list[int]:
     """1 where what the model writes after the question, greedily, gives the right answer."""
     config, greedy = lm.generator.config, SamplingConfig(temperature=0.0)
     params, end = unstack_on_cpu(lm.params), jnp.array([lm.tokens.eos_id])
@@ -194,40 +201,41 @@ def right_answers(lm: CpmJaxLM, solved: Sequence[Solved]) -> list[int]:
         prompts,
         config=config,
         sampling=greedy,
-        max_new_tokens=ANSWER_TOKENS,
+        max_new_tokens=answer_tokens,
         seed=0,
         indices=range(len(prompts)),
     )
-    _, tokens = extend(params, state, end, num_tokens=ANSWER_TOKENS, config=config, sampling=greedy)
+    _, tokens = extend(params, state, end, num_tokens=answer_tokens, config=config, sampling=greedy)
     outputs = [lm.tokens.decode(row[row != NO_TOKEN], skip_special_tokens=True) for row in np.asarray(tokens)]
     return [int(answer_of(output) == one.answer) for output, one in zip(outputs, solved, strict=True)]
 
 
-def measure(model: ModelConfig, params: Any, texts: Texts, test: Mapping[str, Sequence[Solved]]) -> dict[str, Any]:
+def measure(size: Size, width: int, params: Any) -> dict[str, Any]:
     """What each problem of each task came to: its loss and tokens, and whether its answer was right."""
-    lm = CpmJaxLM(model, params, texts.tokenizer, batch_size=BATCH_SIZE)
+    texts, test = texts_of(size)
+    lm = CpmJaxLM(at_width(MODEL, width, "grow"), params, texts.tokenizer, batch_size=BATCH_SIZE)
     found = {}
     for task, solved in test.items():
         nll, tokens = solution_losses(lm, solved)
-        found[task] = {"nll": [round(value, 4) for value in nll], "tokens": tokens, "right": right_answers(lm, solved)}
+        right = right_answers(lm, solved, size.answer_tokens)
+        found[task] = {"nll": [round(value, 4) for value in nll], "tokens": tokens, "right": right}
     return found
 
 
 @functools.cache
 def texts_of(size: Size) -> tuple[Texts, dict[str, list[Solved]]]:
     """What to train on and what to measure by, made once in a process."""
-    test = held_out_problems(size.test_problems)
-    return training_texts(size.problems, test), test
+    test = held_out_problems(size.solutions, size.test_problems)
+    return training_texts(size.solutions, size.problems, test), test
 
 
 def run_cell(size: Size, width: int, seed: int, path: Path) -> str:
     """Trains all recipes of a width and seed, measures them and writes that down; says how long it took."""
-    texts, test = texts_of(size)
+    texts, _ = texts_of(size)
     begin = time.perf_counter()
     params = train(size, width, seed, texts)
     trained = time.perf_counter()
-    model = at_width(MODEL, width, "grow")
-    write_json(path, {name: measure(model, one, texts, test) for name, one in zip(RECIPES, params, strict=True)})
+    write_json(path, {name: measure(size, width, one) for name, one in zip(RECIPES, params, strict=True)})
     return f"width {width}, seed {seed}: {trained - begin:.0f} + {time.perf_counter() - trained:.0f} s"
 
 
@@ -235,10 +243,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the cells that are missing and writes the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, default=Path("runs/scaling_bench"), help="what is measured already")
-    parser.add_argument("--size", choices=SIZES, default="default")
+    parser.add_argument("--solutions", choices=SIZES, default="short", help="smoke: a study of seconds")
     parser.add_argument("--no-results", action="store_true", help="train and measure only")
     args = parser.parse_args(argv)
-    size = SIZES[args.size]
+    size = SIZES[args.solutions]
     folder = args.work / hashlib.sha256(repr((size, RECIPES, MODEL)).encode()).hexdigest()[:8]
     folder.mkdir(parents=True, exist_ok=True)
     paths = {cell: folder / f"d{cell[0]}_seed{cell[1]}.json" for cell in size.cells()}
@@ -248,7 +256,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(future.result(), flush=True)
     cells = {cell: json.loads(path.read_text("utf-8")) for cell, path in paths.items()}
     if not args.no_results:
-        write_results(Study.of(cells, size.small, size.large), size.steps * size.rows * size.seq_len)
+        write_results(args.solutions, Study.of(cells, size.small, size.large), size.steps * size.rows * size.seq_len)
 
 
 if __name__ == "__main__":

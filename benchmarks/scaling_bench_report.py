@@ -15,7 +15,7 @@ from cpm_jax.common.figures import COLORS
 from cpm_jax.scaling.laws import Interval
 from cpm_jax.scaling.scores import HeldOutScore, ScoreLaw, check_scores, fit_scores, noise_ratio
 
-IMAGE = Path(__file__).resolve().parents[1] / "docs" / "images" / "scaling_bench.svg"
+IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 ALL = "all tasks"
 FEW = 100  # items of a task, as many as `gsm8k_sample` has
 DRAWS = 1000
@@ -172,19 +172,21 @@ def held_out(study: Study, task: str, law: ScoreLaw) -> list[HeldOutScore]:
     return check_scores(law, large.loss.ravel().tolist(), large.accuracy.ravel().tolist())
 
 
-def write_results(study: Study, tokens: int) -> None:
-    """Writes `results/scaling_bench.json` and the figure.
+def write_results(solutions: str, study: Study, tokens: int) -> None:
+    """Writes `results/scaling_bench_<solutions>.json` and the figure.
 
     Args:
+        solutions: "short" or "long".
         study: what was measured.
         tokens: of a training.
     """
-    bench = Benchmark("scaling_bench", "python -m benchmarks.scaling_bench")
+    name = f"scaling_bench_{solutions}"
+    bench = Benchmark(name, f"python -m benchmarks.scaling_bench --solutions {solutions}")
     for row in rows(study, tokens):
         bench.add(**row)
     bench.write()
-    IMAGE.parent.mkdir(parents=True, exist_ok=True)
-    draw(study).savefig(IMAGE, format="svg", metadata={"Date": None})
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    draw(study).savefig(IMAGES / f"{name}.svg", format="svg", metadata={"Date": None})
 
 
 def rows(study: Study, tokens: int) -> list[dict[str, Any]]:

@@ -68,20 +68,37 @@ class Family(NamedTuple):
     solve: Callable[[Mapping[str, Any]], tuple[str, str, int]]
 
 
-TASKS = {
-    "one digit": Family("chain_sum", {"max_terms": 4, "max_digits": 1}, solve_sum),
-    "two digits": Family("chain_sum", {"max_terms": 2, "min_digits": 2, "max_digits": 2}, solve_sum),
-    "legs": Family("leg_counting", {"min_animals": 1, "max_animals": 2, "max_instances": 6}, solve_legs),
+TASKS = ("one digit", "two digits", "legs")
+# Of one to three steps, and of as many as a right answer needs all of: its chance is then the product of theirs.
+FAMILIES = {
+    "short": {
+        "one digit": Family("chain_sum", {"max_terms": 4, "max_digits": 1}, solve_sum),
+        "two digits": Family("chain_sum", {"max_terms": 2, "min_digits": 2, "max_digits": 2}, solve_sum),
+        "legs": Family("leg_counting", {"min_animals": 1, "max_animals": 2, "max_instances": 6}, solve_legs),
+    },
+    "long": {
+        "one digit": Family("chain_sum", {"min_terms": 5, "max_terms": 8, "max_digits": 1}, solve_sum),
+        "two digits": Family(
+            "chain_sum", {"min_terms": 2, "max_terms": 3, "min_digits": 2, "max_digits": 2}, solve_sum
+        ),
+        "legs": Family("leg_counting", {"min_animals": 3, "max_animals": 4, "max_instances": 6}, solve_legs),
+    },
 }
 
 
-def draw(task: str, number: int, seed: int) -> list[Solved]:
+def draw(solutions: str, task: str, number: int, seed: int) -> list[Solved]:
     """Draws problems, each of another question.
+
+    Args:
+        solutions: "short" or "long".
+        task: one of `TASKS`.
+        number: at most so many.
+        seed: what is drawn by.
 
     Raises:
         ValueError: the steps do not come to Reasoning Gym's answer.
     """
-    family = TASKS[task]
+    family = FAMILIES[solutions][task]
     puzzles = import_extra("reasoning_gym", "eval").create_dataset(
         family.dataset, size=number, seed=seed, **family.settings
     )
@@ -94,9 +111,9 @@ def draw(task: str, number: int, seed: int) -> list[Solved]:
     return list(found.values())
 
 
-def held_out_problems(number: int) -> dict[str, list[Solved]]:
+def held_out_problems(solutions: str, number: int) -> dict[str, list[Solved]]:
     """The problems of each task that none is trained on."""
-    return {task: draw(task, number, TEST_SEED) for task in TASKS}
+    return {task: draw(solutions, task, number, TEST_SEED) for task in TASKS}
 
 
 def answer_of(output: str) -> str:
@@ -131,17 +148,18 @@ class Texts(NamedTuple):
     streams: dict[str, Stream]
 
 
-def training_texts(number: int, test: Mapping[str, Sequence[Solved]]) -> Texts:
+def training_texts(solutions: str, number: int, test: Mapping[str, Sequence[Solved]]) -> Texts:
     """Streams of all components: each task's problems, its own text, and problems of all tasks that were spoilt.
 
     Args:
+        solutions: "short" or "long".
         number: of problems of each task, before those of `test` are left out.
         test: problems that must not be trained on, by task.
     """
     problems = {}
     for task in TASKS:
         asked = {solved.question for solved in test[task]}
-        problems[task] = [solved for solved in draw(task, number, 0) if solved.question not in asked]
+        problems[task] = [solved for solved in draw(solutions, task, number, 0) if solved.question not in asked]
     documents = {task: [(one.context, one.continuation) for one in found] for task, found in problems.items()}
     every = [solved for found in problems.values() for solved in found]
     rng = np.random.default_rng(0)

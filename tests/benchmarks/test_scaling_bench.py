@@ -12,6 +12,7 @@ from benchmarks import results, scaling_bench, scaling_bench_report
 from benchmarks.scaling_bench_report import ALL, Measured, Study, ordering, pairs_in_order, repeated, spearman
 from benchmarks.scaling_bench_texts import (
     BARE,
+    FAMILIES,
     TASKS,
     WRONG,
     answer_of,
@@ -26,34 +27,48 @@ RECIPES = np.linspace(0.0, 1.0, 12)  # how good each is
 
 @pytest.fixture(scope="module")
 def texts():
-    test = held_out_problems(5)
-    return training_texts(50, test), test
+    test = held_out_problems("short", 5)
+    return training_texts("short", 50, test), test
 
 
 @pytest.mark.parametrize("task", TASKS)
-def test_steps_are_right_and_lead_to_the_answer(task):
+@pytest.mark.parametrize("solutions", FAMILIES)
+def test_steps_are_right_and_lead_to_the_answer(solutions, task):
     """Each equation by Python's own arithmetic; `draw` itself holds the last against Reasoning Gym's answer."""
-    for solved in draw(task, 50, 3):
+    for solved in draw(solutions, task, 50, 3):
         steps = solved.reasoning.split(";")
         for step in steps:
             expression, _, value = step.rpartition("=")
             assert eval(expression) == int(value)
         assert steps[-1].endswith(f"={solved.answer}")
     if task != "legs":
-        assert all(eval(solved.question) == int(solved.answer) for solved in draw(task, 50, 3))
+        assert all(eval(solved.question) == int(solved.answer) for solved in draw(solutions, task, 50, 3))
+
+
+@pytest.mark.parametrize("solutions", FAMILIES)
+def test_problems_fit_into_a_row_and_solutions_into_an_output(solutions):
+    size = scaling_bench.SIZES[solutions]
+    drawn = {task: draw(solutions, task, 200, 5) for task in TASKS}
+    tokenizer = training_texts(solutions, 200, {task: [] for task in TASKS}).tokenizer
+    for solved in drawn.values():
+        asked, given = (
+            tokenizer.encode_batch([getattr(one, name) for one in solved]) for name in ("context", "continuation")
+        )
+        assert max(map(len, given)) < size.answer_tokens
+        assert max(len(a) + len(b) for a, b in zip(asked, given, strict=True)) < size.seq_len
 
 
 def test_a_solution_that_misses_the_answer_is_refused(monkeypatch):
-    family = TASKS["one digit"]._replace(solve=lambda metadata: ("1+1", "1+1=3", 3))
-    monkeypatch.setitem(TASKS, "one digit", family)
+    family = FAMILIES["short"]["one digit"]._replace(solve=lambda metadata: ("1+1", "1+1=3", 3))
+    monkeypatch.setitem(FAMILIES["short"], "one digit", family)
     with pytest.raises(ValueError, match=r"one digit: '1\+1' is worked out as 3, and is"):
-        draw("one digit", 3, 0)
+        draw("short", "one digit", 3, 0)
 
 
 def test_no_test_problem_is_trained_on():
     """Of two terms of two digits few are drawn twice by chance: here the same seed draws all of them again."""
-    drawn = {task: draw(task, 30, 0)[:10] for task in TASKS}
-    texts = training_texts(30, drawn)
+    drawn = {task: draw("short", task, 30, 0)[:10] for task in TASKS}
+    texts = training_texts("short", 30, drawn)
     for task, solved in drawn.items():
         text = texts.tokenizer.decode(texts.streams[task].tokens)
         assert solved
@@ -191,18 +206,18 @@ def test_the_law_of_small_models_finds_larger_ones_that_obey_it():
 @pytest.mark.slow
 def test_a_tiny_study_from_end_to_end(tmp_path, monkeypatch):
     """Trained, measured, written down; and what is measured is not trained again."""
-    monkeypatch.setattr(scaling_bench_report, "IMAGE", tmp_path / "images" / "figure.svg")
+    monkeypatch.setattr(scaling_bench_report, "IMAGES", tmp_path / "images")
     write, written = results.Benchmark.write, []
     monkeypatch.setattr(results.Benchmark, "write", lambda bench: written.append(write(bench, tmp_path).read_text()))
     few = dict(list(scaling_bench.RECIPES.items())[:3])
     monkeypatch.setattr(scaling_bench, "RECIPES", few)
     monkeypatch.setattr(scaling_bench, "process_on_each_core", lambda: ThreadPoolExecutor(1))
-    arguments = ["--work", str(tmp_path / "work"), "--size", "smoke"]
+    arguments = ["--work", str(tmp_path / "work"), "--solutions", "smoke"]
     scaling_bench.main(arguments)
     (found,) = results.load(tmp_path)
-    assert found["name"].endswith("scaling_bench")
+    assert found["name"].endswith("scaling_bench_smoke")
     assert any("Spearman" in row.metric for row in found["rows"])
-    assert (tmp_path / "images" / "figure.svg").exists()
+    assert (tmp_path / "images" / "scaling_bench_smoke.svg").exists()
     monkeypatch.setattr(scaling_bench, "run_cell", lambda *args: pytest.fail("a cell is measured twice"))
     scaling_bench.main(arguments)
     assert json.loads(written[0])["rows"] == json.loads(written[1])["rows"]
