@@ -180,7 +180,8 @@ def make_plan(config: SweepConfig, base: sweep_trials.Base, most: int = _MOST_CH
     space = base.space
     if config.group_by and config.group_by not in space.names:
         raise ConfigError(
-            f"SweepConfig.group_by = {config.group_by!r}: the space binds {', '.join(space.names)}",
+            f"SweepConfig.group_by = {config.group_by!r}: accepted is '' or what the space binds: "
+            f"{', '.join(space.names)}",
             field="SweepConfig.group_by",
         )
     chosen = points(space if space.size is not None and space.size <= most else sample(space, min(most, 30)))

@@ -342,7 +342,7 @@ def test_python_files_name_space_and_base(make, tmp_path):
         ({"space": "values('PEAK_LR')"}, "has no values"),
         ({"space": "values('EVAL_EVERY', 0)"}, "eval_every = 0: trials are compared by their held-out loss"),
         ({"space": "log_uniform('PEAK_LR', 0.1, 1)"}, "PEAK_LR is a range"),
-        ({"group_by": "D_MODLE"}, "group_by = 'D_MODLE': the space binds PEAK_LR"),
+        ({"group_by": "D_MODLE"}, "group_by = 'D_MODLE': accepted is '' or what the space binds: PEAK_LR"),
         ({"grace_seconds": 1}, "grace_seconds = 1: must be at least twice"),
         (
             {"trials_per_program": 2, "study": StudyConfig(pruner="asha")},
