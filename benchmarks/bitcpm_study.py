@@ -238,7 +238,7 @@ class Study:
             model=dataclasses.replace(base.model, ternary=TernaryConfig(arm.group_size) if arm.share else None),
             schedule=schedule,
             loss=dataclasses.replace(base.loss, distillation=teacher),
-            train=dataclasses.replace(base.train, seed=seed, eval_every=steps),
+            train=dataclasses.replace(base.train, seed=seed, eval_every=steps, eval_batches=0),
             init_from=str(self._stable(seed) / CHECKPOINTS_DIR / str(first)) if first else "",
             init="state",
         )

@@ -1,11 +1,13 @@
 """MiniCPM4's questions of strategy at a laptop's scale: which holds, of which only the direction, which not.
 
-    python -m benchmarks.strategy --data DATASET [--size full.gin] [--workdir DIR] [--only QUESTION …] [--gin.X=VALUE …]
+    python -m benchmarks.strategy --data DATASET --held-out DATASET [--size full.gin] [--workdir DIR]
+        [--only QUESTION …] [--gin.X=VALUE …]
 
 Each question is a sweep, `gin_configs/papers/minicpm4/strategy/<question>.gin`, or two. Sweeps go on where they were
-cut off, and what is trained is not trained again. A question's losses go to `results/strategy_losses.jsonl`
-(`strategy_full_losses.jsonl`); from all that are there, also from another machine, `results/strategy.json` and
-`docs/images/strategy.svg` are written. `--gin.` flags go to every sweep.
+cut off, and what is trained is not trained again. Losses are those of the last checkpoints on the held-out dataset. A
+question's losses go to `results/strategy_losses.jsonl` (`strategy_full_losses.jsonl`); from all that are there, also
+from another machine, `results/strategy.json` and `docs/images/strategy.svg` are written. `--gin.` flags go to every
+sweep.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import math
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ from cpm_jax.checkpoints.averaging import average_params
 from cpm_jax.checkpoints.manager import CHECKPOINTS_DIR, list_steps
 from cpm_jax.common.gin_utils import Settings
 from cpm_jax.data.loader import make_validation_loader, open_datasets
+from cpm_jax.data.mixture import from_folders
 from cpm_jax.modeling.config import ModelConfig
 from cpm_jax.modeling.model_size import count_params
 from cpm_jax.scaling.runs import RUNS_FILE, Run, read_runs
@@ -48,8 +52,14 @@ Losses = Mapping[int, float]
 class Strategy:
     """The sweeps of one size, in a folder."""
 
-    def __init__(self, data: str, size: str, workdir: Path, flags: Sequence[str]):
-        """Takes the dataset's folder, the size's gin file ("" for that of base.gin), and flags of all sweeps."""
+    def __init__(self, data: str, held_out: str, size: str, workdir: Path, flags: Sequence[str]):
+        """Takes both datasets' folders, the size's gin file ("" for that of base.gin), and flags of all sweeps.
+
+        Raises:
+            DataError: one of them is no dataset, the second has none held out, or their tokenizers differ.
+        """
+        open_datasets(from_folders((data, held_out)))
+        self._held_out = from_folders(held_out)
         self._files = [f"{GIN_DIR}/{size}"] if size else []
         self.workdir, self._flags = workdir, [f"--gin.DATA={data}", *flags]
         self._done: dict[str, list[Run]] = {}
@@ -64,6 +74,8 @@ class Strategy:
     def sweep(self, name: str, file: str = "", flags: Sequence[str] = ()) -> list[Run]:
         """Runs a sweep, or goes on with it, or takes what it has found.
 
+        The loss of a run that is done is that of its last checkpoint on the held-out dataset.
+
         Args:
             name: of its folder.
             file: in `GIN_DIR`, without its end; "" is `name`.
@@ -76,8 +88,21 @@ class Strategy:
             files = [f"--gin_file={GIN_DIR}/{file or name}.gin", *(f"--gin_file={size}" for size in self._files)]
             command = ["experiments.run", "sweep", f"--workdir={self.workdir / name}", *files, *self._flags, *flags]
             subprocess.run([sys.executable, "-m", *command], check=True)
-            self._done[name] = read_runs(self.workdir / name / RUNS_FILE)
+            runs = read_runs(self.workdir / name / RUNS_FILE)
+            self._done[name] = [
+                replace(run, loss=self.loss_of(name, run)) if run.status == "done" else run for run in runs
+            ]
         return self._done[name]
+
+    def loss_of(self, name: str, run: Run, averaged: int = 1) -> float:
+        """Held-out loss of the mean of a run's newest checkpoints, nats a token."""
+        folder = trial_folder(self.workdir / name, run.id)
+        config: PretrainConfig = Settings([folder / "config.gin"], [], PretrainConfig).build()
+        params, _ = average_params(folder, list_steps(folder / CHECKPOINTS_DIR)[-averaged:])
+        loader = make_validation_loader(self._held_out, config.train.batch_size)
+        step = make_eval_step(config.model, num_sources=1)
+        sums = [jax.device_get(step(params, batch)) for batch in loader]
+        return sum(float(one.nll) for one in sums) / sum(float(np.sum(one.source_weight)) for one in sums)
 
 
 def losses(runs: Sequence[Run], bindings: Mapping[str, Any]) -> Losses:
@@ -178,35 +203,11 @@ def averaging(study: Strategy) -> list[Comparison]:
     decayed = usual(study)
     found = []
     for count in AVERAGED:
-        means = {
-            run.config["SEED"]: average_loss(trial_folder(study.workdir / "averaging", run.id), count) for run in runs
-        }
+        means = {run.config["SEED"]: study.loss_of("averaging", run, count) for run in runs}
         found.append(
             Comparison("averaging", f"mean of {count} at a constant rate", "the last of them", "better", means, last)
         )
     return [*found, Comparison("averaging", found[-1].arm, "WSD", "no worse", means, decayed)]
-
-
-def average_loss(trial: Path, count: int) -> float:
-    """Held-out loss of the mean of a trial's newest checkpoints, on what its own evaluations read."""
-    config: PretrainConfig = Settings([trial / "config.gin"], [], PretrainConfig).build()
-    params, _ = average_params(trial, list_steps(trial / CHECKPOINTS_DIR)[-count:])
-    return held_out_loss(config, params)
-
-
-def held_out_loss(config: PretrainConfig, params: Any) -> float:
-    """The loss that the training loop's evaluations give."""
-    loader = make_validation_loader(
-        config.mixture, config.train.batch_size, process_index=0, process_count=1, num_workers=0
-    )
-    step = make_eval_step(config.model, num_sources=len(open_datasets(config.mixture)))
-    nll = weight = 0.0
-    for number, batch in enumerate(loader):
-        if config.train.eval_batches and number >= config.train.eval_batches:
-            break
-        sums = jax.device_get(step(params, batch))
-        nll, weight = nll + float(sums.nll), weight + float(np.sum(sums.source_weight))
-    return nll / weight
 
 
 def step_law(num_params: float, tokens: float) -> tuple[float, float]:
@@ -263,6 +264,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs what is left of the sweeps, and writes the answers down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="dataset folder, made by prepare")
+    parser.add_argument("--held-out", required=True, help="likewise, of other text, with the same tokenizer")
     parser.add_argument("--size", default="", help="full.gin or gpu.gin; else that of base.gin")
     parser.add_argument("--workdir", type=Path, help="of the sweeps; else runs/strategy or runs/strategy_<size>")
     parser.add_argument("--only", nargs="+", choices=QUESTIONS, default=list(QUESTIONS), help="train these alone")
@@ -271,7 +273,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"{' '.join(unknown)}: accepted are the options above and --gin. flags")
     name = f"strategy_{Path(args.size).stem}" if args.size else "strategy"
     workdir = args.workdir or Path("runs") / name
-    study = Strategy(args.data, args.size, workdir, flags)
+    study = Strategy(args.data, args.held_out, args.size, workdir, flags)
     size = about(study.model, study.base)
     for question in args.only:
         study.answers = read_answers(name, size)
@@ -279,7 +281,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(*found, sep="\n", flush=True)
         save_answers(name, question, found, size)
     answers = read_answers(name, size)
-    command = f"python -m benchmarks.strategy --data {args.data}" + (f" --size {args.size}" if args.size else "")
+    command = f"python -m benchmarks.strategy --data {args.data} --held-out {args.held_out}"
+    command += f" --size {args.size}" if args.size else ""
     write_results(name, command, [one for question in QUESTIONS for one in answers.get(question, [])], size)
 
 
