@@ -128,15 +128,19 @@ test-latest: ## the fast tests on the newest Python that resolves, without those
 	@command -v $(PYTHON_LATEST) >/dev/null || { echo "$(PYTHON_LATEST) is not installed: set PYTHON_LATEST"; exit 2; }
 	$(MAKE) test-fast PYTHON=$(PYTHON_LATEST) VENV=.venv-latest EXTRAS=data
 
-lint: $(VENV)/.dev ## ruff, mypy, codespell
+CPP = $(shell git ls-files 'export/cuda/*.cpp' 'export/cuda/*.h' 'export/cuda/*.cu' 'export/cuda/*.cuh')
+
+lint: $(VENV)/.dev ## ruff, mypy, codespell, clang-format
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
 	$(VENV)/bin/codespell
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
 
-format: $(VENV)/.dev ## let ruff format and fix
+format: $(VENV)/.dev ## let ruff format and fix, and clang-format
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CPP)
 
 bench: $(VENV)/.dev ## run one benchmark: make bench NAME=quickstart [ARGS="--work DIR"]
 	@test -n "$(NAME)" || { echo "which one? make bench NAME=<one of: $(notdir $(basename $(shell grep -l __main__ benchmarks/*.py)))>"; exit 2; }

@@ -31,12 +31,14 @@ class Kernel(NamedTuple):
         types: of its arguments that are no constants, in their order.
         constants: by their names.
         num_warps: of a program.
+        num_stages: steps of a loop whose tiles are in memory at once.
     """
 
     place: str
     types: str
     constants: dict[str, int]
     num_warps: int = 4
+    num_stages: int = 3
 
 
 _HEADS = {"GROUP": 16, "ROWS": 16, "SIZE": 128, "DIMS": 128}
@@ -118,7 +120,7 @@ def compile_kernel(kernel: Kernel, capability: int) -> Usage:
         attrs={(at,): [["tt.divisibility", 16]] for at, kind in enumerate(types) if kind.startswith("*")},
     )
     target = GPUTarget("cuda", capability, 32)
-    options = {"num_warps": kernel.num_warps, "enable_fp_fusion": True}
+    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages, "enable_fp_fusion": True}
     return _usage(triton.compile(source, target=target, options=options))
 
 

@@ -85,7 +85,7 @@ def pack_linear(codes: Int8[np.ndarray, "K N"], scales: Float[np.ndarray, "K/g N
 def unpack_linear(parts: Mapping[str, np.ndarray], bits: int) -> Float[np.ndarray, "N K"]:
     """The weights that the four tensors of a linear layer stand for, outputs first, as in Hugging Face's folders."""
     codes = unpack_words(np.ascontiguousarray(parts["qweight"].T), bits)
-    zeros = unpack_words(parts["qzeros"], bits) + 1
+    zeros = (unpack_words(parts["qzeros"], bits) + 1) % (1 << bits)  # one less than 0 is stored as all ones
     groups = parts["g_idx"]
     return (codes - zeros[groups].T) * parts["scales"].astype(np.float32)[groups].T
 

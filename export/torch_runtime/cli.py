@@ -63,8 +63,14 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"--device {name}: accepted are cpu, cuda, and cuda:0, cuda:1, …") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
         raise ValueError(f"--device {name}: PyTorch finds no GPU; its build for CUDA and a driver are needed")
+    index, number = device.index or 0, torch.cuda.device_count()
+    if index >= number:
+        raise ValueError(f"--device {name}: accepted are cuda:0 to cuda:{number - 1}, as PyTorch finds {number} GPUs")
+    torch.cuda.set_device(index)  # Triton launches its kernels on the current one, wherever their tensors lie
     return device
 
 

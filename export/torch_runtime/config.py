@@ -270,10 +270,12 @@ def read_config(folder: str | Path) -> ModelConfig:
     if hf.get("head_dim") is None and width % heads:
         raise FolderError(f"config.json: hidden_size = {width}: must be a multiple of num_attention_heads = {heads}")
     head_dim = _whole(hf, "head_dim", width // heads)
+    if head_dim % 2:
+        raise FolderError(f"config.json: head_dim = {head_dim}: must be even, as rotary embedding turns pairs")
     longest = _whole(hf, "max_position_embeddings", 32768 if kind in ("qwen2", "mimo") else 2048)
     rope, longest = _read_rope(hf, longest, head_dim)
     bias = {"qwen2": True, "mimo": True, "internlm2": hf.get("bias", True)}.get(kind, hf.get("attention_bias", False))
-    sparse = hf.get("sparse_config")
+    sparse = _object(hf, "sparse_config")
     return ModelConfig(
         model_type=kind,
         vocab_size=_whole(hf, "vocab_size"),
@@ -292,7 +294,7 @@ def read_config(folder: str | Path) -> ModelConfig:
         **_multipliers(hf, kind, width, layers, head_dim),
         rope=rope,
         sparse=_read_sparse(sparse) if sparse else None,
-        quantization=_read_quantization(hf.get("quantization_config") or {}),
+        quantization=_read_quantization(_object(hf, "quantization_config")),
         dtype=_read_dtype(hf),
         eos_token_ids=_token_ids(tokens, "eos_token_id"),
         bos_token_id=next(iter(_token_ids(tokens, "bos_token_id")), None),
@@ -306,6 +308,13 @@ def _model_type(hf: Json) -> str:
             return name
     accepted = ", ".join(ARCHITECTURES)
     raise FolderError(f"config.json: model_type = {kind!r} (architectures {classes}): accepted are {accepted}")
+
+
+def _object(hf: Json, name: str) -> Json:
+    value = hf.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise FolderError(f"config.json: {name} = {value!r}: accepted are an object and null")
+    return value
 
 
 def _whole(hf: Json, name: str, default: int | None = None) -> int:
@@ -355,9 +364,7 @@ def _multipliers(hf: Json, kind: str, width: int, layers: int, head_dim: int) ->
 def _read_rope(hf: Json, longest: int, head_dim: int) -> tuple[RopeConfig, int]:
     """Rotary embedding, and the longest sequence: with dynamic NTK `factor` times that of config.json."""
     where = "rope_parameters" if hf.get("rope_parameters") else "rope_scaling"
-    entries = hf.get(where) or {}
-    if not isinstance(entries, Mapping):
-        raise FolderError(f"config.json: {where} = {entries!r}: accepted are an object with a rope_type, and null")
+    entries = _object(hf, where)
     kind = entries.get("rope_type", entries.get("type", "default"))
     if kind not in _ROPE_ENTRIES:
         raise FolderError(f"config.json: {where} has the type {kind!r}: accepted are {', '.join(_ROPE_ENTRIES)}")
@@ -371,16 +378,16 @@ def _read_rope(hf: Json, longest: int, head_dim: int) -> tuple[RopeConfig, int]:
     for name in _ROPE_ENTRIES[kind]:
         if name in ("short_factor", "long_factor"):
             factors = entries[name]
-            if not isinstance(factors, list) or len(factors) != head_dim // 2:
+            if not isinstance(factors, list) or len(factors) != head_dim // 2 or None in factors:
                 raise FolderError(f"config.json: {where}.{name} must be a list of head_dim/2 = {head_dim // 2} numbers")
-            values[name] = tuple(map(float, factors))
+            values[name] = tuple(_number({name: factor}, name, 1.0) for factor in factors)
         elif entries.get(name) is not None:
             values[name] = bool(entries[name]) if name == "truncate" else _number(entries, name, 1.0)
-    in_entries = entries.get("original_max_position_embeddings")
-    original = hf.get("original_max_position_embeddings") or in_entries or longest
-    values["original_max_position_embeddings"] = original
+    name = "original_max_position_embeddings"
+    original = _whole(hf, name, _whole(entries, name, longest))
+    values[name] = original
     if kind == "dynamic":
-        values["original_max_position_embeddings"] = longest
+        values[name] = longest
         return RopeConfig(**values), int(longest * values["factor"])
     if kind == "yarn":
         values.setdefault("factor", longest / original)
@@ -395,7 +402,7 @@ def _attention_factor(kind: str, entries: Json, factor: float, longest: int, ori
     if entries.get("attention_factor") is not None:
         return _number(entries, "attention_factor", 1.0)
     if kind == "longrope":
-        stretch = entries.get("factor") or longest / original
+        stretch = _number(entries, "factor", longest / original)
         return math.sqrt(1 + math.log(stretch) / math.log(original)) if stretch > 1 else 1.0
     log, mscale, mscale_all_dim = 0.1 * math.log(factor), entries.get("mscale"), entries.get("mscale_all_dim")
     if mscale and mscale_all_dim:

@@ -184,15 +184,16 @@ class CudaGraphStep:
         batch_size = cache.layers[0].keys.shape[0]
         self._token = torch.zeros(batch_size, 1, dtype=torch.long, device=model.device)
         self._position = torch.ones(1, dtype=torch.long, device=model.device)  # drafts need a token before
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries allocate, and kernels compile, before the capture
-            for _ in range(3):
-                step(self._token, self._position)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._result = step(self._token, self._position)
+        with torch.cuda.device(model.device):  # of which streams are, and what is captured
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # libraries allocate, and kernels compile, before the capture
+                for _ in range(3):
+                    step(self._token, self._position)
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph, stream=stream):
+                self._result = step(self._token, self._position)
 
     def __call__(self, token: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
         """Drafts and logits, which the next call writes over."""
@@ -230,9 +231,12 @@ def generate(
         speed: filled with times.
 
     Raises:
-        LengthError: prompt and new tokens do not fit into the cache, or the cache not into the model.
+        LengthError: the prompt is empty, prompt and new tokens do not fit into the cache, or the cache not into the
+            model.
         ValueError: `max_new_tokens` below 1, or a token id that the model does not have.
     """
+    if len(prompt) == 0:  # before a step is captured, for which there may be no room
+        raise LengthError("a prompt of 0 tokens: at least one is needed to go on from")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens = {max_new_tokens}: must be at least 1")
     if strange := [token for token in prompt if not 0 <= token < model.config.vocab_size]:

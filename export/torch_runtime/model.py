@@ -55,7 +55,10 @@ class Decoder(nn.Module):
         return self.embedding.device
 
     def use_kernels(self, kernels: Kernels) -> None:
-        """Chooses for quantised products, norms, rotary embedding and sparse attention: PyTorch, or Triton kernels."""
+        """Chooses for quantised products, norms, rotary embedding and sparse attention: PyTorch, or Triton kernels.
+
+        Those run on the current CUDA device: `torch.cuda.set_device` makes it the model's.
+        """
         for module in self.modules():
             if isinstance(module, Attention | QuantizedLinear | RMSNorm):
                 module.kernels = kernels

@@ -38,8 +38,16 @@ class Tokenizer:
         return self._before + self._backend.encode(text, add_special_tokens=False).ids
 
     def stream(self, tokens: Iterable[int]) -> Iterator[str]:
-        """The text of tokens piece by piece, without special tokens; a character comes when all its bytes are there."""
+        """The text of tokens piece by piece, without special tokens; a character comes when all its bytes are there.
+
+        Bytes that never become a character may be left out.
+        """
         stream = DecodeStream(skip_special_tokens=True)
         for token in tokens:
-            if piece := stream.step(self._backend, token):
+            try:
+                piece = stream.step(self._backend, token)
+            except Exception:  # such bytes, where they change how the library decodes those before them
+                stream = DecodeStream(skip_special_tokens=True)
+                piece = stream.step(self._backend, token)
+            if piece:
                 yield piece

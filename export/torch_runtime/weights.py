@@ -136,8 +136,12 @@ class Weights:
         config = self.config.quantization
         assert config is not None
         bits, group = config.bits, inputs if config.group_size == -1 else config.group_size
-        if inputs % group:
-            raise FolderError(f"config.json: quantization_config.group_size = {group}: must divide {inputs}, of {path}")
+        codes = WORD // bits
+        if inputs % group or inputs % codes or outputs % codes:
+            raise FolderError(
+                f"config.json: quantization_config: {path} has {inputs} inputs and {outputs} outputs: accepted are "
+                f"multiples of {codes}, the codes in a word, and inputs that group_size = {group} divides"
+            )
         groups = inputs // group
         qweight = self._read(f"{path}.qweight", (inputs * bits // WORD, outputs))
         scales = self._read(f"{path}.scales", (groups, outputs))

@@ -9,7 +9,7 @@ import safetensors.numpy
 from cpm_jax.common.config import ConfigError
 from cpm_jax.quantization.config import QuantizationConfig
 from cpm_jax.quantization.layer import LINEARS, linear_of
-from export.gptq import describe, export_gptq, pack_linear
+from export.gptq import describe, export_gptq, pack_linear, unpack_linear
 from tests.export.quantized_models import ROUNDED, rounded_model
 from tests.export.small_models import small_tokenizer
 
@@ -53,6 +53,13 @@ def test_zeros_of_4_bits_are_sevens():
     packed = pack_linear(np.zeros((8, 8), np.int8), np.ones((1, 8), np.float32), 4)
     assert set(packed["qzeros"].view(np.uint32).ravel().tolist()) == {0x77777777}
     assert set(packed["qweight"].view(np.uint32).ravel().tolist()) == {0x88888888}
+
+
+def test_a_zero_point_of_0_is_stored_as_all_ones():
+    codes = np.arange(-8, 8, dtype=np.int8).repeat(8).reshape(16, 8)
+    parts = pack_linear(codes, np.ones((2, 8), np.float16), 4)
+    parts["qzeros"] = np.full_like(parts["qzeros"], -1)
+    np.testing.assert_array_equal(unpack_linear(parts, 4), codes.T + 8)
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,10 @@ Arguments parse(int argc, char** argv) {
       if (i + 1 == argc) throw UsageError(name + " needs a value");
       return argv[++i];
     };
-    if (name == "--ids") {
+    if (name == "--help") {
+      std::printf("%s", kUsage);
+      std::exit(0);
+    } else if (name == "--ids") {
       arguments.ids = parse_ids(name, value());
     } else if (name == "--ids-file") {
       arguments.ids = parse_ids(name, read_text(value()));
@@ -181,7 +184,8 @@ class Output {
   // Whether more are wanted.
   bool add(int32_t token) {
     if (arguments_.decode) {
-      std::printf("%s", arguments_.decode(token).c_str());
+      const std::string text = arguments_.decode(token);
+      std::fwrite(text.data(), 1, text.size(), stdout);  // a byte of 0 among them
     } else {
       std::printf("%s%" PRId32, first_ ? "" : " ", token);
     }

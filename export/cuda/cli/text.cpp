@@ -35,10 +35,12 @@ TextTokenizer::TextTokenizer(const std::string& folder) : parts_(std::make_uniqu
     }
     // The library has no post-processors. Those of exported folders are templates, or leave the tokens as they are.
     const auto processor = json.value("post_processor", nlohmann::json());
-    if (processor.is_object() && processor.at("type") == "TemplateProcessing") {
-      const auto& first = processor.at("single").at(0);
+    const bool several = processor.is_object() && processor.at("type") == "Sequence";
+    for (const auto& part : several ? processor.at("processors") : nlohmann::json::array({processor})) {
+      if (!part.is_object() || part.at("type") != "TemplateProcessing") continue;
+      const auto& first = part.at("single").at(0);
       if (first.contains("SpecialToken")) {
-        const auto& token = processor.at("special_tokens").at(first.at("SpecialToken").at("id").get<std::string>());
+        const auto& token = part.at("special_tokens").at(first.at("SpecialToken").at("id").get<std::string>());
         parts_->before = token.at("ids").get<std::vector<int32_t>>();
       }
     }
@@ -46,8 +48,9 @@ TextTokenizer::TextTokenizer(const std::string& folder) : parts_(std::make_uniqu
     throw std::runtime_error(file + " cannot be read: " + error.what());
   }
   if (parts_->tokenizer.load(folder) != tokenizers::Error::Ok) {
-    throw std::runtime_error(file + ": its model, pre-tokenizer or decoder is of a kind that is not computed here; "
-                                    "give token ids (--ids)");
+    throw std::runtime_error(file +
+                             ": its model, pre-tokenizer or decoder is of a kind that is not computed here; "
+                             "give token ids (--ids)");
   }
 }
 

@@ -72,8 +72,8 @@ int32_t cpm_verify_tree(cpm_model* model, const int32_t* tokens, const int32_t* 
 // MTP layers that were loaded.
 int32_t cpm_mtp_layers(const cpm_model* model);
 
-// Drafts what follows `token`, which follows the cache: a chain of cpm_mtp_layers() tokens, one of each MTP layer, to be
-// verified with `token` as their root. Returns how many: 0 where nothing has been read yet, or since cpm_truncate.
+// Drafts what follows `token`, which follows the cache: a chain of cpm_mtp_layers() tokens, one of each MTP layer, to
+// be verified with `token` as their root. Returns how many: 0 where nothing has been read yet, or since cpm_truncate.
 int32_t cpm_draft(cpm_model* model, int32_t token, int32_t* drafts);
 
 #ifdef __cplusplus

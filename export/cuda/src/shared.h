@@ -50,7 +50,8 @@ CPM_SHARED float gptq_weight(const Matrix& w, int32_t row, int32_t column) {
   const auto* words = static_cast<const uint32_t*>(w.values);
   const size_t group = static_cast<size_t>(column / w.group_size);
   const uint32_t code = words[static_cast<size_t>(column / 8) * outputs + row] >> (4 * (column % 8)) & 15;
-  const uint32_t zero = (w.zeros[group * (outputs / 8) + row / 8] >> (4 * (row % 8)) & 15) + 1;
+  // One less than a zero point of 0 is stored as 15.
+  const uint32_t zero = ((w.zeros[group * (outputs / 8) + row / 8] >> (4 * (row % 8))) + 1) & 15;
   const int32_t centred = static_cast<int32_t>(code) - static_cast<int32_t>(zero);
   return static_cast<float>(centred) * half_to_float(w.scales[group * outputs + row]);
 }

@@ -8,7 +8,7 @@ namespace cpm {
 namespace {
 
 constexpr int32_t kCodesPerWord = 8;
-constexpr int32_t kMarlinBand = 16, kMarlinChunk = 64;
+constexpr int32_t kMarlinBand = 16, kMarlinChunk = 64, kMarlinGroup = 128;
 
 Format format_of(DType dtype) {
   return dtype == DType::kF32 ? Format::kF32 : dtype == DType::kF16 ? Format::kF16 : Format::kBF16;
@@ -120,12 +120,17 @@ void Weights::gptq(const std::string& name, int32_t rows, int32_t columns, Matri
 // Several layers fused by their outputs; each is a part of the rows.
 void Weights::marlin(const std::string& name, const std::vector<int32_t>& rows, int32_t columns,
                      const std::vector<Matrix*>& matrices, MemoryPlan& plan) {
-  const int32_t group = config_.quantization.group_size > 0 ? config_.quantization.group_size : columns;
+  const int32_t group = config_.quantization.group_size;
+  if (group != kMarlinGroup) {  // whose scales lie in this order; that of others is not the same
+    fail("config.json: quantization_config: group_size = " + std::to_string(group) + ": accepted is " +
+         std::to_string(kMarlinGroup) + " with Marlin weights, which " + name + " has");
+  }
   int64_t all = 0;
   for (const int32_t part : rows) all += part;
-  if (all > INT32_MAX || all % kMarlinChunk || columns % kMarlinBand || columns % group) {
+  if (all > INT32_MAX || all % kMarlinChunk || columns % group) {
     fail(name + " has " + std::to_string(columns) + " inputs and " + std::to_string(all) +
-         " outputs: Marlin takes multiples of 16 and of group_size = " + std::to_string(group) + ", and of 64");
+         " outputs: Marlin takes multiples of group_size = " + std::to_string(group) + ", and of " +
+         std::to_string(kMarlinChunk));
   }
   const auto stored_rows = static_cast<int32_t>(all);
   const Tensor& words = find(name + ".qweight", {DType::kI32}, {columns / kMarlinBand, 2 * int64_t{stored_rows}});

@@ -89,7 +89,7 @@ int main(int argc, char** argv) {
     return 2;
   }
   try {
-    const cpm_options options{kCapacity, 16, 1, argv[3]};
+    const cpm_options options{kCapacity, 16, 1, argv[3], 0};
     cpm_model* model = cpm_open(argv[1], &options);
     check(model != nullptr, "the model is not opened");
     const int32_t vocabulary = cpm_vocab_size(model);

@@ -8,6 +8,7 @@ from torch import Tensor
 # Programs that keep a GPU busy: where the tiles of the output are fewer, the inputs are divided as well.
 PROGRAMS = 256
 LEAST = 16  # rows, columns and depth of a product that Triton gives to tensor cores
+MOST_PLACES = 2**31  # of a tensor, as they are counted by 32 bits
 
 
 @triton.jit
@@ -65,6 +66,11 @@ def tiles(num_rows: int, group_size: int) -> dict[str, int]:
     return {"ROWS": rows, "OUTPUTS": 128 if many else 64, "INPUTS": inputs, "num_warps": 8 if many else 4}
 
 
+def stages(dtype: torch.dtype) -> int:
+    """Steps of a loop whose tiles are in memory at once: of four bytes a number GPUs with 99 KiB have room for one."""
+    return 1 if dtype == torch.float32 else 3
+
+
 def int4_matmul(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor) -> Tensor:
     """x W for the weights of a `QuantizedLinear` of 4 bits.
 
@@ -80,6 +86,8 @@ def int4_matmul(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor) -> Te
     Raises:
         ValueError: groups of a size that is no multiple of 16.
     """
+    if x.numel() > MOST_PLACES and len(x) > 1:
+        return torch.cat([int4_matmul(part, qweight, scales, zeros) for part in x.chunk(2)])
     (num_rows, num_inputs), num_outputs = x.shape, qweight.shape[1]
     group_size = num_inputs // scales.shape[0]
     sizes = tiles(num_rows, group_size)
@@ -100,5 +108,6 @@ def int4_matmul(x: Tensor, qweight: Tensor, scales: Tensor, zeros: Tensor) -> Te
         group_size,
         triton.cdiv(steps, splits),
         **sizes,
+        num_stages=stages(x.dtype),
     )
     return out[0] if splits == 1 else out.sum(dim=0).to(x.dtype)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from export.torch_runtime.triton_kernels.int4_matmul import LEAST, PROGRAMS
+from export.torch_runtime.triton_kernels.int4_matmul import LEAST, PROGRAMS, stages
 
 MASKED = tl.constexpr(-1e30)  # below every score, and finite, so that differences are
 
@@ -124,6 +124,7 @@ def sparse_attention(
         BLOCK=block_size,
         SIZE=size,
         DIMS=max(LEAST, triton.next_power_of_2(size)),
+        num_stages=stages(keys.dtype),
     )
     if splits == 1:
         return out[0]

@@ -1,6 +1,7 @@
 """Builds the runtime of `export/cuda/` once and runs it.
 
-On the CPU it is built with the sanitizers. CPM_TEST_BACKEND=cuda makes the same comparisons on a GPU.
+On the CPU it is built with the sanitizers, and with the CUDA backend in an emulation. CPM_TEST_BACKEND=cuda makes the
+same comparisons on a GPU.
 """
 
 import os
@@ -19,7 +20,10 @@ SOURCE = Path(__file__).parents[3] / "export/cuda"
 TOKENIZERS = Path(os.environ.get("CPM_TOKENIZERS", Path(sys.prefix) / "pytorch_tokenizers"))
 BACKEND = os.environ.get("CPM_TEST_BACKEND", "cpu")
 # A GPU's driver does not run with the sanitizers.
-OPTIONS = {"cpu": ["-DCPM_SANITIZE=ON"], "cuda": ["-DCPM_CUDA=ON", "-DCMAKE_CUDA_ARCHITECTURES=native"]}
+OPTIONS = {
+    "cpu": ["-DCPM_SANITIZE=ON", "-DCPM_EMULATE_CUDA=ON"],
+    "cuda": ["-DCPM_CUDA=ON", "-DCMAKE_CUDA_ARCHITECTURES=native"],
+}
 ENVIRONMENT = {
     "ASAN_OPTIONS": "allocator_may_return_null=1",
     "UBSAN_OPTIONS": "print_stacktrace=1",

@@ -145,6 +145,27 @@ def test_logits_and_greedy_tokens_are_those_of_jax(name, runtime, exported, tmp_
     assert ("sparse attention" in result.log) == (config.sparse_config is not None)
 
 
+def check_cuda_kernels(runtime, folder, scratch, monkeypatch):
+    """What they say is what the CPU's loops say, and in the emulation does not depend on the order of threads."""
+    arguments = [folder, random_ids(), scratch, "--capacity", LENGTH]
+    expected, _ = runtime.logits(*arguments, "--backend", "cpu")
+    found, _ = runtime.logits(*arguments, "--backend", "cuda", "--chunk", 33)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    monkeypatch.setenv("EMULATED_BACKWARDS", "1")  # another result where a barrier is missing
+    np.testing.assert_array_equal(runtime.logits(*arguments, "--backend", "cuda", "--chunk", 33)[0], found)
+
+
+@pytest.mark.parametrize("name", ["granite biases", "mimo", "minicpm sparse", "minicpm sparse, paper"])
+def test_cuda_kernels_do_what_the_cpu_does(name, runtime, exported, tmp_path, monkeypatch):
+    check_cuda_kernels(runtime, exported(name)[0], tmp_path, monkeypatch)
+
+
+def test_cuda_kernels_verify_trees(runtime, exported):
+    done = runtime.execute("verify_trees", exported("minicpm sparse")[0], 3, "cuda")
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split()[-1]) < 1e-5
+
+
 def test_sparse_attention_is_not_dense(runtime, exported, tmp_path):
     """What the cases above compare is a choice of blocks: the same weights, attending densely, say something else."""
     folder = shutil.copytree(exported("minicpm sparse")[0], tmp_path / "dense")
@@ -211,15 +232,34 @@ def quantised():
     return rounded_model(num_heads=4, head_dim=32, num_kv_heads=1)
 
 
-@pytest.mark.parametrize("write", [export_gptq, export_marlin])
-def test_packed_weights_are_the_fake_quantised_ones(write, quantised, runtime, tokenizer, tmp_path):
-    model = quantised
-    write(model, tokenizer, tmp_path / "packed")
+def stored_params(model):
+    """Parameters as a packed folder has them: all but the packed ones in float16."""
     halves = jax.tree.map(lambda leaf: np.asarray(leaf).astype(np.float16).astype(np.float32), model.params)
-    params = jax.tree_util.tree_map_with_path(
+    return jax.tree_util.tree_map_with_path(
         lambda path, whole, half: np.asarray(whole) if "_proj" in str(path) else half, model.params, halves
     )
-    check_against_jax(runtime, tmp_path / "packed", tmp_path, model.config, params)
+
+
+@pytest.mark.parametrize("write", [export_gptq, export_marlin])
+def test_packed_weights_are_the_fake_quantised_ones(write, quantised, runtime, tokenizer, tmp_path, monkeypatch):
+    write(quantised, tokenizer, tmp_path / "packed")
+    check_against_jax(runtime, tmp_path / "packed", tmp_path, quantised.config, stored_params(quantised))
+    check_cuda_kernels(runtime, tmp_path / "packed", tmp_path, monkeypatch)
+
+
+def test_a_zero_point_of_0_is_stored_as_15(quantised, runtime, tokenizer, tmp_path):
+    """Ours are all 8; weights without a sign, which others write, have lower ones."""
+    export_gptq(quantised, tokenizer, tmp_path / "packed")
+    file, name = tmp_path / "packed/model.safetensors", "model.layers.0.mlp.up_proj"
+    tensors = safetensors.numpy.load_file(file)
+    tensors[f"{name}.qzeros"] = np.full_like(tensors[f"{name}.qzeros"], -1)
+    safetensors.numpy.save_file(tensors, file)
+    params = stored_params(quantised)
+    kernel = params["layers"]["mlp"]["up_proj"]["kernel"].copy()
+    scales = tensors[f"{name}.scales"].astype(np.float32)
+    kernel[0] += 8 * np.repeat(scales, kernel.shape[1] // len(scales), axis=0)
+    params["layers"]["mlp"]["up_proj"]["kernel"] = kernel
+    check_against_jax(runtime, tmp_path / "packed", tmp_path, quantised.config, params)
 
 
 @pytest.mark.skipif(BACKEND != "cpu", reason="a GPU has all weights in its pool")
@@ -251,6 +291,12 @@ def test_what_a_caller_may_not_ask(arguments, message, runtime, plain_folder):
     assert message in result.log
 
 
+def test_help_says_what_there_is(runtime):
+    done = runtime.execute("cpm", "--help")
+    assert done.returncode == 0
+    assert done.stdout.startswith("cpm FOLDER [--ids")
+
+
 @pytest.fixture(scope="module")
 def plain_folder(tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("plain") / "hf"
@@ -272,6 +318,7 @@ def _tensors(change):
 
 
 NORM = "model.layers.1.input_layernorm.weight"
+FUSED = "model.layers.0.self_attn.qkv_proj"
 DAMAGES = {
     "config.json: hidden_size = 0: accepted is a whole number from 1": _config(hidden_size=0),
     'config.json: hidden_act = "gelu": accepted is silu': _config(hidden_act="gelu"),
@@ -288,6 +335,10 @@ DAMAGES = {
     ),
     "quantization_config: bits = 8: accepted is a whole number from 4 to 4": _config(
         quantization_config={"quant_method": "gptq", "bits": 8, "group_size": 128}
+    ),
+    f"group_size = -1: accepted is 128 with Marlin weights, which {FUSED} has": lambda config, tensors: (
+        config | {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": -1}},
+        tensors | {f"{FUSED}.qweight": np.zeros((4, 256), np.int32)},
     ),
     "the weights lack lm_head.weight": _tensors(lambda tensors: tensors.pop("lm_head.weight")),
     f"{NORM} has the type I32: accepted are BF16, F16, F32": _tensors(
@@ -371,6 +422,21 @@ def test_ids_and_text_are_those_of_the_trainer(text_tokenizer, runtime, tmp_path
     decoded = [line.replace("\\n", "\n") for line in lines[1 : 2 * len(TEXTS) : 2]]
     theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "folder/tokenizer.json"))
     assert decoded == [theirs.decode(ids, skip_special_tokens=True) for ids in expected]
+
+
+def test_the_token_that_begins_a_text_may_be_one_step_of_several(runtime, tmp_path):
+    """As in Llama 3's tokenizer.json."""
+    skip_without_tokenizers(tmp_path)
+    Tokenizer.train(TEXTS, 320).save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    content = json.loads(file.read_text())
+    steps = [{"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}]
+    content["post_processor"] = {"type": "Sequence", "processors": [*steps, content["post_processor"]]}
+    file.write_text(json.dumps(content))
+    (tmp_path / "texts").write_text("return a\n")
+    done = runtime.execute("tokenize", tmp_path, tmp_path / "texts")
+    expected = tokenizers.Tokenizer.from_file(str(file)).encode("return a").ids
+    assert done.stdout.split("\n")[0].split() == list(map(str, expected)), done.stderr
 
 
 def test_the_program_takes_and_prints_text(runtime, tmp_path):

@@ -10,10 +10,12 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 
 from export.torch_runtime import cli
-from export.torch_runtime.config import FolderError
+from export.torch_runtime.cache import LengthError
+from export.torch_runtime.config import FolderError, read_config
 from export.torch_runtime.generate import SamplingConfig, Speed, generate, sample
 from export.torch_runtime.model import load_model
 from export.torch_runtime.text import Tokenizer
@@ -76,7 +78,8 @@ def test_it_imports_nothing_of_the_training_code():
 
 def test_its_own_project_file_asks_for_no_more():
     project = tomllib.loads((PACKAGE / "pyproject.toml").read_text("utf-8"))["project"]
-    assert set(project["dependencies"]) == ALLOWED - {"triton"}  # which comes with PyTorch's builds for CUDA
+    names = {wanted.split(">=")[0] for wanted in project["dependencies"]}
+    assert names == ALLOWED - {"triton"}  # which comes with PyTorch's builds for CUDA
     assert project["scripts"] == {"cpm-torch": "export.torch_runtime.cli:main"}
 
 
@@ -103,6 +106,18 @@ def test_the_tokenizer_is_ours(folder, tokenizer):
     ids = tokenizer.encode_prompt(text)
     assert theirs.encode_prompt(text) == ids
     assert "".join(theirs.stream(ids)) == text
+
+
+def test_bytes_that_are_no_character_do_not_end_the_text(folder, tmp_path):
+    """Of a tokenizer with a token for each byte, as MiniCPM's: the library decodes a run of them together."""
+    words = [*(f"<0x{byte:02X}>" for byte in range(256)), "a"]
+    vocabulary = {word: number for number, word in enumerate(words)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, [], byte_fallback=True))
+    backend.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    whole, begun, letter = list("学".encode()), "而".encode()[0], vocabulary["a"]
+    stream = Tokenizer(tmp_path, read_config(folder)).stream([*whole, begun, letter, *whole])
+    assert "".join(stream) == "学a学"
 
 
 def test_draws_follow_the_distribution():
@@ -133,6 +148,22 @@ def test_arguments_that_cannot_be_used_are_named(folder, capsys):
         assert said in capsys.readouterr().err
     assert run(folder / "nowhere") == 3
     assert "nowhere is no folder" in capsys.readouterr().err
+
+
+def test_a_gpu_that_is_not_there_is_named(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert cli._device("cuda:1") == torch.device("cuda:1")
+    assert chosen == [1]  # where Triton launches its kernels
+    with pytest.raises(ValueError, match="--device cuda:2: accepted are cuda:0 to cuda:1"):
+        cli._device("cuda:2")
+
+
+def test_an_empty_prompt_is_an_error_before_anything_is_captured(folder):
+    with pytest.raises(LengthError, match="a prompt of 0 tokens"):
+        next(generate(load_model(folder), [], 1, cuda_graph=True))
 
 
 def changed(folder, place, **entries):
@@ -174,6 +205,21 @@ def changed(folder, place, **entries):
             "has no tensor .*q_proj.qweight",
         ),
         ({"dtype": "float8"}, "dtype = 'float8': accepted are float32, bfloat16 and float16"),
+        ({"head_dim": 15}, "head_dim = 15: must be even"),
+        ({"sparse_config": [4]}, r"sparse_config = \[4\]: accepted are an object and null"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [0.0] * 8}},
+            "long_factor = 0.0: accepted are numbers above 0",
+        ),
+        (
+            {
+                "num_attention_heads": 3,
+                "num_key_value_heads": 3,
+                "head_dim": 20,
+                "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 64},
+            },
+            "q_proj has 64 inputs and 60 outputs: accepted are multiples of 8",
+        ),
     ],
 )
 def test_folders_that_cannot_be_run_are_named(entries, said, folder, tmp_path):
