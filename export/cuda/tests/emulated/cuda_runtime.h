@@ -53,7 +53,8 @@ namespace emulated {
 constexpr unsigned kWarp = 32;
 constexpr size_t kStack = 1 << 16, kSharedFloats = 12288;  // 48 KiB of the latter
 
-// The compiler's own jumps: those of the C library are slow under AddressSanitizer, which follows them.
+// The compiler's own jumps: those of the C library are slow under AddressSanitizer, which follows them. All other threads
+// run during a jump, which is why its callers may not be compiled by what the function itself does (noipa).
 using Place = void* [5];
 
 enum class State { kReady, kAtShuffle, kAtBarrier, kDone };
@@ -78,7 +79,7 @@ inline std::function<void()> body;
   std::abort();
 }
 
-__attribute__((noinline, no_sanitize_address)) inline void wait(State state) {
+__attribute__((noipa, no_sanitize_address)) inline void wait(State state) {
   Fiber& self = fibers[current];
   self.state = state;
   if (__builtin_setjmp(self.place) == 0) __builtin_longjmp(scheduler, 1);
@@ -92,7 +93,7 @@ inline void enter() {
 }
 
 // Runs a thread until it waits.
-__attribute__((noinline, no_sanitize_address)) inline void go_on(Fiber& fiber) {
+__attribute__((noipa, no_sanitize_address)) inline void go_on(Fiber& fiber) {
   if (__builtin_setjmp(scheduler) != 0) return;
   if (fiber.started) __builtin_longjmp(fiber.place, 1);
   fiber.started = true;
