@@ -53,8 +53,8 @@ namespace emulated {
 constexpr unsigned kWarp = 32;
 constexpr size_t kStack = 1 << 16, kSharedFloats = 12288;  // 48 KiB of the latter
 
-// The compiler's own jumps: those of the C library are slow under AddressSanitizer, which follows them. All other threads
-// run during a jump, which is why its callers may not be compiled by what the function itself does (noipa).
+// The compiler's own jumps: those of the C library are slow under AddressSanitizer, which follows them. All other
+// threads run during a jump, which is why its callers may not be compiled by what the function itself does (noipa).
 using Place = void* [5];
 
 enum class State { kReady, kAtShuffle, kAtBarrier, kDone };
