@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import json
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -193,7 +194,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for cell in matrix.run():
         print(f"{cell.checkpoint}, {RUNTIMES[cell.runtime].title}: {summary(cell)}", flush=True)
         cells.append(cell)
-    command = "python -m benchmarks.parity" + (" --reduced" if args.reduced else "")
+    words = ["python", "-m", "benchmarks.parity", *(["--reduced"] if args.reduced else [])]
+    for option in ("checkpoints", "runtimes"):
+        words += [f"--{option}", *found] if (found := getattr(args, option)) else []
+    command = shlex.join(words)
     titles = {name: runtime.title for name, runtime in RUNTIMES.items() if any(name in row for row in wanted.values())}
     write_report(cells, list(wanted), titles, args.results, command)
     print(f"{len(cells)} cells in {(time.monotonic() - began) / 60:.1f} minutes")

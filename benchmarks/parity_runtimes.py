@@ -8,6 +8,7 @@ import functools
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -166,6 +167,7 @@ WRITERS: Mapping[str, Callable[[Checkpoint, Path, str], Exported]] = {
 def write_format(checkpoint: Checkpoint, folder: Path, chosen: Format) -> Exported | str:
     """Exports a checkpoint; or the words in which that is refused."""
     writer, kind = chosen
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier commit
     try:
         return WRITERS[writer](checkpoint, folder, kind)
     except (ConfigError, InputError) as error:

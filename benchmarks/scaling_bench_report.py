@@ -157,12 +157,17 @@ def repeated(large: Measured, measure: Any) -> float:
     return float(np.mean([measure(accuracy[:, seed], others[seed]) for seed in seeds]))
 
 
-def law_of(study: Study, task: str) -> ScoreLaw:
-    """The sigmoid from loss to accuracy, of all small models. Nothing is right by chance, and all can be."""
+def law_of(study: Study, task: str) -> ScoreLaw | None:
+    """The sigmoid from loss to accuracy, of all small models. Nothing is right by chance, and all can be.
+
+    None where all of them have one accuracy: where nothing is right yet.
+    """
     losses, scores = (
         np.concatenate([getattr(of_width[task], name).ravel() for of_width in study.small.values()])
         for name in ("loss", "accuracy")
     )
+    if np.ptp(scores) == 0:
+        return None
     return fit_scores(losses, scores, "sigmoid", floor=0.0, ceiling=1.0)
 
 
@@ -216,7 +221,8 @@ def rows(study: Study, tokens: int) -> list[dict[str, Any]]:
             "larger_is_better": True,
         }
     )
-    return found + [_law_row(study, task) for task in study.large]
+    laws = {task: law_of(study, task) for task in study.large}
+    return found + [_law_row(study, task, law) for task, law in laws.items() if law]
 
 
 def _order_row(what: str, small: Measured, large: Measured, name: str) -> dict[str, Any]:
@@ -245,8 +251,8 @@ def _noise_row(what: str, small: Measured) -> dict[str, Any]:
     }
 
 
-def _law_row(study: Study, task: str) -> dict[str, Any]:
-    checked = held_out(study, task, law_of(study, task))
+def _law_row(study: Study, task: str, law: ScoreLaw) -> dict[str, Any]:
+    checked = held_out(study, task, law)
     errors = np.array([one.predicted.value - one.score for one in checked])
     mean = np.mean([of_width[task].accuracy.mean() for of_width in study.small.values()])
     widths = ", ".join(map(str, study.small))
@@ -285,7 +291,6 @@ def draw(study: Study) -> Figure:
         axis.set(xlabel=f"{name}, d {width}", title=f"{share.value:.0%} of pairs in order")
     left.set_ylabel(f"accuracy, d {study.width}")
     left.invert_xaxis()
-    law = law_of(study, ALL)
     for number, (of_width, measured) in enumerate(study.small.items()):
         at = measured[ALL]
         right.plot(at.loss.ravel(), at.accuracy.ravel(), ".", color=COLORS[number], label=f"d {of_width}", markersize=4)
@@ -297,10 +302,11 @@ def draw(study: Study) -> Figure:
         label=f"d {study.width}, held out",
         markersize=5,
     )
-    losses = np.linspace(min(large.loss.min(), law.losses.min()), law.losses.max(), 60)
-    band = [law.interval(float(loss)) for loss in losses]
-    right.plot(losses, [one.value for one in band], color="#1b2430", linewidth=1)
-    right.fill_between(losses, [one.low for one in band], [one.high for one in band], color="#1b2430", alpha=0.12)
+    if law := law_of(study, ALL):
+        losses = np.linspace(min(large.loss.min(), law.losses.min()), law.losses.max(), 60)
+        band = [law.interval(float(loss)) for loss in losses]
+        right.plot(losses, [one.value for one in band], color="#1b2430", linewidth=1)
+        right.fill_between(losses, [one.low for one in band], [one.high for one in band], color="#1b2430", alpha=0.12)
     right.set(xlabel="ScalingBench loss, nats a token", ylabel="accuracy", title="loss → score")
     right.invert_xaxis()
     right.legend(fontsize=6, frameon=False)

@@ -145,7 +145,7 @@ def draw(found: Sequence[Comparison], size: str) -> Figure:
     axis.axvline(0, color="#5b6675", linewidth=0.8)
     axis.set_yticks(range(len(found)), [f"{one.question}: {one.arm} − {one.reference}" for one in found], fontsize=8)
     axis.invert_yaxis()
-    axis.set_xlabel(f"difference of held-out loss, nats a token ({size})")
+    axis.set_xlabel(f"difference of held-out loss, nats a token\n({size})")
     marks = [axis.plot([], [], "o", color=color, label=said)[0] for said, color in colors.items()]
     axis.legend(handles=marks, fontsize=7, frameon=False)
     return canvas

@@ -18,6 +18,7 @@ from cpm_jax.common.files import write_json
 from cpm_jax.modeling.config import ModelConfig
 from cpm_jax.modeling.model_size import count_params, train_flops_per_token
 from cpm_jax.planning.chips import CHIPS
+from cpm_jax.scaling.fitting import FitError
 from cpm_jax.scaling.laws import Interval, compute_optimal, fit_loss, frontier_exponent, make_points
 from cpm_jax.scaling.prediction import (
     LossPrediction,
@@ -31,7 +32,7 @@ from cpm_jax.scaling.prediction import (
 )
 from cpm_jax.scaling.runs import Run, finished, merge_runs, read_runs
 from cpm_jax.scaling.scores import fit_scores
-from experiments.predict_report import write_prediction_report
+from experiments.predict_report import interval_text, write_prediction_report
 
 RESULTS_FILE = "prediction.json"
 
@@ -121,10 +122,14 @@ def run(config: PredictConfig, workdir: Path) -> dict[str, Any]:
     found = predict_loss(points, target, level=config.level, samples=config.samples, seed=config.seed)
     cost = _cost(config, plan, target)
     spent = float(sum(one.flops for one in runs))
-    experiments = next_experiments(
-        found.best.law, target, config.next_budget * spent, level=config.level, seed=config.seed
-    )
+    try:
+        experiments = next_experiments(
+            found.best.law, target, config.next_budget * spent, level=config.level, seed=config.seed
+        )
+    except FitError as error:
+        raise FitError(f"PredictConfig.next_budget = {config.next_budget:g} of {spent:.3g} FLOPs: {error}") from error
     share, share_note = decay_share(runs)
+    scores, refused_scores = _scores(config, runs, found, target) if config.scores else ({}, [])
     settings = {
         "learning_rate": suggest(runs, "learning_rate", target, level=config.level),
         "batch_tokens": suggest(runs, "batch_tokens", target, level=config.level),
@@ -138,7 +143,7 @@ def run(config: PredictConfig, workdir: Path) -> dict[str, Any]:
         },
         "forms": [_form(one) for one in found.candidates],
         "refused": found.refused,
-        "scores": _scores(config, runs, found, target) if config.scores else {},
+        "scores": scores,
         "settings": {name: _setting(setup) for name, setup in settings.items()},
         "decay_share": {"value": share, "note": share_note},
         "compute_optimal": _frontier(found, target),
@@ -147,7 +152,7 @@ def run(config: PredictConfig, workdir: Path) -> dict[str, Any]:
         "next": [one._asdict() for one in experiments],
         "runs": {"given": len(runs), "fitted": len(points.loss), "left_out": left_out},
         "points": {name: values.tolist() for name, values in points._asdict().items()},
-        "warnings": _warnings(found, target, left_out),
+        "warnings": _warnings(found, target, left_out) + refused_scores,
         "config": config_to_dict(config),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "git_revision": provenance.git_revision(),
@@ -174,7 +179,7 @@ def describe(results: Mapping[str, Any]) -> list[str]:
         lines.append(f"score of {task}: {value['value']:.3f} ({value['low']:.3f} to {value['high']:.3f})")
     for name, what in (("learning_rate", "learning rate"), ("batch_tokens", "tokens of a batch")):
         setting = results["settings"][name]
-        said = "unknown" if setting["value"] is None else _range(setting["value"])
+        said = "unknown" if setting["value"] is None else interval_text(setting["value"])
         lines.append(f"{what}: {said} ({setting['note']})")
     optimal = results["compute_optimal"]
     if optimal:
@@ -196,12 +201,6 @@ def describe(results: Mapping[str, Any]) -> list[str]:
         f"interval would be {first['narrower']:.0%} narrower"
     )
     return lines + [f"warning: {warning}" for warning in results["warnings"]]
-
-
-def _range(value: Mapping[str, float]) -> str:
-    if not math.isfinite(value["low"]):
-        return human(value["value"])
-    return f"{human(value['value'])} ({human(value['low'])} to {human(value['high'])})"
 
 
 def _form(one: Any) -> dict[str, Any]:
@@ -241,6 +240,12 @@ def _warnings(found: LossPrediction, target: Target, left_out: Mapping[str, Sequ
     far = 6 * target.num_params * target.tokens / points.flops.max()
     if far > 1000:
         said.append(f"the target has {far:.2g} times the compute of the largest run; a law this far out is a guess")
+    ratio, own = target.tokens / target.num_params, float(np.median(points.tokens / points.num_params))
+    if found.best.form == "compute" and abs(np.log(ratio / own)) > 0.1:
+        said.append(
+            f"the runs have {own:.3g} tokens a parameter and the target {ratio:.3g}: the loss is that of the target's "
+            "compute at the runs' ratio"
+        )
     if found.best.law.best.agreeing < 2:
         said.append("only one start of the fit ended at its minimum")
     if not found.best.held_out:
@@ -252,14 +257,26 @@ def _warnings(found: LossPrediction, target: Target, left_out: Mapping[str, Sequ
     return said
 
 
-def _scores(config: PredictConfig, runs: Sequence[Run], found: LossPrediction, target: Target) -> dict[str, Any]:
-    """Score of each task: a law of its loss over N and D, and a sigmoid from that loss to the score."""
+def _scores(
+    config: PredictConfig, runs: Sequence[Run], found: LossPrediction, target: Target
+) -> tuple[dict[str, Any], list[str]]:
+    """Score of each task: a law of its loss over N and D, and a sigmoid from that loss to the score.
+
+    Returns:
+        What was found by task, and why the other tasks tell nothing.
+    """
     by_id = {one.id: one for one in finished(runs).runs}
     tasks: dict[str, list[tuple[Run, float, float]]] = {}
     path = Path(config.scores)
     if not path.exists():
         raise InputError(f"{path}: no such file of scores")
-    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+    try:
+        lines = path.read_text("utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a file of scores: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
             scored = (by_id[row["run"]], float(row["loss"]), float(row["score"]))
@@ -269,16 +286,21 @@ def _scores(config: PredictConfig, runs: Sequence[Run], found: LossPrediction, t
                 f'{path}, line {number}: {error!r}; a line is {{"run": id of a run that is done, "task": "…", "loss": '
                 '…, "score": 0 to 1}'
             ) from error
-    results = {}
+    results: dict[str, Any] = {}
+    refused: list[str] = []
     for task, rows in tasks.items():
-        points = make_points(
-            [one.num_params for one, _, _ in rows],
-            [one.tokens for one, _, _ in rows],
-            [loss for _, loss, _ in rows],
-            [one.flops for one, _, _ in rows],
-        )
-        law = fit_loss(points, found.best.form, samples=config.samples, seed=config.seed)
-        scores = fit_scores(points.loss, [score for _, _, score in rows], samples=config.samples, seed=config.seed)
+        try:
+            points = make_points(
+                [one.num_params for one, _, _ in rows],
+                [one.tokens for one, _, _ in rows],
+                [loss for _, loss, _ in rows],
+                [one.flops for one, _, _ in rows],
+            )
+            law = fit_loss(points, found.best.form, samples=config.samples, seed=config.seed)
+            scores = fit_scores(points.loss, [score for _, _, score in rows], samples=config.samples, seed=config.seed)
+        except FitError as error:
+            refused.append(f"no score of {task} is predicted: {error}")
+            continue
         draws = law.draws(*target)
         results[task] = {
             "loss": law.interval(*target, level=config.level)._asdict(),
@@ -287,7 +309,7 @@ def _scores(config: PredictConfig, runs: Sequence[Run], found: LossPrediction, t
             "losses": points.loss.tolist(),
             "scores": scores.scores.tolist(),
         }
-    return results
+    return results, refused
 
 
 def _read_plan(path: str) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The page that a prediction ends with."""
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,13 @@ def write_prediction_report(workdir: Path, results: Mapping[str, Any], found: Lo
         footer=footer(),
     )
     return report.write(page, workdir / REPORT_FILE)
+
+
+def interval_text(value: Mapping[str, float]) -> str:
+    """A figure with its interval, where it has one."""
+    if not math.isfinite(value["low"]):
+        return human(value["value"])
+    return f"{human(value['value'])} ({human(value['low'])} to {human(value['high'])})"
 
 
 def _loss_section(results: Mapping[str, Any], found: LossPrediction) -> Section:
@@ -159,10 +167,7 @@ def _scores(results: Mapping[str, Any]) -> Section:
 def _settings(results: Mapping[str, Any]) -> Section:
     rows = []
     for name, setting in results["settings"].items():
-        value = setting["value"]
-        said = (
-            "unknown" if value is None else f"{human(value['value'])} ({human(value['low'])} to {human(value['high'])})"
-        )
+        said = "unknown" if setting["value"] is None else interval_text(setting["value"])
         law = setting["law"]
         shown = (
             "–"

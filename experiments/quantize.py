@@ -20,6 +20,7 @@ from cpm_jax.quantization.config import QuantizationConfig
 from cpm_jax.quantization.pipeline import QuantizedModel, quantize_model
 from experiments.convert import check_free, write_checkpoint
 from experiments.export import tell
+from export.folders import check_replaceable
 from export.publish import Written, publish_export
 
 SUMMARY_FILE = "quantization.json"
@@ -75,6 +76,7 @@ def run(config: QuantizeConfig, workdir: Path) -> None:
     """
     start = time.monotonic()
     check_free(workdir)
+    check_target(config, workdir)
     weights = load_weights(Path(config.source), config.tokenizer)
     if config.pack:
         check_packing(config, weights)
@@ -102,6 +104,23 @@ def _said(config: QuantizeConfig) -> str:
     from export.gptq import describe
 
     return describe(config.quantization)
+
+
+def check_target(config: QuantizeConfig, workdir: Path) -> None:
+    """Checks that what is written replaces neither the source nor anything but an earlier export.
+
+    Raises:
+        ConfigError: it does.
+    """
+    source, here = Path(config.source).resolve(), workdir.resolve()
+    written = {here / name for name in (CHECKPOINTS_DIR, config.pack) if name}
+    if source == here or written & {source, *source.parents}:
+        raise ConfigError(
+            f"QuantizeConfig.source = {config.source!r}: what is written would replace it; give another --workdir",
+            field="QuantizeConfig.source",
+        )
+    if config.pack:
+        check_replaceable(workdir / config.pack)
 
 
 def check_packing(config: QuantizeConfig, weights: Weights) -> None:

@@ -20,7 +20,7 @@ from cpm_jax.common.config import ConfigError, InputError, config_dataclass
 from cpm_jax.common.files import write_json, write_text
 from cpm_jax.scaling import study as studies
 from cpm_jax.scaling.extra import import_extra
-from cpm_jax.scaling.runs import RUNS_FILE, write_runs
+from cpm_jax.scaling.runs import RUNS_FILE, merge_runs, read_runs, write_runs
 from cpm_jax.scaling.space import expression, points, sample
 from cpm_jax.scaling.storage import open_storage, patiently, shown, storage_url
 from cpm_jax.scaling.study import StudyConfig
@@ -159,8 +159,10 @@ def run(config: SweepConfig, workdir: Path) -> None:
         signal.signal(signal.SIGTERM, before)
         crew.stop()
     report = view.write(workdir, finished=True)
-    write_runs(workdir / RUNS_FILE, view.runs())
     write_json(workdir / sweep_report.SUMMARY_FILE, view.summary())
+    path = workdir / RUNS_FILE
+    known = read_runs(path) if path.exists() else []  # this folder may have had a study of another name
+    write_runs(path, merge_runs(view.runs(), known))
     print(f"{view.conclusion()}\nreport: {report}")
 
 
@@ -176,6 +178,12 @@ def make_plan(config: SweepConfig, base: sweep_trials.Base, most: int = _MOST_CH
         ConfigError: see `run`.
     """
     space = base.space
+    if config.group_by and config.group_by not in space.names:
+        raise ConfigError(
+            f"SweepConfig.group_by = {config.group_by!r}: accepted is '' or what the space binds: "
+            f"{', '.join(space.names)}",
+            field="SweepConfig.group_by",
+        )
     chosen = points(space if space.size is not None and space.size <= most else sample(space, min(most, 30)))
     resolved = [sweep_trials.resolve(base, bindings) for bindings in chosen]
     tokens = tuple(sorted({trial.tokens for trial in resolved}))
@@ -219,7 +227,8 @@ def open_sweep(
         patience=config.patience_seconds,
     )
     most = plan.tokens[-1]
-    least = min(n for n in plan.evaluated_at[0] if n >= min(most, config.study.min_share * most))
+    measured = {n for numbers in plan.evaluated_at for n in numbers}
+    least = min(n for n in measured if n >= config.study.min_share * most)
     study = patiently(
         lambda: studies.open_study(
             storage,
@@ -229,7 +238,8 @@ def open_sweep(
             min_tokens=least,
             max_tokens=most,
             shared={"gin_files": list(base.gin_files)} | {name: repr(value) for name, value in base.bindings.items()},
-            about=_settings_text(config),
+            # Without its address: other machines may know the database under another one, and it may hold a password.
+            about=_settings_text(dataclasses.replace(config, storage="")),
         ),
         url,
         config.patience_seconds,

@@ -47,8 +47,11 @@ class View:
         about = frozen.user_attrs
         id = about.get(studies.ID, "")
         waiting = frozen.state == state.WAITING
-        if not id or waiting:
+        if waiting or (not id and about.get(studies.STATUS) != "failed"):
             return Trial(frozen.number, "", frozen.params, {}, "waiting" if waiting else "retried")
+        if not id:  # its values do not go together
+            bindings, error = ast.literal_eval(about[studies.BINDINGS]), about.get(studies.ERROR, "")
+            return Trial(frozen.number, f"none {frozen.number}", frozen.params, bindings, "failed", error=error)
         if id not in self._resolved:
             self._resolved[id] = sweep_trials.resolve(self._base, ast.literal_eval(about[studies.BINDINGS]))
         resolved = self._resolved[id]
@@ -112,7 +115,8 @@ class View:
         waiting = sum(t.status == "waiting" for t in self.trials)
         if self._config.study.num_trials and self._config.study.sampler != "grid":
             waiting += max(0, self._config.study.num_trials - len(results.trained(self.trials)))
-        return (left + waiting * mean) / rate / max(1, len(running))
+        at_once = math.ceil(len(running) / self._config.trials_per_program)  # seconds are shared within a program
+        return (left + waiting * mean) / rate / max(1, at_once)
 
     def line(self) -> str:
         """How far it is, for the terminal."""
@@ -230,9 +234,9 @@ class View:
         figures = []
         for label, what in self._base.space.dimensions().items():
             name = label.rpartition("/")[2]
-            curves = results.loss_over(self._settings, label)
             if name in ("SEED", self._config.group_by) or not results.is_numeric(what):
                 continue
+            curves = results.loss_over(self._settings, label)
             lines = {
                 name if group is None else f"{self._config.group_by} = {group}": Series(
                     [x for x, _ in points], [loss for _, loss in points], markers=True
@@ -267,9 +271,10 @@ class View:
             )
         comparable = results.split_by_tokens(tried)[0]
         if len(comparable) > 1:
+            # The parts of a chain have labels of their own, and may bind the same name.
+            named = [{label.rpartition("/")[2]: value for label, value in t.choices.items()} for t in comparable]
             columns = {
-                label.rpartition("/")[2]: [t.choices.get(label) for t in comparable]
-                for label in dict.fromkeys(label for t in comparable for label in t.choices)
+                name: [values.get(name) for values in named] for name in dict.fromkeys(n for v in named for n in v)
             }
             drawing = parallel_figure(columns, [float(t.loss or math.nan) for t in comparable], value="held-out loss")
             sections.append(Section("Parallel coordinates", [drawing]))
@@ -293,7 +298,12 @@ class View:
             found = optuna.importance.get_param_importances(part)
         except (ValueError, RuntimeError):  # a single value of each parameter, or conditional ones
             return {}
-        return {label.rpartition("/")[2]: share for label, share in found.items() if math.isfinite(share)}
+        shares: dict[str, float] = {}
+        for label, share in found.items():
+            if math.isfinite(share):
+                name = label.rpartition("/")[2]
+                shares[name] = shares.get(name, 0.0) + share
+        return shares
 
     def _table(self, tried: Sequence[Trial]) -> Section:
         ranked = sorted(tried, key=lambda t: (t.status != "done", _or_inf(t.loss)))

@@ -14,7 +14,7 @@ from cpm_jax.data.loader import open_datasets
 from cpm_jax.modeling.model_size import train_flops_per_token
 from cpm_jax.scaling import stacked_program
 from cpm_jax.scaling.runs import Run, run_id, summarise_run
-from cpm_jax.scaling.space import Bindings, Points, Range, Space, parse_space
+from cpm_jax.scaling.space import Bindings, Chain, Points, Product, Range, Space, parse_space
 from experiments import pretrain
 
 TRIALS_DIR, TRIAL_FILE, LOG_FILE = "trials", "trial.json", "log.txt"
@@ -95,12 +95,12 @@ def make_base(gin_files: tuple[str, ...], bindings: Mapping[str, Any], space: st
         return Base(gin_files, bindings, parse_space(space))
     try:
         names = runpy.run_path(space.strip())
-    except OSError as error:
-        raise ConfigError(f"SweepConfig.space = {space!r}: {error.strerror}", field="SweepConfig.space") from error
+    except (OSError, SyntaxError) as error:
+        raise ConfigError(f"SweepConfig.space = {space!r}: {error}", field="SweepConfig.space") from error
     found: Any = names.get("SPACE")
     if isinstance(found, str):
         found = parse_space(found)
-    if not isinstance(found, Points | Range) and not hasattr(found, "parts"):
+    if not isinstance(found, Points | Range | Product | Chain):
         raise ConfigError(f"{space}: SPACE = {found!r}: accepted is a space of cpm_jax.scaling.space", field="space")
     return Base(tuple(names.get("GIN_FILES", gin_files)), dict(bindings) | names.get("BINDINGS", {}), found)
 
@@ -219,7 +219,7 @@ def as_run(trial: Resolved, folder: Path) -> Run | None:
         batch_size=config.train.batch_size,
         steps=config.train.steps,
         seed=config.train.seed,
-        config=trial.bindings,
+        config=trial.bindings | {"decay_share": config.schedule.decay_share},
         error=about["status"] == "failed",
     )
     # Its last logged loss may have been finite, where the gradient was not.

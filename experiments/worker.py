@@ -6,6 +6,7 @@ is the whole command, on a laptop, in a SLURM job or on a TPU VM, where DIR is t
 and be killed at any time. docs/sweep.md says what machines without a common folder need.
 """
 
+import dataclasses
 import math
 import signal
 import time
@@ -247,7 +248,7 @@ def _find_sweep(config: WorkerConfig, workdir: Path) -> SweepConfig:
     url = storage_url(config.storage, workdir)
     storage = open_storage(url, heartbeat_seconds=30, grace_seconds=120, patience=30.0)
     study = patiently(lambda: studies.load_study(storage, config.name), url, 30.0)
-    return read_settings(study.user_attrs["about"])
+    return dataclasses.replace(read_settings(study.user_attrs["about"]), storage=config.storage)
 
 
 @contextmanager

@@ -78,10 +78,14 @@ def exact(config: ModelConfig) -> ModelConfig:
     )
 
 
-def _num_tokens(config: ModelConfig) -> int:
-    """How much of a text is used: so much that it and its continuation are computed alike, however long the row is."""
-    longest = min(config.max_position_embeddings, *config.switch_lengths, MAX_TOKENS + GREEDY_TOKENS)
-    return min(MAX_TOKENS, max(1, longest - GREEDY_TOKENS))
+def text_lengths(config: ModelConfig) -> tuple[int, int]:
+    """How many tokens of a text are used, and by how many it is continued.
+
+    So many that both are computed alike, however long the row is, and of the used ones one at least is predicted.
+    """
+    longest = max(3, min(config.max_position_embeddings, *config.switch_lengths, MAX_TOKENS + GREEDY_TOKENS))
+    used = max(2, longest - GREEDY_TOKENS)
+    return used, longest - used
 
 
 def read_export(path: Path) -> Exported:
@@ -104,9 +108,10 @@ def read_export(path: Path) -> Exported:
 
 def record(exported: Exported) -> tuple[RecordedText, ...]:
     """What the model says of each text."""
+    used, new = text_lengths(exported.config)
     recorded = []
     for name, text in TEXTS.items():
-        ids = exported.tokenizer.encode(text)[: _num_tokens(exported.config)]
+        ids = exported.tokenizer.encode(text)[:used]
         last = logits_of(exported.config, exported.params, ids)[-1]
         top = np.argsort(-last, kind="stable")[:TOP]
         recorded.append(
@@ -114,7 +119,7 @@ def record(exported: Exported) -> tuple[RecordedText, ...]:
                 name=name,
                 text=text,
                 token_ids=tuple(ids),
-                greedy=tuple(greedy(exported.config, exported.params, ids, GREEDY_TOKENS)),
+                greedy=tuple(greedy(exported.config, exported.params, ids, new)),
                 top_tokens=tuple(int(token) for token in top),
                 top_logits=tuple(float(last[token]) for token in top),
             )
@@ -134,12 +139,7 @@ def compare_recorded(exported: Exported, texts: Sequence[RecordedText]) -> Check
         if tuple(ids) != text.token_ids:
             raise ExportError(f"{exported.path}: the tokens of the text {text.name!r} are not those recorded")
         last = logits_of(exported.config, exported.params, ids)[-1]
-        tolerance = TOLERANCE * max(1.0, float(np.abs(last).max()))
-        error = float(np.abs(last[list(text.top_tokens)] - np.asarray(text.top_logits)).max())
-        if not error <= tolerance:
-            raise ExportError(
-                f"{exported.path}: logits after the text {text.name!r} differ by {error:.3g} from those recorded"
-            )
+        error, tolerance = recorded_error(exported.path, text, last, TOLERANCE)
         largest_error = max(largest_error, error)
         said = greedy(exported.config, exported.params, ids, len(text.greedy), follow=text.greedy, tie=2 * tolerance)
         if tuple(said) != text.greedy:
@@ -147,11 +147,35 @@ def compare_recorded(exported: Exported, texts: Sequence[RecordedText]) -> Check
     return Check("recorded", {"texts": len(texts), "max_error": largest_error})
 
 
+def recorded_error(path: Path, text: RecordedText, last: np.ndarray, part: float) -> tuple[float, float]:
+    """Compares the logits after a text with those recorded.
+
+    Args:
+        path: of the export.
+        text: what was recorded.
+        last: the logits after it [V].
+        part: of the largest logit that they may differ by, or of 1 where none is above.
+
+    Returns:
+        The largest difference, and the one that is allowed.
+
+    Raises:
+        ExportError: they differ by more, or tokens are recorded that the model does not have.
+    """
+    if max(*text.top_tokens, *text.greedy, 0) >= len(last):
+        raise ExportError(f"{path}: tokens are recorded after the text {text.name!r} that no model of {len(last)} has")
+    tolerance = part * max(1.0, float(np.abs(last).max()))
+    error = float(np.abs(last[list(text.top_tokens)] - np.asarray(text.top_logits)).max())
+    if not error <= tolerance:
+        raise ExportError(f"{path}: logits after the text {text.name!r} differ by {error:.3g} from those recorded")
+    return error, tolerance
+
+
 def compare_source(exported: Exported, params: Any, config: ModelConfig, tokenizer: Tokenizer) -> Check:
     """What the stored type costs: the export against the model that it was made of, on the texts.
 
     Raises:
-        ExportError: token ids differ.
+        ExportError: token ids differ, or logits are not finite.
     """
     config = exact(config)
     errors, divergences, positions = [0.0], [], 0
@@ -160,8 +184,11 @@ def compare_source(exported: Exported, params: Any, config: ModelConfig, tokeniz
         ids = tokenizer.encode(text)
         if ids != exported.tokenizer.encode(text):
             raise ExportError(f"{exported.path}: the tokens of the text {name!r} are not those of the source")
-        ids = ids[: _num_tokens(config)]
+        ids = ids[: text_lengths(config)[0]]
         theirs, ours = logits_of(exported.config, exported.params, ids), logits_of(config, params, ids)
+        for whose, logits in (("the source", ours), (exported.path, theirs)):
+            if not np.isfinite(logits).all():
+                raise ExportError(f"{whose} gives logits that are not finite: its weights are damaged or diverged")
         errors.append(float(np.abs(theirs - ours).max()))
         log_q, log_p = (np.asarray(jax.nn.log_softmax(jnp.asarray(x))) for x in (theirs, ours))
         divergences.append((np.exp(log_p) * (log_p - log_q)).sum(-1))
@@ -238,7 +265,7 @@ def compare_runtime(exported: Exported, texts: Sequence[str]) -> Check | NotMade
         ExportError: they differ.
     """
     if is_stablehlo(exported.path):
-        limit = _num_tokens(exported.config)
+        limit, _ = text_lengths(exported.config)
         return compare_programs(exported.path, [exported.tokenizer.encode(text)[:limit] for text in texts])
     if is_packed(exported.path):
         return compare_torch_runtime(exported, texts)
@@ -258,8 +285,9 @@ def compare_torch_runtime(exported: Exported, texts: Sequence[str]) -> Check | N
     from export.torch_check import check_torch_runtime
 
     config = exported.as_run
-    rows = [exported.tokenizer.encode(text)[: _num_tokens(config)] for text in texts]
-    return check_torch_runtime(exported.path, config, exported.params, rows, GREEDY_TOKENS, TOLERANCE)
+    used, new = text_lengths(config)
+    rows = [exported.tokenizer.encode(text)[:used] for text in texts]
+    return check_torch_runtime(exported.path, config, exported.params, rows, new, TOLERANCE)
 
 
 def compare_transformers(exported: Exported, texts: Sequence[str]) -> Check | NotMade:
@@ -272,14 +300,15 @@ def compare_transformers(exported: Exported, texts: Sequence[str]) -> Check | No
         return NotMade("transformers", reason)
     of_transformers = exported.path.suffix == ".gguf" or find_layout(open_source(exported.path).config).in_transformers
     config = exported.config if of_transformers else exported.as_run
+    used, new = text_lengths(config)
     result = check_hf(
         exported.path,
         exported.params,
         config,
         exported.tokenizer,
         texts,
-        max_tokens=_num_tokens(config),
-        greedy_tokens=GREEDY_TOKENS,
+        max_tokens=used,
+        greedy_tokens=new,
         tolerance=TOLERANCE,
     )
     return Check("transformers", dataclasses.asdict(result))

@@ -1,6 +1,7 @@
 """What all exports have in common: where they are written, what they read, and the error of one that is not right."""
 
 import contextlib
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,10 +10,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from cpm_jax.checkpoints.sources import some_names
 from cpm_jax.common.config import ConfigError, InputError
 from cpm_jax.common.files import publish_folder
 
 MANIFEST_FILE = "manifest.json"
+# Stands in model cards, in GGUF's metadata and in the script beside StableHLO programs.
+MARK = "written by cpm_jax"
+_MARKED = ("README.md", "generate.py", "*.gguf")
+_BEGINNING = 1 << 16  # bytes of a file in which the mark stands
 WHERE_SPARSE = "Hugging Face folders of the layouts minicpm, internlm2 and mimo attend sparsely"
 
 
@@ -21,18 +27,36 @@ class ExportError(InputError):
 
 
 def check_replaceable(folder: Path) -> None:
-    """Checks that a folder does not exist, is empty, or holds an earlier export.
+    """Checks that a folder does not exist, is empty, or holds an earlier export of ours and nothing else.
 
     Raises:
         ConfigError: it holds something else.
     """
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists():
         return
-    marks = [folder / MANIFEST_FILE, folder / "config.json", *folder.glob("*.gguf")]
-    if not any(mark.is_file() for mark in marks):
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    others = there - _written(folder, there) if folder.is_dir() else {folder.name}
+    if others:
         raise ConfigError(
-            f"folder = {str(folder)!r}: holds files that are no export; give an empty or a new folder", field="folder"
+            f"folder = {str(folder)!r}: holds files that are no export of ours ({some_names(sorted(others))}); give an "
+            "empty or a new folder",
+            field="folder",
         )
+
+
+def _written(folder: Path, there: set[str]) -> set[str]:
+    """The files of a folder that we have written: by its manifest; all of them where there is none, but a mark."""
+    try:
+        content = json.loads((folder / MANIFEST_FILE).read_text("utf-8"))
+        if isinstance(content, dict) and {"architecture", "format", "files"} <= content.keys():
+            return {MANIFEST_FILE, *content["files"]}
+    except (OSError, ValueError, RecursionError, TypeError):
+        pass  # an exporter that was called by itself writes none; a damaged one says nothing
+    for file in (found for pattern in _MARKED for found in folder.glob(pattern)):
+        with file.open("rb") as beginning:
+            if MARK.encode() in beginning.read(_BEGINNING):
+                return there
+    return set()
 
 
 @contextlib.contextmanager

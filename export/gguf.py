@@ -36,7 +36,7 @@ from cpm_jax.common.config import ConfigError
 from cpm_jax.data.tokenizer import Tokenizer
 from cpm_jax.modeling.config import PER_CHANNEL, PER_TENSOR, ModelConfig, TernaryConfig
 from cpm_jax.modeling.rotary import attention_factor, inverse_frequencies
-from export.folders import WHERE_SPARSE, ExportError, check_replaceable, on_host, whole_folder
+from export.folders import MARK, WHERE_SPARSE, ExportError, check_replaceable, on_host, whole_folder
 from export.gguf_tokenizer import normalises, tokenizer_to_gguf
 
 # The types that the gguf package can write, and what llama.cpp calls a file of them.
@@ -275,8 +275,9 @@ def find_architecture(config: ModelConfig) -> str:
             True,
             "with multipliers llama.cpp's architecture is minicpm, in whose files the order of biases is not settled",
         )
-    if multipliers and config.head_size * config.num_heads != config.d_model:
-        refuse("ModelConfig.head_dim", config.head_size, "llama.cpp's minicpm takes d_model / num_heads")
+    if (multipliers or config.attention_bias) and config.head_size * config.num_heads != config.d_model:
+        where = "llama.cpp's minicpm" if multipliers else "with biases of q, k and v llama.cpp"
+        refuse("ModelConfig.head_dim", config.head_size, f"{where} takes d_model / num_heads; FORMAT=hf takes any")
     return architecture
 
 
@@ -313,8 +314,8 @@ def _metadata(
     }
     if kind not in _FLOATS:
         general["general.quantization_version"] = gguf.GGML_QUANT_VERSION
-    if revision := provenance.git_revision():
-        general["general.description"] = f"written by cpm_jax, commit {revision}"
+    revision = provenance.git_revision()
+    general["general.description"] = f"{MARK}, commit {revision}" if revision else MARK
     return general | {f"{architecture}.{key}": value for key, value in values.items()}, factors
 
 

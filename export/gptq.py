@@ -32,7 +32,7 @@ from cpm_jax.modeling.decoder import abstract_params
 from cpm_jax.quantization.config import QuantizationConfig
 from cpm_jax.quantization.layer import LINEARS, linear_of
 from cpm_jax.quantization.pipeline import QuantizedModel
-from export.folders import whole_folder
+from export.folders import MARK, whole_folder
 from export.hf import (
     HfExport,
     StoredTensor,
@@ -176,7 +176,7 @@ def write_quantized(
         files = write(partial)
         write_companions(partial, content, config, tokenizer, imported_generation_config)
         kept = sum(size for path, size in sizes.items() if path in held)
-        lines = ["---", "pipeline_tag: text-generation", "---", "", "# A quantised decoder written by cpm_jax", ""]
+        lines = ["---", "pipeline_tag: text-generation", "---", "", f"# A quantised decoder {MARK}", ""]
         lines += [f"{kept:,} parameters. {describe(quantized.quantization)}.", "", card]
         write_text(partial / "README.md", "\n".join([*lines, *facts_table(facts or {})]) + "\n")
     count = 0

@@ -29,7 +29,7 @@ from cpm_jax.common.config import ConfigError
 from cpm_jax.common.files import write_json, write_text
 from cpm_jax.data.tokenizer import Tokenizer
 from cpm_jax.modeling.config import ModelConfig
-from export.folders import WHERE_SPARSE, ExportError, on_host, whole_folder
+from export.folders import MARK, WHERE_SPARSE, ExportError, on_host, whole_folder
 from export.hf_code import auto_map, code_of
 
 DTYPES = {
@@ -182,7 +182,7 @@ def _model_card(config: ModelConfig, layout: Layout, result: HfExport, facts: Ma
         f"up to {config.max_position_embeddings:,} tokens."
     )
     lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", ""]
-    lines += ["# A decoder written by cpm_jax", "", size, ""]
+    lines += [f"# A decoder {MARK}", "", size, ""]
     code = "" if layout.in_transformers else ", trust_remote_code=True"
     lines += [
         "```python",
@@ -338,8 +338,13 @@ def export_hf(
 
 
 def _complete_tokenizer_config(path: Path, config: ModelConfig) -> None:
-    """Tells `transformers` which class reads a bare tokenizer.json, and how long its texts may be."""
+    """Tells `transformers` which class reads a bare tokenizer.json, and how long its texts may be.
+
+    A class that `auto_map` names (InternLM2's) is code that does not come along; tokenizer.json does all that it does.
+    """
     settings = json.loads(path.read_text("utf-8"))
+    if settings.pop("auto_map", None):
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings.setdefault("tokenizer_class", "PreTrainedTokenizerFast")
     settings["model_max_length"] = config.max_position_embeddings
     write_json(path, settings)

@@ -62,6 +62,19 @@ class RecordedText:
     top_tokens: tuple[int, ...]
     top_logits: tuple[float, ...]
 
+    def __post_init__(self) -> None:
+        if not self.token_ids or not 0 < len(self.top_tokens) == len(self.top_logits):
+            raise ConfigError(
+                f"RecordedText.top_tokens: the text {self.name!r} has {len(self.token_ids)} tokens, "
+                f"{len(self.top_tokens)} after it and {len(self.top_logits)} logits of these; must have some of each",
+                field="RecordedText.top_tokens",
+            )
+        if min(*self.token_ids, *self.greedy, *self.top_tokens, 0) < 0:
+            raise ConfigError(
+                f"RecordedText.token_ids: the text {self.name!r} has tokens below 0; must be ids",
+                field="RecordedText.token_ids",
+            )
+
 
 @config_dataclass
 class Manifest:

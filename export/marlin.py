@@ -8,7 +8,8 @@ q, k, v and gate, up are fused by their outputs. Of a linear layer with K inputs
 A row of qweight is a band of 16 inputs, in chunks of 64 outputs (128 words): four 16 × 16 tiles. Word 4·t + j of a
 chunk holds what thread t of a warp multiplies of tile j, output t // 4 and inputs 2·(t % 4) + {0, 1, 8, 9}, of both
 halves of 8 outputs; from the low bits up first the even inputs of both halves, then the odd ones. In each 64 outputs
-the scales are transposed as an 8 × 8 matrix.
+the scales are transposed as an 8 × 8 matrix. Those of a single group (K = 128) are in Marlin's order of one scale for
+each output, which CPM.cu's converter then takes: in each 32 outputs a 4 × 4 matrix of pairs is transposed.
 """
 
 from collections.abc import Mapping, Sequence
@@ -62,7 +63,7 @@ def unpack_codes(words: Int32[np.ndarray, "K/16 2*N"]) -> Int8[np.ndarray, "K N"
 
 def unpack_linear(parts: Mapping[str, np.ndarray]) -> Float[np.ndarray, "N K"]:
     """The weights that the two tensors of a fused layer stand for, outputs first."""
-    scales = pack_scales(parts["scales"]).astype(np.float32)  # transposed twice, squares are as they were
+    scales = pack_scales(parts["scales"]).astype(np.float32)  # transposed twice, matrices are as they were
     codes = unpack_codes(parts["qweight"])
     return (codes * np.repeat(scales, len(codes) // len(scales), axis=0)).T
 
@@ -70,7 +71,8 @@ def unpack_linear(parts: Mapping[str, np.ndarray]) -> Float[np.ndarray, "N K"]:
 def pack_scales(scales: Float[np.ndarray, "G N"]) -> Float[np.ndarray, "G N"]:
     """Scales of groups in Marlin's order, as float16; N is a multiple of 64."""
     groups, outputs = scales.shape
-    squares = scales.astype(np.float16).reshape(groups, outputs // CHUNK, 8, 8)
+    matrix = (8, 8, 1) if groups > 1 else (4, 4, 2)
+    squares = scales.astype(np.float16).reshape(groups, -1, *matrix)
     return np.ascontiguousarray(squares.swapaxes(2, 3)).reshape(groups, outputs)
 
 

@@ -65,13 +65,15 @@ class PackedSource:
         try:
             self.config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text("utf-8"))
             self._bits = self.config.pop("quantization_config")["bits"]
+            if self._bits not in gptq.PACKED_BITS:
+                raise SourceError(f"{folder / CONFIG_FILE}: bits = {self._bits!r}: accepted are {gptq.PACKED_BITS}")
             self._outputs = {name: shape[1] for name, shape in gptq.kernel_shapes(read_config(self.config)).items()}
             for file in sorted(folder.glob("*.safetensors")):
                 with safetensors.safe_open(file, "numpy") as weights:
                     self._files |= dict.fromkeys(weights.keys(), file)
                     for name in weights.keys():  # noqa: SIM118 (no mapping)
                         self._place(name, tuple(weights.get_slice(name).get_shape()))
-        except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        except (OSError, ValueError, LookupError, TypeError, safetensors.SafetensorError) as error:
             raise SourceError(f"{folder} cannot be read as quantised weights: {error}") from error
 
     def _place(self, stored: str, shape: tuple[int, ...]) -> None:
@@ -116,8 +118,13 @@ class PackedSource:
         else:
             layer = stored.removesuffix("qweight")
             parts = {part: self._tensor(layer + part) for part in ("qweight", *_BESIDE) if layer + part in self._files}
-            unpacked = marlin.unpack_linear(parts) if is_marlin(self.folder) else gptq.unpack_linear(parts, self._bits)
-            values = unpacked[rows]
+            try:
+                if is_marlin(self.folder):
+                    values = marlin.unpack_linear(parts)[rows]
+                else:
+                    values = gptq.unpack_linear(parts, self._bits)[rows]
+            except (ValueError, LookupError, ArithmeticError) as error:
+                raise SourceError(f"{self.folder}: the tensors of {layer[:-1]} do not fit together: {error}") from error
         return values[index] if index else values
 
     def _tensor(self, stored: str) -> np.ndarray:

@@ -1,6 +1,6 @@
 """Continues a text with the programs in this script's folder: `python generate.py "Once upon a time" [--max_tokens N]`.
 
-Needs jax, flatbuffers, numpy, safetensors and tokenizers, and nothing of the code that wrote the folder.
+The folder was written by cpm_jax; this needs jax, flatbuffers, numpy, safetensors and tokenizers, and nothing of it.
 """
 
 import argparse

@@ -11,6 +11,7 @@ from cpm_jax.modeling.config import ModelConfig
 from export.folders import ExportError
 from export.hf_check import greedy, logits_of
 from export.manifest import Check
+from export.torch_runtime.config import FolderError
 from export.torch_runtime.generate import SamplingConfig, generate
 from export.torch_runtime.model import load_model
 
@@ -30,15 +31,18 @@ def check_torch_runtime(
         tolerance: largest difference of two logits, as a fraction of the largest, or as it is where none is above 1.
 
     Raises:
-        ExportError: they differ.
+        ExportError: they differ, or the runtime refuses the folder.
     """
-    model = load_model(folder, dtype=torch.float32)
+    try:
+        model = load_model(folder, dtype=torch.float32)
+    except FolderError as error:
+        raise ExportError(f"{folder} is not run in PyTorch: {error}") from error
     max_error, largest, positions, agreed = 0.0, 0.0, 0, 0
     for ids in rows:
         cache = model.init_cache(len(ids) + greedy_tokens)
         hidden = model(torch.tensor([ids]), torch.arange(len(ids)), cache, len(ids))
         theirs, ours = model.logits(hidden)[0].numpy(), logits_of(config, params, ids)
-        max_error = max(max_error, float(np.abs(ours - theirs).max()))
+        max_error = float(np.maximum(max_error, np.abs(ours - theirs).max()))  # Python's max passes over NaN
         largest = max(largest, float(np.abs(theirs).max()))
         said = list(generate(model, ids, greedy_tokens, SamplingConfig(temperature=0)))
         tie = 2 * tolerance * max(1.0, largest)

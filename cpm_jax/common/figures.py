@@ -26,6 +26,7 @@ _STYLE: dict[Any, Any] = {
     "svg.hashsalt": "cpm_jax",  # The same data gives the same bytes.
     "font.family": "sans-serif",
     "font.size": 10.0,
+    "text.parse_math": False,  # names and paths of users may hold dollars
     "text.color": _INK,
     "axes.edgecolor": "#b9c2cd",
     "axes.labelcolor": _SOFT,

@@ -92,7 +92,7 @@ def publish_folder(partial: Path, folder: Path) -> None:
     """Gives a finished folder its name, in place of an earlier one: a reader sees the old one or the new one, whole.
 
     What is in it is on the disk before it gets the name. Between the two renames a kill leaves neither name; the old
-    folder is then beside it, as `.<name>.old`.
+    folder is then beside it, as `.<name>.old`. A name that is a link no longer is one then; what it led to stays.
 
     Args:
         partial: the finished folder, on the same filesystem.
@@ -108,11 +108,19 @@ def publish_folder(partial: Path, folder: Path) -> None:
         finally:
             os.close(handle)
     old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
+    _remove(old)
+    if folder.exists() or folder.is_symlink():
         folder.rename(old)
     partial.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder, or a link to one, which it leaves."""
+    if folder.is_symlink():
+        folder.unlink()
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:

@@ -13,7 +13,7 @@ PACKAGES = ("cpm_jax", "jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkp
 def git_revision() -> str:
     """The commit of the code that runs, with "-dirty" where files differ from it; "" outside a git checkout.
 
-    Measured figures in `results/` are no part of the code: one benchmark's do not make the next one's dirty.
+    Figures in `results/` and `docs/images/` are no part of the code: one benchmark's do not make the next one's dirty.
     """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():  # installed as a package: a repository further up would be another's
@@ -25,7 +25,8 @@ def git_revision() -> str:
         ).stdout.strip()
 
     try:
-        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain", "--", ".", ":!results") else "")
+        changed = git("status", "--porcelain", "--", ".", ":!results", ":!docs/images")
+        return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.SubprocessError):  # no git on this machine, or a repository it refuses to read
         return ""
 

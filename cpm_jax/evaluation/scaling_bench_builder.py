@@ -7,6 +7,7 @@ without the model and gives the same file.
 
 import dataclasses
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 from cpm_jax.common.config import InputError
 from cpm_jax.common.files import write_text
 from cpm_jax.evaluation.scaling_bench import as_solved
-from cpm_jax.tools.openai_client import EndpointError, OpenAIClient, completion_text
+from cpm_jax.tools.openai_client import EndpointError, OpenAIClient, RefusedError, completion_text
 
 PROMPT = (
     "Below are a question and its correct answer. Write the reasoning that leads from the question to the answer, step "
@@ -64,7 +65,7 @@ def build(
 
     Raises:
         InputError: no record could be used, or there is a client and no model's name.
-        EndpointError: the endpoint cannot be reached or refuses.
+        EndpointError: the endpoint cannot be reached, or refuses all requests.
     """
     if client is not None and not model:
         raise InputError("build.model = '': an endpoint needs the model's name there")
@@ -73,14 +74,14 @@ def build(
     for number, record in enumerate(records, start=1):
         try:
             prepared.append(_prepared(record))
-        except (ValueError, KeyError, IndexError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             rejects.append((f"record {number}", f"it has no {error}" if isinstance(error, KeyError) else str(error)))
     missing = [index for index, (_, reasoning, _) in enumerate(prepared) if not reasoning]
-    written: dict[int, str] = {}
+    written: dict[int, str | RefusedError] = {}
     if client is not None and missing:
         asked = client
 
-        def write(index: int) -> str:
+        def write(index: int) -> str | RefusedError:
             question, _, answer = prepared[index]
             content = PROMPT.format(question=question, answer=answer)
             body = {
@@ -90,19 +91,27 @@ def build(
                 "temperature": 0,
                 "seed": 0,
             }
-            return asked.post("chat/completions", body, completion_text).strip()
+            try:
+                reply = asked.post("chat/completions", body, completion_text).strip()
+            except RefusedError as error:  # this question may be too long
+                return error
+            return reply.encode("utf-8", "replace").decode("utf-8")  # JSON can hold lone surrogates, UTF-8 cannot
 
         with ThreadPoolExecutor(workers) as pool:
             written = dict(zip(missing, pool.map(write, missing), strict=True))
+        refusals = [reply for reply in written.values() if isinstance(reply, RefusedError)]
+        if len(refusals) == len(missing):
+            raise refusals[0]
     lines, generated = [], 0
     for index, (question, reasoning, answer) in enumerate(prepared):
         by = "given"
         if not reasoning:
-            reasoning, by = written.get(index, ""), model
-            if not reasoning:
-                why = "the model wrote no reasoning" if client else "it has no reasoning, and there is no endpoint"
-                rejects.append((question[:60], why))
+            reply, by = written.get(index, ""), model
+            if isinstance(reply, RefusedError) or not reply:
+                silent = "the model wrote no reasoning" if client else "it has no reasoning, and there is no endpoint"
+                rejects.append((question[:60], str(reply) or silent))
                 continue
+            reasoning = reply
             generated += 1
         row = {"question": question, "reasoning": reasoning, "answer": answer, "reasoning_by": by}
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
@@ -117,8 +126,10 @@ def _prepared(record: Mapping[str, Any]) -> tuple[str, str, str]:
     """Question with its choices, reasoning or "", and answer."""
     question, answer = record["question"], record["answer"]
     if (choices := record.get("choices")) is not None:
+        if not isinstance(choices, list | tuple):
+            raise ValueError(f"'choices' is {type(choices).__name__}, not a list")
         letters = [chr(ord("A") + place) for place in range(len(choices))]
-        if isinstance(answer, int) and not isinstance(answer, bool):
+        if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(letters):
             answer = letters[answer]
         elif answer in choices:
             answer = letters[choices.index(answer)]
@@ -188,4 +199,7 @@ def _echoed(reply: Any) -> tuple[list[int], list[float | None]] | None:
     found = reply["choices"][0].get("logprobs")
     if not found or not found.get("token_logprobs"):
         return None
-    return found["text_offset"], found["token_logprobs"]
+    offsets, logprobs = found["text_offset"], found["token_logprobs"]
+    if len(offsets) != len(logprobs) or not all(p is None or math.isfinite(p) for p in logprobs):
+        raise ValueError("logprobs must have a finite number, or null, for each text_offset")
+    return offsets, logprobs

@@ -26,12 +26,14 @@ def calibration_sequences(
         seed: of the draw.
 
     Raises:
-        QuantizationError: the texts are too short for `count` sequences.
+        QuantizationError: the texts are too short for `count` sequences, or these for a token of text.
     """
     rng = np.random.default_rng(seed)
     begin = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     size = length - len(begin)
+    if size < 1:
+        raise QuantizationError(f"calibration sequences of {length} tokens are BOS and nothing else: take longer ones")
     kept: list[list[int]] = []
     seen, rest = 0, []
     for text in texts:

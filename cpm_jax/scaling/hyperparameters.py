@@ -1,7 +1,7 @@
 """Best learning rate and batch size: found on a grid, carried to other sizes by a power law; critical batch size."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 
 from cpm_jax.scaling.fitting import Fit, FitError, LogSum, bootstrap, fit, residual_draws
 from cpm_jax.scaling.laws import Interval, Resample
-from cpm_jax.scaling.runs import Run, check_equal_tokens, finished
+from cpm_jax.scaling.runs import Run, but_seed, check_equal_tokens, finished
 
 Setting = Literal["learning_rate", "batch_tokens"]
 
@@ -104,29 +104,32 @@ def optimum_on_surface(
 
 
 def find_optima(runs: Sequence[Run], setting: Setting = "learning_rate") -> list[Optimum]:
-    """The best setting of each group of runs of one size; repeated settings (seeds) count with their mean loss.
+    """The best setting of each group of runs of one size.
+
+    Seeds count with their mean loss. Where other settings were swept too, each value counts with the best of them.
 
     Args:
         runs: a sweep; those that are not done are left out.
-        setting: the field of a run that was swept; the other settings must be the same within a size.
+        setting: the field of a run that was swept.
 
     Raises:
         FitError: no size has three settings.
         InputError: runs of one size differ in tokens.
     """
-    groups: dict[tuple[int, int], dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
     by_size: dict[tuple[int, int], list[Run]] = defaultdict(list)
     for run in finished(runs).runs:
         tokens = round(run.tokens, -int(np.floor(np.log10(run.tokens))) + 1)  # two digits: batches need not divide D
         by_size[run.num_params, tokens].append(run)
-        groups[run.num_params, tokens][float(getattr(run, setting))].append(float(run.loss or np.nan))
     found = []
-    for (num_params, tokens), settings in sorted(groups.items()):
-        if len(settings) < 3:
+    for (num_params, tokens), same in sorted(by_size.items()):
+        losses: dict[float, dict[Hashable, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for run in same:
+            losses[float(getattr(run, setting))][but_seed(run)].append(float(run.loss or np.nan))
+        if len(losses) < 3:
             continue
-        check_equal_tokens(by_size[num_params, tokens], f"the search for the best {setting}")
-        means = {value: float(np.mean(losses)) for value, losses in settings.items()}
-        found.append(Optimum(num_params, tokens, *optimum_on_grid(list(means), list(means.values()))))
+        check_equal_tokens(same, f"the search for the best {setting}")
+        best = {value: min(float(np.mean(seeds)) for seeds in others.values()) for value, others in losses.items()}
+        found.append(Optimum(num_params, tokens, *optimum_on_grid(list(best), list(best.values()))))
     if not found:
         raise FitError(f"no size has runs at three values of {setting} and one number of tokens")
     return found
@@ -264,11 +267,13 @@ def fit_critical_batch(batch_tokens: Sequence[float], steps: Sequence[float], *,
         delta: of Huber's loss on log steps.
 
     Raises:
-        FitError: fewer than three batch sizes.
+        FitError: fewer than three batch sizes, or values that are not finite and above 0.
     """
     batch, measured = np.asarray(batch_tokens, float), np.asarray(steps, float)
     if len(np.unique(batch)) < 3:
         raise FitError(f"batch_tokens = {sorted(set(batch_tokens))}: at least three different batch sizes are needed")
+    if not np.all(np.isfinite(batch) & (batch > 0) & np.isfinite(measured) & (measured > 0)):
+        raise FitError(f"batch_tokens = {batch.tolist()}, steps = {measured.tolist()}: must be finite and above 0")
     design, offset = np.zeros((len(batch), 2, 2)), np.zeros((len(batch), 2))
     design[:, 0, 0] = design[:, 1, 1] = 1
     offset[:, 1] = -np.log(batch)

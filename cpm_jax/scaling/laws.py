@@ -32,6 +32,8 @@ FORMS: dict[str, tuple[str, ...]] = {
     "compute": ("E", "A", "alpha"),
 }
 _EXPONENTS = (0.02, 3.0)  # that a fit may have
+# Values of N, of D or of C: a power beside a constant has three unknowns.
+_LEAST_DIFFERENT: dict[str, int] = {"chinchilla": 3, "tied": 2, "kaplan": 2, "compute": 3}
 
 
 class Points(NamedTuple):
@@ -239,7 +241,7 @@ def check(points: Points, form: FormName) -> None:
     """Checks that a form can be fitted.
 
     Raises:
-        FitError: too few points, or they do not vary in what the form is about.
+        FitError: too few points, or they vary too little in what the form is about to tell its coefficients.
     """
     if form not in FORMS:
         raise FitError(f"form = {form!r}: there are {', '.join(FORMS)}")
@@ -251,11 +253,34 @@ def check(points: Points, form: FormName) -> None:
         )
     varied = [("compute", points.flops)] if form == "compute" else [("N", points.num_params), ("D", points.tokens)]
     for name, values in varied:
-        if len(np.unique(np.round(np.log(values), 2))) < 2:
+        if _different(values) < 2:
             raise FitError(
                 f"all {len(values)} runs have one {name} ({values[0]:.4g}): the form {form} needs at least two that "
                 "differ by 1% or more; nothing can be said about other sizes from one"
             )
+        if (different := _different(values)) < _LEAST_DIFFERENT[form]:
+            raise FitError(
+                f"the runs have {different} different values of {name}: the form {form} needs at least "
+                f"{_LEAST_DIFFERENT[form]}, or its irreducible loss and its exponent cannot be told apart"
+            )
+    if form == "compute":
+        return
+    n, d = np.log(points.num_params), np.log(points.tokens)
+    if (different := _different(points.num_params, points.tokens)) < needed - 1:
+        raise FitError(
+            f"the runs have {different} different pairs of N and D: the form {form} has {needed - 1} coefficients, and "
+            "other seeds do not tell them apart"
+        )
+    if np.std(d - np.polyval(np.polyfit(n, d, 1), n)) < 0.05:
+        raise FitError(
+            f"N and D vary together in these runs: the form {form} cannot tell what each does; train some sizes on "
+            "other numbers of tokens, or use 'compute'"
+        )
+
+
+def _different(*values: Float[np.ndarray, " n"]) -> int:
+    """How many different points there are; 1% is no difference."""
+    return len(np.unique(np.round(np.log(np.stack(values)), 2), axis=1).T)
 
 
 def compute_optimal(law: LossLaw, flops: float, *, flops_per_param_token: float = 6.0) -> tuple[float, float]:

@@ -42,7 +42,13 @@ class MixtureLaw:
         return float(_loss(self.best.theta, as_shares(self.domains, shares)))
 
     def interval(self, shares: Sequence[float] | Mapping[str, float], level: float = 0.9) -> Interval:
-        """The loss of a run on a mixture, with its interval."""
+        """The loss of a run on a mixture, with its interval.
+
+        Raises:
+            FitError: the law was fitted without a bootstrap.
+        """
+        if not len(self.samples):
+            raise FitError("the law has no bootstrap: fit it with samples > 0")
         row = as_shares(self.domains, shares)
         noise = residual_draws(self.points, self.best.theta, np.random.default_rng(0), len(self.samples))
         draws = np.array([_loss(theta, row) for theta in self.samples]) * np.exp(noise)
@@ -163,11 +169,15 @@ def suggest_mixture(
     if not laws or len({law.domains for law in laws}) > 1 or len({len(law.samples) for law in laws}) > 1:
         raise FitError("suggest_mixture.laws: give at least one, all of the same domains and bootstrap samples")
     domains = laws[0].domains
-    shares = np.full(len(laws), 1 / len(laws)) if weights is None else np.asarray(weights, float) / np.sum(weights)
+    shares = np.ones(len(laws)) if weights is None else np.asarray(weights, float)
+    if shares.shape != (len(laws),) or not np.all(shares >= 0) or not 0 < shares.sum() < np.inf:
+        raise FitError(f"suggest_mixture.weights = {weights}: give one of at least 0 for each of {len(laws)} laws")
+    shares = shares / shares.sum()
     limits = [(bounds or {}).get(name, (0.0, 1.0)) for name in domains]
     if unknown := set(bounds or {}) - set(domains):
         raise FitError(f"suggest_mixture.bounds names {sorted(unknown)}; the domains are {list(domains)}")
-    if sum(low for low, _ in limits) > 1 or sum(high for _, high in limits) < 1:
+    low, high = np.array(limits, float).T
+    if low.min() < 0 or np.any(low > high) or low.sum() > 1 or high.sum() < 1:
         raise FitError(
             f"suggest_mixture.bounds = {dict(zip(domains, limits, strict=True))} leave no shares that sum to 1"
         )

@@ -1,12 +1,13 @@
 """What a family of small runs says about a large one, and the next run that would say it better."""
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
 
+from cpm_jax.common.config import InputError
 from cpm_jax.scaling.fitting import FitError
 from cpm_jax.scaling.hyperparameters import Optimum, PowerLaw, Setting, find_optima, fit_power_law
 from cpm_jax.scaling.laws import (
@@ -21,7 +22,7 @@ from cpm_jax.scaling.laws import (
     points_of_runs,
     with_point,
 )
-from cpm_jax.scaling.runs import Run, finished
+from cpm_jax.scaling.runs import Run, but_seed, finished
 
 DECAY_SHARE = 0.1  # of all tokens, where none was varied (MiniCPM, arXiv:2404.06395 §4.3)
 _ACCEPTED = 2.0  # times the error of the best form, within which a form still counts
@@ -114,11 +115,9 @@ def best_of_each_size(runs: Sequence[Run]) -> list[Run]:
 
     Runs of one size count as one D where their tokens agree to two digits.
     """
-    groups: dict[tuple[int, int], dict[tuple[object, ...], list[Run]]] = defaultdict(lambda: defaultdict(list))
+    groups: dict[tuple[int, int], dict[Hashable, list[Run]]] = defaultdict(lambda: defaultdict(list))
     for run in finished(runs).runs:
-        varied = {name: value for name, value in run.config.items() if "seed" not in name and name != "stable_run"}
-        setting = (run.learning_rate, run.batch_tokens, run.d_model, run.num_layers, repr(sorted(varied.items())))
-        groups[run.num_params, _two_digits(run.tokens)][setting].append(run)
+        groups[run.num_params, _two_digits(run.tokens)][but_seed(run)].append(run)
     best = []
     for _, settings in sorted(groups.items()):
         best += min(settings.values(), key=lambda same: float(np.mean([run.loss or np.inf for run in same])))
@@ -142,9 +141,8 @@ def predict_loss(
     """
     found: list[Candidate] = []
     refused: dict[str, str] = {}
-    two = len(np.unique(np.round(np.log(points.tokens / points.num_params), 1))) > 1
     for form in FORMS:
-        if form == "compute" and two:
+        if form == "compute" and not one_ratio(points):
             refused[form] = "the runs have several ratios of tokens to parameters; it is for a family of one"
             continue
         try:
@@ -177,7 +175,7 @@ def suggest(runs: Sequence[Run], setting: Setting, target: Target, *, level: flo
     """
     try:
         optima = find_optima(runs, setting)
-    except FitError as error:
+    except InputError as error:
         return Setup(None, [], None, f"not swept: {error}")
     inside = [optimum for optimum in optima if not optimum.at_edge]
     edge = (
@@ -212,13 +210,17 @@ def suggest(runs: Sequence[Run], setting: Setting, target: Target, *, level: flo
 
 def decay_share(runs: Sequence[Run]) -> tuple[float, str]:
     """The share of decay that did best most often where it was varied, and what that rests on."""
-    by_size: dict[tuple[int, int], dict[float, float]] = defaultdict(dict)
+    by_size: dict[tuple[int, int], dict[tuple[float, Hashable], list[float]]] = defaultdict(lambda: defaultdict(list))
     for run in finished(runs).runs:
         share = next((value for name, value in run.config.items() if name.endswith("decay_share")), None)
         if isinstance(share, int | float):
-            losses = by_size[run.num_params, _two_digits(run.tokens)]
-            losses[round(float(share), 3)] = min(losses.get(round(float(share), 3), np.inf), run.loss or np.inf)
-    best = [min(losses, key=lambda share: losses[share]) for losses in by_size.values() if len(losses) > 1]
+            setting = (round(float(share), 3), but_seed(run))
+            by_size[run.num_params, _two_digits(run.tokens)][setting].append(run.loss or np.inf)
+    best = [
+        min(settings, key=lambda setting: float(np.mean(settings[setting])))[0]
+        for settings in by_size.values()
+        if len({share for share, _ in settings}) > 1
+    ]
     if not best:
         return DECAY_SHARE, "MiniCPM's; the runs do not vary it"
     return float(np.median(best)), f"median of the best of {len(best)} sizes at which it was varied"
@@ -294,11 +296,18 @@ def points_of(runs: Sequence[Run]) -> Points:
     return points_of_runs(best if best else runs)
 
 
+def one_ratio(points: Points) -> bool:
+    """Whether all runs have about one number of tokens for each parameter: within 10% of each other."""
+    return bool(np.ptp(np.log(points.tokens / points.num_params)) < 0.1)
+
+
 def _held_out(points: Points, form: FormName, level: float, seed: int) -> list[HeldOut]:
-    """The largest fifth of the runs, or as many as the rest can do without."""
-    order = np.argsort(points.flops)
-    for count in range(max(1, len(order) // 5), 0, -1):
-        limit = float(points.flops[order[-count - 1]])
+    """The largest fifth of the runs, or as many as the rest can do without; those of one compute go together."""
+    limits = np.unique(points.flops)[:-1]
+    above = [int((points.flops > limit).sum()) for limit in limits]
+    for limit, count in zip(limits, above, strict=True):
+        if count > max(len(points.flops) // 5, above[-1]):
+            continue
         try:
             return check_extrapolation(points, form, limit, level=level, samples=40, seed=seed)
         except FitError:

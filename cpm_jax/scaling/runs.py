@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -41,7 +41,7 @@ class Run:
         seed: of parameters and data order.
         loss: held-out loss of the last evaluation, in nats per token; None where there is none that is finite.
         bits_per_byte: of the same text, where known.
-        config: what was varied, flat: {"train.seed": 1, "schedule.decay_share": 0.1}.
+        config: what was varied, flat, and the share of its decay: {"SEED": 1, "decay_share": 0.1}.
         seconds: of training.
         status: "done": to the end, with a finite loss. "diverged": its loss was not finite. "failed": it ended with
             an error. "stopped": it was ended before all its tokens (pruned, or out of budget).
@@ -157,7 +157,7 @@ def summarise_run(
 def read_runs(path: str | os.PathLike[str]) -> list[Run]:
     """Reads a runs.jsonl, whose lines may be of several sweeps; the last line of an id is what counts.
 
-    A last line that a kill cut short is left out.
+    A last line that a kill cut short is left out, and so are blank ones.
 
     Raises:
         InputError: there is no such file, or a line is no run; names the line and what is wrong.
@@ -165,8 +165,16 @@ def read_runs(path: str | os.PathLike[str]) -> list[Run]:
     path = Path(path)
     if not path.exists():
         raise InputError(f"{path}: no such file; give the runs.jsonl of a sweep")
+    try:
+        lines = path.read_text("utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a runs.jsonl: {error}") from error
+    if not _is_json(lines[-1]):
+        lines.pop()
     runs: dict[str, Run] = {}
-    for number, line in enumerate(path.read_text("utf-8").split("\n")[:-1], start=1):
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
         try:
             values = json.loads(line)
             if isinstance(values.get("loss"), float) and not math.isfinite(values["loss"]):
@@ -182,7 +190,7 @@ def read_runs(path: str | os.PathLike[str]) -> list[Run]:
 def append_run(path: str | os.PathLike[str], run: Run) -> None:
     """Adds a line; several processes of one machine may do so at once.
 
-    A line that a killed writer left without its end is removed first.
+    What a killed writer left of a line is removed first.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -190,8 +198,11 @@ def append_run(path: str | os.PathLike[str], run: Run) -> None:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.seek(0)
         text = file.read()
-        if text and not text.endswith(b"\n"):
-            file.truncate(text.rfind(b"\n") + 1)
+        last = text.rfind(b"\n") + 1
+        if _is_json(text[last:]):
+            file.write(b"\n")  # written by hand, without its end
+        else:
+            file.truncate(last)
         file.write(_line(run).encode())
         os.fsync(file.fileno())
 
@@ -222,6 +233,12 @@ def finished(runs: Iterable[Run]) -> Selection:
     return Selection(kept, left_out)
 
 
+def but_seed(run: Run) -> Hashable:
+    """What a run of some size shares with those that differ from it in their seed alone."""
+    varied = {name: value for name, value in run.config.items() if "seed" not in name.lower() and name != "stable_run"}
+    return (run.learning_rate, run.batch_tokens, run.d_model, run.num_layers, repr(sorted(varied.items())))
+
+
 def check_equal_tokens(runs: Sequence[Run], what: str) -> None:
     """Checks that runs are compared at one number of tokens.
 
@@ -240,6 +257,14 @@ def check_equal_tokens(runs: Sequence[Run], what: str) -> None:
             f"{what} compares runs of unequal token counts: {low.id} has {low.tokens}, {high.id} has {high.tokens}; "
             "accepted are runs whose tokens differ by one batch at most"
         )
+
+
+def _is_json(text: str | bytes) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _line(run: Run) -> str:

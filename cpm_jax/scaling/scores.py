@@ -100,7 +100,7 @@ def fit_scores(
         seed: of it.
 
     Raises:
-        FitError: too few runs, values that are no losses or scores, or losses that do not vary.
+        FitError: too few runs, values that are no losses or scores, or losses or scores that do not vary.
     """
     x, y = np.asarray(losses, float), np.asarray(scores, float)
     fixed = {"floor": floor, "ceiling": ceiling if form == "sigmoid" else None}
@@ -114,6 +114,8 @@ def fit_scores(
         raise FitError("losses must be finite, and scores in [0, 1]; leave out runs without them")
     if np.ptp(x) < 1e-6:
         raise FitError(f"all losses are {x[0]:.4f}: a map needs models that differ")
+    if np.ptp(y) == 0:
+        raise FitError(f"all scores are {y[0]:.4f}: a map needs models of which some do better than others")
     theta = _least_squares(form, x, y, fixed, _score_starts(form, x, y))
     rng = np.random.default_rng(seed)
     residuals = y - _score(form, theta, x)

@@ -304,6 +304,8 @@ def sample(space: Space, count: int, seed: int = 0) -> Points:
     if count < 1:
         raise ConfigError(f"space: sample(…, {count}): accepted are 1 and more", field="space")
     rng = random.Random(seed)
+    if space.size is not None and space.size < count:
+        raise ConfigError(f"space: sample(…, {count}) of a space of {space.size} points", field="space")
     if space.size is not None and space.size <= _MOST_ENUMERATED:
         everything = points(space)
         if count > len(everything):

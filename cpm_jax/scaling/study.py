@@ -1,7 +1,7 @@
 """A sweep's study in Optuna: what to try next, whose worker has died, what may be promoted.
 
-Workers decide one after the other (`next_trial` holds a lock in the sweep's folder), so that a trial is handed out
-once. Across machines that share no folder, the row locks of PostgreSQL do that.
+Workers decide one after the other, so that a trial is handed out once: `next_trial` holds a lock in the sweep's folder,
+and one of PostgreSQL, which machines that share no folder share.
 """
 
 import contextlib
@@ -132,10 +132,6 @@ def open_study(
     dimensions = {**{f"base {name}": value for name, value in shared.items()}, **space.dimensions()}
     attributes = study.user_attrs
     before = attributes.get("space")
-    if before is None:
-        study.set_user_attr("space", dimensions)
-    if attributes.get("about") != about:
-        study.set_user_attr("about", about)
     if before is not None and before != dimensions:
         said = "; ".join(
             f"{label}: {was!r} then, {now!r} now"
@@ -145,6 +141,10 @@ def open_study(
             f"the study {name!r} was made with another space: {said}. Give this one another --workdir or NAME",
             field="space",
         )
+    if before is None:
+        study.set_user_attr("space", dimensions)
+    if attributes.get("about") != about:
+        study.set_user_attr("about", about)
     return study
 
 
@@ -174,21 +174,22 @@ def next_trial(
 ) -> Claim | Literal["wait", "done"]:
     """Takes a trial: one whose worker died, one that waits, or a new one.
 
-    Trials that come out as one that was there before are told its result and not trained again.
+    Trials that come out as one that was there before are told its result and not trained again; those whose values do
+    not go together have failed.
 
     Args:
         study: from `open_study`.
         config: of it.
         space: of it.
         folder: of the sweep, where the lock lies.
-        identify: gives the id of a trial from its bindings.
+        identify: gives the id of a trial from its bindings, or raises ConfigError.
 
     Returns:
         The trial; "wait" while others are at work whose trials may still come back; "done" when none is left.
     """
     optuna = import_extra("optuna")
     state = optuna.trial.TrialState
-    with locked(folder / LOCK_FILE), warnings.catch_warnings():
+    with locked(folder / LOCK_FILE), _locked_database(study), warnings.catch_warnings():
         # Heartbeats are marked experimental, and meant for Study.optimize; the worker sends them itself.
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         warnings.filterwarnings("ignore", "Heartbeat of storage")
@@ -206,8 +207,14 @@ def next_trial(
             trial = study.ask()
             study._storage.record_heartbeat(trial._trial_id)
             bindings = space.draw(_Ask(trial))
-            trial.set_user_attr(ID, identify(bindings))
             trial.set_user_attr(BINDINGS, repr(bindings))
+            try:
+                trial.set_user_attr(ID, identify(bindings))
+            except ConfigError as error:  # a sweep checks some points of a large space, not all
+                trial.set_user_attr(STATUS, "failed")
+                trial.set_user_attr(ERROR, str(error))
+                study.tell(trial, state=state.FAIL)
+                continue
             trial.set_user_attr(STATUS, "running")
             trial.set_user_attr(CLAIMED, trial.number)
             if not _tell_if_known(study, trial, trials, state):
@@ -364,6 +371,19 @@ def _pruner(config: StudyConfig, min_tokens: int, max_tokens: int) -> Any:
             min_resource=min_tokens, max_resource=max_tokens, reduction_factor=config.reduction_factor
         )
     return pruners.NopPruner()
+
+
+@contextlib.contextmanager
+def _locked_database(study: Any) -> Iterator[None]:
+    """Holds a lock of PostgreSQL on the study; the server lets go of it when the connection ends."""
+    engine = study._storage._backend.engine
+    if engine.dialect.name != "postgresql":
+        yield
+        return
+    lock = import_extra("sqlalchemy").text("SELECT pg_advisory_xact_lock(:study)")
+    with engine.connect() as connection:
+        connection.execute(lock, {"study": study._study_id})
+        yield
 
 
 @contextlib.contextmanager

@@ -217,8 +217,8 @@ def one_step_wrong(
 ) -> list[Step]:
     """The neighbours of a setting that were measured, one dimension at a time.
 
-    In a list of options a step is the next option, in a range the next measured value. That of `group_by` is not
-    a choice, and is left out.
+    In a list of options a step is the next option (of numbers the next larger or smaller one), in a range the next
+    measured value. That of `group_by` is not a choice, and is left out.
 
     Args:
         best: the chosen setting.
@@ -244,7 +244,7 @@ def one_step_wrong(
             near = [max(below, key=lambda s: s.choices[label], default=None)] if below else []
             near += [min(above, key=lambda s: s.choices[label], default=None)] if above else []
         else:
-            options = list(what)
+            options = sorted(what) if is_numeric(what) else list(what)
             place = options.index(here)
             wanted = [options[i] for i in (place - 1, place + 1) if 0 <= i < len(options)]
             near = [s for option in wanted for s in others if s.choices[label] == option]

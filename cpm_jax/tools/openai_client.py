@@ -26,6 +26,10 @@ class EndpointError(InputError):
     """A server that cannot be reached, refuses a request, or does not answer as the API says."""
 
 
+class RefusedError(EndpointError):
+    """A request that the server would refuse again: too long for the model, or for no model that it has."""
+
+
 class _Transient(Exception):
     """A failure after which the request is sent again, `pause` seconds later where the server said so."""
 
@@ -113,7 +117,8 @@ class OpenAIClient:
                 the reply is none, and the request is sent again.
 
         Raises:
-            EndpointError: the request was refused, or failed again and again.
+            RefusedError: the request was refused.
+            EndpointError: it failed again and again.
         """
         data = json.dumps(body).encode("ascii")
         key = hashlib.sha256(path.encode() + b"\0" + data).hexdigest()
@@ -144,7 +149,7 @@ class OpenAIClient:
             message = f"{url} answered {error.code} {error.reason}: {said}"
             if error.code in _RETRIED:
                 raise _Transient(message, _seconds(error.headers.get("Retry-After"))) from error
-            raise EndpointError(message) from error
+            raise RefusedError(message) from error
         except (OSError, http.client.HTTPException) as error:  # no connection, or it broke, or it took too long
             reason = getattr(error, "reason", None) or error
             raise _Transient(f"{url} cannot be reached: {reason}") from error

@@ -74,6 +74,12 @@ class ScheduleConfig:
         """Step at which the last phase ends."""
         return self.first_step + sum(phase.steps for phase in self.phases)
 
+    @property
+    def decay_share(self) -> float:
+        """Share of all steps that the last phase takes, where it lowers the learning rate; else 0."""
+        start, last = self._with_starts()[-1]
+        return last.steps / self.total_steps if last.end < start else 0.0
+
 
 def _phase_value(start: float, phase: Phase, fraction: Float[Array, ""]) -> Float[Array, ""]:
     end = jnp.float32(phase.end)

@@ -19,7 +19,7 @@ from cpm_jax.checkpoints.weights import Weights
 from cpm_jax.data.tokenizer import Tokenizer
 from cpm_jax.modeling.config import ModelConfig
 from cpm_jax.modeling.decoder import Params
-from export.checks import GREEDY_TOKENS, MAX_TOKENS, TEXTS, TOLERANCE, TOP, Checked, exact
+from export.checks import TEXTS, TOLERANCE, TOP, Checked, exact, recorded_error, text_lengths
 from export.devices.convert import device_model
 from export.devices.runtimes import RUNTIMES, Job
 from export.folders import ExportError
@@ -47,9 +47,11 @@ class Said:
     greedy: list[int]
 
 
-def ask(folder: Path, runtime: str, texts: Sequence[str], rows: Sequence[Sequence[int]]) -> tuple[list[Said], dict]:
+def ask(
+    folder: Path, runtime: str, texts: Sequence[str], rows: Sequence[Sequence[int]], new_tokens: int
+) -> tuple[list[Said], dict]:
     """What a runtime says of texts, given their tokens, and the versions of its packages."""
-    answer = RUNTIMES[runtime].ask(Job(str(folder), texts, rows, rows, GREEDY_TOKENS))
+    answer = RUNTIMES[runtime].ask(Job(str(folder), texts, rows, rows, new_tokens))
     said = [
         Said(answer[f"ids_{i}"].tolist(), answer[f"logits_{i}"], answer[f"said_{i}"].tolist())
         for i in range(len(texts))
@@ -74,9 +76,9 @@ def check_device(folder: Path, runtime: str, dtype: str, weights: Weights) -> Ch
     """
     config = exact(device_model(weights.model))
     texts = list(TEXTS.values())
-    longest = min(MAX_TOKENS, max(1, config.max_position_embeddings - GREEDY_TOKENS))
-    rows = [weights.tokenizer.encode(text)[:longest] for text in texts]
-    said, tools = ask(folder, runtime, texts, rows)
+    used, new = text_lengths(config)
+    rows = [weights.tokenizer.encode(text)[:used] for text in texts]
+    said, tools = ask(folder, runtime, texts, rows, new)
     check = compare(said, rows, weights.params, config, RUNTIMES[runtime].title, exactly=dtype == "float32")
     check = dataclasses.replace(check, figures=check.figures | {"other_ids": other_ids(said, texts, weights.tokenizer)})
     return Checked((check,), tuple(map(_recorded, TEXTS, texts, rows, said)), tools=tools)
@@ -179,7 +181,8 @@ def verify_device(folder: Path, manifest: Manifest) -> tuple[list[str], Mapping[
     if not manifest.texts:
         return ["no texts were recorded, as it was written without checks"], {}
     texts = [text.text for text in manifest.texts]
-    said, tools = ask(folder, manifest.format, texts, [text.token_ids for text in manifest.texts])
+    new = max(len(text.greedy) for text in manifest.texts)
+    said, tools = ask(folder, manifest.format, texts, [text.token_ids for text in manifest.texts], new)
     if others := other_ids(said, texts, Tokenizer.load(folder)):
         notes = [f"{runtime.title} gives {others} of {len(texts)} texts other token ids than tokenizer.json does"]
     else:
@@ -187,13 +190,7 @@ def verify_device(folder: Path, manifest: Manifest) -> tuple[list[str], Mapping[
     part = TOLERANCE if "float32" in manifest.types else INTEGER_TOLERANCE
     worst = 0.0
     for text, found in zip(manifest.texts, said, strict=True):
-        last = found.logits[-1]
-        tolerance = part * max(1.0, float(np.abs(last).max()))
-        error = float(np.abs(last[list(text.top_tokens)] - np.asarray(text.top_logits)).max())
-        if not error <= tolerance:
-            raise ExportError(
-                f"{folder}: logits after the text {text.name!r} differ by {error:.3g} from those recorded"
-            )
+        error, _ = recorded_error(folder, text, found.logits[-1], part)
         worst = max(worst, error)
         # Integer kernels of another processor may choose otherwise, and go on in another way then.
         if part == TOLERANCE and tuple(found.greedy) != text.greedy:

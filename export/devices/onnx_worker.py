@@ -54,7 +54,10 @@ def say(job: dict[str, Any]) -> dict[str, Any]:
     prefill, decode = [], []
     for index, ids in enumerate(job["prompts"]):
         settings = genai.GeneratorParams(model)
-        settings.set_search_options(max_length=len(ids) + job["new_tokens"], do_sample=False)
+        # What a model was published with may punish repetition.
+        settings.set_search_options(
+            max_length=len(ids) + job["new_tokens"], do_sample=False, repetition_penalty=1.0, no_repeat_ngram_size=0
+        )
         generator = genai.Generator(model, settings)
         begin = time.perf_counter()
         generator.append_tokens(np.asarray(ids, np.int32))

@@ -206,6 +206,17 @@ def test_a_device_may_end_a_text_with_the_token_that_ends_texts(judge, exact, pa
     assert figures["agreed"] == figures["tokens"] == sum(map(len, found["greedy"])) < 2 * NEW
 
 
+def test_an_export_of_an_earlier_commit_is_written_anew(tmp_path, params):
+    tokenizer = Tokenizer.train(["def add(a, b):\n    return a + b\n"], 300)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/decode.stablehlo").write_bytes(b"of another day")
+    found = parity_runtimes.write_format(
+        Checkpoint(CONFIG, params, tokenizer, "float32", "llama"), tmp_path / "hf", ("hf", "llama")
+    )
+    assert found.format == "LlamaForCausalLM, float32"
+    assert not (tmp_path / "hf/decode.stablehlo").exists()
+
+
 @pytest.fixture
 def small_matrix(tmp_path, monkeypatch, params, rows, exact):
     """Two checkpoints and three runtimes, of which nothing is compiled; gives what was asked, and a run of main."""
@@ -267,6 +278,7 @@ def test_every_cell_has_a_verdict(small_matrix):
     assert run("--strict")[0] == 1
     assert run("--strict", "--runtimes", "ours", "dense")[0] == 0
     (result,) = load(results)
+    assert result["command"] == "python -m benchmarks.parity --runtimes ours dense"
     assert all(row.met for row in result["rows"])
     page = (results / "parity.html").read_text()
     assert page.count('class="good"') == 3

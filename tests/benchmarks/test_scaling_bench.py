@@ -197,6 +197,7 @@ def test_the_law_of_small_models_finds_larger_ones_that_obey_it():
 
     study = Study(list("abcdefghijkl"), {16: at(0.6, 0), 32: at(0.5, 1)}, {}, at(0.4, 2), 64)
     law = scaling_bench_report.law_of(study, ALL)
+    assert law is not None
     assert (law.coefficients["gamma"], law.coefficients["middle"]) == pytest.approx((6, 0.8), rel=0.05)
     checked = scaling_bench_report.held_out(study, ALL, law)
     assert len(checked) == 48

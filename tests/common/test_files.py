@@ -33,3 +33,17 @@ def test_write_json(tmp_path):
 def test_sha256(tmp_path):
     (tmp_path / "a").write_bytes(b"abc" * 100_000)
     assert files.sha256(tmp_path / "a") == hashlib.sha256(b"abc" * 100_000).hexdigest()
+
+
+def test_a_published_folder_takes_the_place_of_a_link(tmp_path):
+    """What the link led to stays, and nothing is left over that stops the next one."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/old").write_text("old")
+    (tmp_path / "out").symlink_to(tmp_path / "elsewhere")
+    for text in ("new", "newer"):
+        (tmp_path / "partial").mkdir()
+        (tmp_path / "partial/file").write_text(text)
+        files.publish_folder(tmp_path / "partial", tmp_path / "out")
+        assert (tmp_path / "out/file").read_text() == text
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "out"]
+    assert (tmp_path / "elsewhere/old").read_text() == "old"

@@ -146,6 +146,43 @@ def test_without_an_endpoint_only_given_solutions_are_taken(tmp_path):
         build([], tmp_path / "c.jsonl", client=OpenAIClient("http://localhost:1/v1"))
 
 
+class Writer:
+    """An endpoint that answers with half of a character."""
+
+    def post(self, path, body, parse):
+        return "one \ud800 two"
+
+
+def test_odd_records_and_replies_are_set_aside(tmp_path):
+    odd = [
+        "a text",
+        None,
+        {"question": "a?", "answer": -1, "choices": ["x", "y"], "solution": "s"},
+        {"question": "a?", "answer": "A", "choices": {"text": ["x"], "label": ["A"]}, "solution": "s"},
+        {"question": 3, "answer": 0, "choices": ["x"], "solution": "s"},
+        {"question": "a?", "answer": {}, "solution": "s"},
+        {"question": "a?", "answer": "b", "solution": ["s"]},
+    ]
+    built = build([*odd, {"question": "a?", "answer": "b"}], tmp_path / "a.jsonl", client=Writer(), model="m")
+    assert (built.records, len(built.rejects)) == (1, len(odd))
+    assert read_solved(tmp_path / "a.jsonl")[0][0].reasoning == "one ? two"
+
+
+def test_a_question_that_the_endpoint_refuses_is_set_aside(tmp_path):
+    records = [{"question": "a short one?", "answer": "b"}, {"question": "a long one?", "answer": "b"}]
+
+    def answer(prompt):
+        return Reply(400, "too many tokens") if "a long one?" in prompt else "Because."
+
+    with serve(answer) as server:
+        client = OpenAIClient(server.url)
+        built = build(records, tmp_path / "a.jsonl", client=client, model="m")
+        assert (built.records, built.rejects[0][0]) == (1, "a long one?")
+        assert "answered 400" in built.rejects[0][1]
+        with pytest.raises(EndpointError, match=r"answered 400 .*too many tokens"):
+            build(records[1:], tmp_path / "b.jsonl", client=client, model="m")
+
+
 def echoing(prompt):
     """A model of one token a letter, each of a hundredth more nats than its place in the prompt."""
     scores = [None, *(-0.01 * place for place in range(1, len(prompt) + 1))]
@@ -177,3 +214,11 @@ def test_an_endpoint_without_log_probabilities_is_refused():
 def lm(random_model):
 
     return CpmJaxLM(random_model.config, random_model.params, random_model.tokenizer, batch_size=4)
+
+
+@pytest.mark.parametrize("logprobs", [[None, -1.0], [None, float("nan"), -1.0], None])
+def test_an_endpoint_that_answers_badly_is_named(logprobs):
+    found = {"text_offset": [0, 1, 2], "token_logprobs": logprobs}
+    reply = Reply(200, json.dumps({"choices": [{"logprobs": found}]}))
+    with serve(lambda prompt: reply) as server, pytest.raises(EndpointError, match=r"did not answer as|no log-prob"):
+        EndpointScores(OpenAIClient(server.url, max_retries=0), "odd").score([("a", "b")])

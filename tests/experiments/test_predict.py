@@ -12,7 +12,7 @@ from cpm_jax.scaling.laws import fit_loss, make_points
 from cpm_jax.scaling.prediction import Target, best_of_each_size, decay_share, next_experiments, predict_loss, suggest
 from cpm_jax.scaling.runs import Run, write_runs
 from experiments import run as runner
-from experiments.predict import PredictConfig, run
+from experiments.predict import PredictConfig, _warnings, run
 
 TARGET = Target(3e9, 6e11)
 
@@ -57,6 +57,7 @@ def predicted(tmp_path_factory):
         loss = 0.3 + 0.5 * (one.loss - 1.7)
         score = 0.25 + 0.7 / (1 + np.exp(5 * (loss - 0.9)))
         rows.append({"run": one.id, "task": "sums", "loss": loss, "score": float(score)})
+        rows.append({"run": one.id, "task": "guesses", "loss": loss, "score": 0.25})
     (folder / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     config = PredictConfig(
         runs=str(folder / "runs.jsonl"),
@@ -86,6 +87,8 @@ def test_the_score_is_that_of_the_predicted_loss(predicted):
     truth = 0.25 + 0.7 / (1 + np.exp(5 * (loss - 0.9)))
     assert score["score"]["low"] <= truth <= score["score"]["high"]
     assert score["score"]["value"] == pytest.approx(truth, abs=0.1)
+    assert list(predicted[0]["scores"]) == ["sums"]
+    assert "no score of guesses is predicted: all scores are 0.2500" in str(predicted[0]["warnings"])
 
 
 def test_the_learning_rate_is_carried_to_the_target(predicted):
@@ -149,9 +152,41 @@ def test_settings_that_few_sizes_tell_say_so():
     widths = suggest(family(lengths=(8e8,)), "learning_rate", TARGET)
     assert widths.law.exponents == pytest.approx({"num_params": -0.5}, abs=0.1)
     assert "with D the runs cannot tell" in widths.note
+    uneven = family(sizes=(1e6,), lengths=(2e8,))
+    uneven[0] = dataclasses.replace(uneven[0], tokens=uneven[0].tokens + 4_000_000)
+    assert "unequal token counts" in suggest(uneven, "learning_rate", TARGET).note
     runs = [dataclasses.replace(r, id=f"{r.id}-{share}", loss=r.loss + abs(share - 0.2), config={"decay_share": share})
             for r in family()[:15] for share in (0.1, 0.2, 0.4)]  # fmt: skip
     assert decay_share(runs)[0] == 0.2
+
+
+def test_seeds_of_a_sweep_are_no_settings():
+    """One lucky seed of a setting that is worse does not make it the best."""
+    first = family(sizes=(1e6,), lengths=(2e8,), rates=1)[0]
+    losses = {(0.01, 0): 3.0, (0.01, 1): 3.02, (0.02, 0): 2.9, (0.02, 1): 3.3}
+    runs = [
+        dataclasses.replace(
+            first, id=str(i), loss=loss, learning_rate=rate, seed=seed, config={"PEAK_LR": rate, "SEED": seed}
+        )
+        for i, ((rate, seed), loss) in enumerate(losses.items())
+    ]
+    assert [one.loss for one in best_of_each_size(runs)] == [3.0, 3.02]
+
+
+def test_a_family_of_one_ratio_tells_of_compute_alone():
+    def points(sizes, seeds):
+        n = np.repeat(np.geomspace(1e6, 1e8, sizes), seeds)
+        noise = np.exp(0.002 * np.random.default_rng(0).standard_normal(len(n)))
+        return make_points(n, 20 * n, (1.7 + 900 / (120 * n**2) ** 0.12) * noise)
+
+    found = predict_loss(points(6, 2), TARGET, samples=20)
+    assert [one.form for one in found.candidates] == ["compute"]
+    assert all("vary together" in found.refused[form] for form in ("chinchilla", "tied", "kaplan"))
+    assert any(
+        "the runs have 20 tokens a parameter and the target 200" in said for said in _warnings(found, TARGET, {})
+    )
+    few = predict_loss(points(4, 3), TARGET, samples=20)
+    assert len(few.best.held_out) == 3  # the seeds of the largest together
 
 
 def test_families_that_say_nothing_are_named(tmp_path):
@@ -167,6 +202,8 @@ def test_families_that_say_nothing_are_named(tmp_path):
         run(config(family()[-2:]), tmp_path)
     with pytest.raises(InputError, match="no such file"):
         run(PredictConfig(runs=str(tmp_path / "none.jsonl"), num_params=1e9, tokens=1e9), tmp_path)
+    with pytest.raises(InputError, match=r"PredictConfig\.next_budget = 1e-09 of .*: no new run costs at most"):
+        run(config(family(), next_budget=1e-9), tmp_path)
     (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(InputError, match="that recommends a layout"):
         run(config(family(), plan=str(tmp_path / "plan.json")), tmp_path)

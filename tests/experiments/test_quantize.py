@@ -67,6 +67,10 @@ def test_the_checkpoint_is_a_model_and_the_folder_its_codes(source, tmp_path, ca
     assert "torch_runtime: max error" in capsys.readouterr().out
     # The same command again replaces what it made.
     assert quantize(source, tmp_path, PACK="gptq", METHOD="rtn", ROTATION=True) == exit_codes.OK
+    # But not what it is made of.
+    for part in (tmp_path, tmp_path / "checkpoints/0"):
+        assert quantize(part, tmp_path, DATA=source / "texts.jsonl") == exit_codes.BAD_CONFIG
+        assert "what is written would replace it" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -82,3 +86,11 @@ def test_what_is_refused(macros, code, message, source, tmp_path, capsys):
     assert quantize(source, tmp_path / "new", **macros) == code
     assert message in capsys.readouterr().err
     assert not (tmp_path / "new/checkpoints").exists()
+
+
+def test_files_of_others_in_the_packed_folder_are_said_at_once(source, tmp_path, capsys):
+    (tmp_path / "gptq").mkdir()
+    (tmp_path / "gptq/config.json").write_text("{}")
+    assert quantize(source, tmp_path, PACK="gptq") == exit_codes.BAD_CONFIG
+    assert "holds files that are no export of ours (config.json)" in capsys.readouterr().err
+    assert not (tmp_path / "checkpoints").exists()

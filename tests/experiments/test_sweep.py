@@ -17,54 +17,13 @@ import pytest
 from cpm_jax.common import exit_codes
 from cpm_jax.common.config import ConfigError, InputError
 from cpm_jax.common.files import write_text
-from cpm_jax.data.prepare import PrepareConfig, prepare
 from cpm_jax.scaling import study as studies
-from cpm_jax.scaling.runs import read_runs
+from cpm_jax.scaling.runs import Run, read_runs, write_runs
 from cpm_jax.scaling.storage import StorageError
 from cpm_jax.scaling.study import StudyConfig
 from experiments import run, sweep, sweep_report, sweep_training, sweep_trials, worker
-from experiments.sweep import SweepConfig
+from tests.experiments.conftest import ROWS, SEQ_LEN, STEPS
 from tests.scaling import postgresql_server, slurm_cluster, test_study
-
-STEPS, ROWS, SEQ_LEN = 30, 4, 64
-FILES = ("arch/minicpm4.gin", "size/2m.gin", "data/folders.gin", "optim/wsd_mup.gin", "runs/pretrain.gin")
-RATES = "values('PEAK_LR', 0.01, 0.03)"
-
-
-@pytest.fixture(scope="module")
-def data(pool_files, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "set"
-    settings = PrepareConfig(pool_files["prose"], SEQ_LEN, vocab_size=300, num_workers=0, validation_fraction=0.1)
-    prepare(settings, folder, progress=False)
-    return str(folder)
-
-
-@pytest.fixture
-def make(data):
-    """A sweep of a model that trains in a second."""
-
-    def make(space=RATES, bindings=None, **settings) -> SweepConfig:
-        base = {
-            "DATA": data,
-            "VOCAB_SIZE": 300,
-            "NUM_LAYERS": 1,
-            "D_MODEL": 32,
-            "NUM_HEADS": 2,
-            "NUM_KV_HEADS": 1,
-            "D_FF": 64,
-            "DTYPE": "float32",
-            "BATCH_SIZE": ROWS,
-            "TRAIN_STEPS": STEPS,
-            "WARMUP_STEPS": 5,
-            "DECAY_STEPS": 10,
-            "EVAL_EVERY": 10,
-            "CHECKPOINT_EVERY": 10,
-            "LOG_EVERY": 1,
-        }
-        fast = {"heartbeat_seconds": 1, "grace_seconds": 15, "report_seconds": 1.0}
-        return SweepConfig(gin_files=FILES, bindings=base | (bindings or {}), space=space, **(fast | settings))
-
-    return make
 
 
 def read(workdir):
@@ -121,8 +80,8 @@ def children(pid) -> list[int]:
 
 
 @pytest.mark.slow
-def test_a_sweep_ends_with_report_recommendation_and_runs(make, tmp_path, capsys):
-    config = make("product(values('PEAK_LR', 0.003, 0.03), values('SEED', 0, 1))", workers=2)
+def test_a_sweep_ends_with_report_recommendation_and_runs(make_sweep, tmp_path, capsys):
+    config = make_sweep("product(values('PEAK_LR', 0.003, 0.03), values('SEED', 0, 1))", workers=2)
     sweep.run(config, tmp_path)
     said = capsys.readouterr().out
     assert "held-out loss" in said
@@ -133,6 +92,7 @@ def test_a_sweep_ends_with_report_recommendation_and_runs(make, tmp_path, capsys
     lines = read_runs(tmp_path / "runs.jsonl")
     assert {line.id: line.loss for line in lines} == {t.id: t.loss for t in trials}
     assert {line.tokens for line in lines} == {STEPS * ROWS * SEQ_LEN}
+    assert {line.config["decay_share"] for line in lines} == {10 / STEPS}
     assert {line.flops for line in lines} == {t.flops for t in trials} == {t.planned_flops for t in trials}
     for title in ("Recommendation", "Curves", "Parallel coordinates", "Importance", "Trials"):
         assert f"<h2>{title}</h2>" in page
@@ -152,9 +112,9 @@ def test_a_sweep_ends_with_report_recommendation_and_runs(make, tmp_path, capsys
 
 
 @pytest.mark.slow
-def test_a_trial_goes_on_once_after_a_stop_and_a_kill_and_ends_as_if_there_had_been_none(make, tmp_path):
+def test_a_trial_goes_on_once_after_a_stop_and_a_kill_and_ends_as_if_there_had_been_none(make_sweep, tmp_path):
     slow = {"TRAIN_STEPS": 1200, "DECAY_STEPS": 100, "EVAL_EVERY": 200, "CHECKPOINT_EVERY": 50, "LOG_EVERY": 5}
-    config = make("values('PEAK_LR', 0.01)", slow)
+    config = make_sweep("values('PEAK_LR', 0.01)", slow)
     study = set_up(config, tmp_path)
     first = start_worker(tmp_path)
     wait_for(lambda: any(p.stat().st_size for p in tmp_path.glob("trials/*/metrics.jsonl")))
@@ -196,8 +156,8 @@ def test_a_trial_goes_on_once_after_a_stop_and_a_kill_and_ends_as_if_there_had_b
 
 
 @pytest.mark.slow
-def test_what_diverges_fails_or_is_pruned_is_marked(make, tmp_path):
-    config = make(
+def test_what_diverges_fails_or_is_pruned_is_marked(make_sweep, tmp_path):
+    config = make_sweep(
         "values('PEAK_LR', 0.03, 1e-6, 1e30)",
         {"EVAL_EVERY": 100, "TRAIN_STEPS": 2000, "DECAY_STEPS": 20, "CHECKPOINT_EVERY": 100, "LOG_EVERY": 20},
         study=StudyConfig(pruner="asha", min_share=0.05, reduction_factor=2),
@@ -215,15 +175,15 @@ def test_what_diverges_fails_or_is_pruned_is_marked(make, tmp_path):
 
 
 @pytest.mark.slow
-def test_trials_of_one_program_are_those_that_are_trained_alone(make, tmp_path):
+def test_trials_of_one_program_are_those_that_are_trained_alone(make_sweep, tmp_path):
     together, alone = tmp_path / "together", tmp_path / "alone"
     space = "product(table([{'D_FF': 64}, {'D_FF': 96}]), values('PEAK_LR', 0.001, 0.002, 1e15))"
-    sweep.run(make(space, trials_per_program=4), together)
+    sweep.run(make_sweep(space, trials_per_program=4), together)
     _, trials, _ = read(together)
     assert [t.status for t in trials] == ["done", "done", "diverged"] * 2
     logs = [(sweep_trials.trial_folder(together, t.id) / "log.txt").read_text() for t in trials]
     assert all("3 trials in one program" in log for log in logs)  # the fourth has other sizes
-    sweep.run(make("values('PEAK_LR', 0.001, 0.002)"), alone)
+    sweep.run(make_sweep("values('PEAK_LR', 0.001, 0.002)"), alone)
     _, same, _ = read(alone)
     assert [t.id for t in same] == [t.id for t in trials[:2]]
     for ours, theirs in zip(trials[:2], same, strict=True):
@@ -244,8 +204,8 @@ sweep.run(sweep.read_settings(Path({0!r}, sweep.SETTINGS_FILE).read_text()), Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ended", ["worker, SIGTERM", "worker, SIGKILL", "sweep, SIGKILL"])
-def test_a_program_that_is_stopped_or_killed_is_ended_by_trials_alone(make, tmp_path, ended):
-    config = make("values('SEED', 0, 1)", bindings={"TRAIN_STEPS": 100}, trials_per_program=2, grace_seconds=3)
+def test_a_program_that_is_stopped_or_killed_is_ended_by_trials_alone(make_sweep, tmp_path, ended):
+    config = make_sweep("values('SEED', 0, 1)", bindings={"TRAIN_STEPS": 100}, trials_per_program=2, grace_seconds=3)
     study = set_up(config, tmp_path)
     if ended.startswith("sweep"):
         process = subprocess.Popen([sys.executable, "-c", SWEEP.format(str(tmp_path))])
@@ -270,63 +230,22 @@ def test_a_program_that_is_stopped_or_killed_is_ended_by_trials_alone(make, tmp_
 
 
 @pytest.mark.slow
-def test_submitit_starts_workers(make, tmp_path):
-    sweep.run(make("values('PEAK_LR', 0.01)", launcher="local"), tmp_path / "local")
+def test_submitit_starts_workers(make_sweep, tmp_path):
+    sweep.run(make_sweep("values('PEAK_LR', 0.01)", launcher="local"), tmp_path / "local")
     reuse = (str(tmp_path / "local"),)
-    sweep.run(make("values('PEAK_LR', 0.01)", launcher="debug", reuse=reuse), tmp_path / "debug")
+    sweep.run(make_sweep("values('PEAK_LR', 0.01)", launcher="debug", reuse=reuse), tmp_path / "debug")
     assert [t.status for name in ("local", "debug") for t in read(tmp_path / name)[1]] == ["done", "done"]
     assert list((tmp_path / "local" / "workers").glob("*_log.out"))
 
 
 @pytest.mark.slow
-def test_slurm_starts_workers(make, tmp_path, monkeypatch):
+def test_slurm_starts_workers(make_sweep, tmp_path, monkeypatch):
     with slurm_cluster.cluster(tmp_path / "slurm") as environment:
         for name in ("SLURM_CONF", "PATH"):
             monkeypatch.setenv(name, environment[name])
         parameters = {"timeout_min": 10, "slurm_partition": "all"}
-        sweep.run(make(launcher="slurm", workers=2, slurm=parameters), tmp_path / "sweep")
+        sweep.run(make_sweep(launcher="slurm", workers=2, slurm=parameters), tmp_path / "sweep")
     assert [t.status for t in read(tmp_path / "sweep")[1]] == ["done", "done"]
-
-
-def test_two_spellings_of_a_trial_share_an_id(make, data, tmp_path):
-    base = make().base()
-    plain = sweep_trials.resolve(base, {"PEAK_LR": 0.01})
-    spelled = sweep_trials.resolve(base, {"wsd.peak_lr": 0.01, "INIT": "params"})
-    assert plain.id == spelled.id
-    moved = tmp_path / "set"
-    moved.symlink_to(data)
-    assert sweep_trials.resolve(base, {"PEAK_LR": 0.01, "DATA": str(moved)}).id == plain.id
-    assert sweep_trials.resolve(base, {"PEAK_LR": 0.01, "LOG_EVERY": 7, "REMAT": "full"}).id == plain.id
-    others = [{"PEAK_LR": 0.02}, {"PEAK_LR": 0.01, "SEED": 1}, {"PEAK_LR": 0.01, "D_FF": 96}]
-    ids = {sweep_trials.resolve(base, bindings).id for bindings in others}
-    assert len(ids | {plain.id}) == 4
-
-
-def test_which_trials_share_a_program(make):
-    base = make().base()
-
-    def key(**bindings):
-        return sweep_trials.program_key(sweep_trials.resolve(base, {"PEAK_LR": 0.01} | bindings))
-
-    decay = {"OptimizerConfig.weight_decay": 0.0}
-
-    assert key() == key(PEAK_LR=0.02, SEED=3, DIM_MODEL_BASE=16, WARMUP_STEPS=7, **decay)
-    assert len({key(), key(D_FF=96), key(BATCH_SIZE=2), key(CHECKPOINT_EVERY=5), key(EVAL_EVERY=5)}) == 5
-    assert key(**{"TrainConfig.average_last": 2}) is None
-
-
-def test_python_files_name_space_and_base(make, tmp_path):
-    file = tmp_path / "mine.py"
-    file.write_text(
-        "from cpm_jax.scaling import space as s\nBINDINGS = {'D_FF': 96}\nSPACE = s.values('PEAK_LR', 0.01, 0.02)\n"
-    )
-    base = make(str(file)).base()
-    assert sweep_trials.resolve(base, {"PEAK_LR": 0.01}).config.model.d_ff == 96
-    file.write_text("SPACE = 3\n")
-    with pytest.raises(ConfigError, match="SPACE = 3: accepted is a space"):
-        make(str(file)).base()
-    with pytest.raises(ConfigError, match="No such file"):
-        make(str(tmp_path / "none.py")).base()
 
 
 @pytest.mark.parametrize(
@@ -338,6 +257,7 @@ def test_python_files_name_space_and_base(make, tmp_path):
         ({"space": "values('PEAK_LR')"}, "has no values"),
         ({"space": "values('EVAL_EVERY', 0)"}, "eval_every = 0: trials are compared by their held-out loss"),
         ({"space": "log_uniform('PEAK_LR', 0.1, 1)"}, "PEAK_LR is a range"),
+        ({"group_by": "D_MODLE"}, "group_by = 'D_MODLE': accepted is '' or what the space binds: PEAK_LR"),
         ({"grace_seconds": 1}, "grace_seconds = 1: must be at least twice"),
         (
             {"trials_per_program": 2, "study": StudyConfig(pruner="asha")},
@@ -360,15 +280,15 @@ def test_python_files_name_space_and_base(make, tmp_path):
         ),
     ],
 )
-def test_what_cannot_work_is_named_before_anything_is_trained(make, tmp_path, settings, message):
+def test_what_cannot_work_is_named_before_anything_is_trained(make_sweep, tmp_path, settings, message):
     with pytest.raises(ConfigError, match=message):
-        sweep.run(make(**settings), tmp_path)
+        sweep.run(make_sweep(**settings), tmp_path)
     assert not (tmp_path / "trials").exists()
 
 
-def test_a_database_that_is_locked_or_dead_or_none_is_named(make, tmp_path):
-    set_up(make(), tmp_path)
-    config = make(patience_seconds=0.2)
+def test_a_database_that_is_locked_or_dead_or_none_is_named(make_sweep, tmp_path):
+    set_up(make_sweep(), tmp_path)
+    config = make_sweep(patience_seconds=0.2)
     with contextlib.closing(sqlite3.connect(tmp_path / "study.db", isolation_level=None)) as other:
         other.execute("BEGIN EXCLUSIVE")
         with pytest.raises(StorageError, match=r"study\.db: locked: another process"):
@@ -382,14 +302,14 @@ def test_a_database_that_is_locked_or_dead_or_none_is_named(make, tmp_path):
         sweep.run(dataclasses.replace(config, storage="somewhere"), tmp_path)
 
 
-def test_a_study_of_another_space_or_base_is_refused(make, tmp_path):
-    set_up(make(), tmp_path)
+def test_a_study_of_another_space_or_base_is_refused(make_sweep, tmp_path):
+    set_up(make_sweep(), tmp_path)
     with pytest.raises(
         ConfigError, match=r"another space: PEAK_LR: \[0.01, 0.03\] then, \[0.5\] now.*--workdir or NAME"
     ):
-        sweep.run(make("values('PEAK_LR', 0.5)"), tmp_path)
+        sweep.run(make_sweep("values('PEAK_LR', 0.5)"), tmp_path)
     with pytest.raises(ConfigError, match="another space: base TRAIN_STEPS: '30' then, '60' now"):
-        sweep.run(make(bindings={"TRAIN_STEPS": 60}), tmp_path)
+        sweep.run(make_sweep(bindings={"TRAIN_STEPS": 60}), tmp_path)
 
 
 @pytest.fixture
@@ -411,24 +331,57 @@ def train_at_once(monkeypatch):
     return train_at_once
 
 
-def test_trials_of_unequal_tokens_are_marked_and_not_compared(make, tmp_path, train_at_once, capsys):
-    train_at_once(lambda bindings: 3.0 - 0.1 * bindings["BATCH_SIZE"])
-    space = "chain(product(pin('BATCH_SIZE', 2), values('SEED', 0, 1)), pin('BATCH_SIZE', 4))"
-    config = make(space, workers=0)
+def test_trials_of_unequal_tokens_are_marked_and_not_compared(make_sweep, tmp_path, train_at_once, capsys):
+    train_at_once(lambda bindings: 3.0 - 0.001 * bindings["TRAIN_STEPS"])
+    space = "chain(product(pin('TRAIN_STEPS', 30), values('SEED', 0, 1)), pin('TRAIN_STEPS', 300))"
+    config = make_sweep(space, workers=0)
+    other = Run("other", 1, 0, 1, 1, 1, 1.0, 1, 0.1, 0, 3.0)  # of another study in this folder
+    write_runs(tmp_path / "runs.jsonl", [other])
     set_up(config, tmp_path)
     worker.run(worker.WorkerConfig(), tmp_path)
     sweep.run(config, tmp_path)
     said = capsys.readouterr().out
-    assert "trials of unequal tokens (3,840, 7,680): only the most common is compared" in said
-    assert "held-out loss 2.8000 ± 0.0000 over 2 seeds at 3,840 tokens" in said
+    assert "trials of unequal tokens (7,680, 76,800): only the most common is compared" in said
+    assert "held-out loss 2.9700 ± 0.0000 over 2 seeds at 7,680 tokens" in said
     _, _, page = read(tmp_path)
-    assert "Trials of another number of tokens, not compared: 2 (7,680)." in page
+    assert "Trials of another number of tokens, not compared: 2 (76,800)." in page
     assert page.count("done (other tokens: not compared)") == 1
+    assert other in read_runs(tmp_path / "runs.jsonl")
 
 
-def test_a_worker_that_was_silent_for_too_long_leaves_its_trial_to_the_next(make, tmp_path, train_at_once, capsys):
+def test_the_parts_of_a_chain_share_their_axes_and_bad_values_are_failures(
+    make_sweep, tmp_path, train_at_once, monkeypatch
+):
+    train_at_once(lambda bindings: 3.0 + bindings["PEAK_LR"])
+    drawn, draw = [], sweep_report.parallel_figure
+    monkeypatch.setattr(
+        sweep_report,
+        "parallel_figure",
+        lambda columns, *rest, **more: drawn.append(columns) or draw(columns, *rest, **more),
+    )
+    space = (
+        "chain(product(pin('SEED', 0), values('PEAK_LR', 0.01, 0.02)),"
+        " product(pin('SEED', 1), values('PEAK_LR', 0.03, 0.04)), product(pin('NUM_HEADS', 3), pin('PEAK_LR', 0.01)))"
+    )
+    config = make_sweep(space, workers=0)
+    set_up(config, tmp_path)
+    worker.run(worker.WorkerConfig(), tmp_path)
+    _, trials, _ = read(tmp_path)
+    assert [t.status for t in trials] == ["done"] * 4 + ["failed"]
+    assert "num_heads" in trials[-1].error
+    base = config.base()
+    view = sweep_report.View(config, base, sweep.open_sweep(config, base, tmp_path)[0], 0.0)
+    assert view.refresh()
+    page = view.write(tmp_path, finished=True).read_text()
+    assert drawn[0]["PEAK_LR"] == [0.01, 0.02, 0.03, 0.04]
+    assert "trial 4 failed" in page
+
+
+def test_a_worker_that_was_silent_for_too_long_leaves_its_trial_to_the_next(
+    make_sweep, tmp_path, train_at_once, capsys
+):
     train_at_once(lambda bindings: 3.0)
-    config = make("values('PEAK_LR', 0.01)")
+    config = make_sweep("values('PEAK_LR', 0.01)")
     study = set_up(config, tmp_path)
     first, second = (worker.Worker(config, tmp_path, lambda: False) for _ in range(2))
     (claim,) = first.claim()
@@ -442,11 +395,11 @@ def test_a_worker_that_was_silent_for_too_long_leaves_its_trial_to_the_next(make
 
 
 @pytest.mark.slow
-def test_a_worker_that_does_not_see_the_sweeps_folder_needs_its_database_alone(make, tmp_path):
+def test_a_worker_that_does_not_see_the_sweeps_folder_needs_its_database_alone(make_sweep, tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
     with postgresql_server.server() as (url, _):
-        config = make("values('PEAK_LR', 0.01)", storage=url, workers=0)
+        config = make_sweep("values('PEAK_LR', 0.01)", storage=url, workers=0)
         set_up(config, here)
         worker.run(worker.WorkerConfig(storage=url), there)
         sweep.run(config, here)
@@ -460,19 +413,28 @@ def test_a_worker_that_does_not_see_the_sweeps_folder_needs_its_database_alone(m
     assert "<h2>Curves</h2>" in page
 
 
+def test_a_worker_goes_by_the_address_that_it_was_given(make_sweep, tmp_path, train_at_once):
+    train_at_once(lambda bindings: 3.0)
+    here, there = tmp_path / "here", tmp_path / "there"
+    study = set_up(make_sweep(), here)  # whose own address of the database, "", means another one elsewhere
+    worker.run(worker.WorkerConfig(storage=f"sqlite:///{here / 'study.db'}"), there)
+    assert [t.state.name for t in study.get_trials()] == ["COMPLETE"] * 2
+    assert not (there / "study.db").exists()
+
+
 def test_a_worker_needs_a_sweep(tmp_path):
     with pytest.raises(InputError, match=r"no sweep there; start it first"):
         worker.run(worker.WorkerConfig(), tmp_path)
 
 
-def test_settings_survive_their_file(make):
-    config = make(bindings={"DATA": ("a", "b"), "SPARSE_CONFIG": None}, slurm={"timeout_min": 5}, reuse=("x",))
+def test_settings_survive_their_file(make_sweep):
+    config = make_sweep(bindings={"DATA": ("a", "b"), "SPARSE_CONFIG": None}, slurm={"timeout_min": 5}, reuse=("x",))
     assert sweep.read_settings(sweep._settings_text(config)) == config
     assert ast.literal_eval(sweep._settings_text(config))["bindings"]["DATA"] == ("a", "b")
 
 
-def test_the_terminals_line_and_the_page_before_a_trial_has_ended(make, tmp_path):
-    config = make()
+def test_the_terminals_line_and_the_page_before_a_trial_has_ended(make_sweep, tmp_path):
+    config = make_sweep()
     study = set_up(config, tmp_path)
     view = sweep_report.View(config, config.base(), study, 0.0)
     assert not view.refresh()
@@ -482,8 +444,8 @@ def test_the_terminals_line_and_the_page_before_a_trial_has_ended(make, tmp_path
     assert "nothing to recommend" in page
 
 
-def test_a_folder_that_another_process_trains_in_is_waited_for(make, tmp_path):
-    base = make().base()
+def test_a_folder_that_another_process_trains_in_is_waited_for(make_sweep, tmp_path):
+    base = make_sweep().base()
     job = sweep_trials.resolve(base, {"PEAK_LR": 0.01})
     folder = sweep_trials.trial_folder(tmp_path, job.id)
     beats = []

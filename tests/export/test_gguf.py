@@ -153,6 +153,9 @@ def test_what_llama_cpp_has_no_place_for(plain, tokenizer, tmp_path):
     refused("RopeConfig.truncate = False: llama.cpp's YaRN rounds", rope=dataclasses.replace(YARN, truncate=False))
     refused("ModelConfig.attention_bias = True: with multipliers", attention_bias=True, **MUP)
     refused("ModelConfig.head_dim = 32: llama.cpp's minicpm takes", head_dim=32, **MUP)
+    refused(
+        "head_dim = 32: with biases of q, k and v llama.cpp takes d_model / num_heads", head_dim=32, attention_bias=True
+    )
     refused("ModelConfig.vocab_size = 200: the tokenizer has 300 tokens", vocab_size=200)
     assert not any(tmp_path.iterdir())
 

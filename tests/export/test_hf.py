@@ -7,16 +7,20 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 
 from cpm_jax.checkpoints.hf_layouts import LLAMA, tensors
 from cpm_jax.common.config import ConfigError
+from cpm_jax.data.tokenizer import Tokenizer
 from cpm_jax.modeling.config import ModelConfig
 from export.folders import ExportError
 from export.hf import export_hf, hf_config
 from export.hf_check import check_hf
+from export.manifest import write_manifest
 from tests.export.small_models import LONGROPE, MUP, PLAIN, TEXTS, random_params, small_tokenizer
+from tests.export.test_manifest import FIELDS as MANIFEST
 
 
 @pytest.fixture(scope="module")
@@ -160,6 +164,34 @@ def test_tokenizer_gives_the_same_ids(plain, tokenizer, tmp_path):
     assert theirs.model_max_length == plain.max_position_embeddings
 
 
+def test_a_tokenizer_with_code_of_its_own(plain, tokenizer, tmp_path):
+    """InternLM2's tokenizer_config.json names a class in a file that does not lie in the folder."""
+    settings = {"tokenizer_class": "InternLM2Tokenizer", "eos_token": "</s>"}
+    settings["auto_map"] = {"AutoTokenizer": ["tokenization_internlm2.InternLM2Tokenizer", None]}
+    published = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(tokenizer.to_json())), settings)
+    export_hf(random_params(plain), plain, published, tmp_path / "hf", layout="internlm2")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf", trust_remote_code=True)
+    assert theirs(TEXTS[1], add_special_tokens=False)["input_ids"] == tokenizer.encode(TEXTS[1])
+
+
+def test_penalties_of_a_published_model_do_not_count(plain, tokenizer, tmp_path):
+    """Its generation_config.json comes along; greedy text is compared as the most probable tokens all the same."""
+    params = random_params(plain)
+    published = {"repetition_penalty": 5.0, "do_sample": True, "temperature": 0.7}
+    export_hf(params, plain, tokenizer, tmp_path / "hf", imported_generation_config=published)
+    assert json.loads((tmp_path / "hf/generation_config.json").read_text()).items() >= published.items()
+    check = check_hf(tmp_path / "hf", params, plain, tokenizer, TEXTS, greedy_tokens=12, max_tokens=24)
+    assert check.greedy_tokens == 24
+
+
+def test_what_is_no_number_is_no_small_difference(plain, tokenizer, tmp_path):
+    params = random_params(plain)
+    params["norm"]["scale"][3] = np.nan
+    export_hf(params, plain, tokenizer, tmp_path / "hf")
+    with pytest.raises(ExportError, match="differ from ours by nan"):
+        check_hf(tmp_path / "hf", params, plain, tokenizer, TEXTS[:1], greedy_tokens=0)
+
+
 def test_check_finds_a_wrong_weight_and_a_missing_one(plain, tokenizer, tmp_path):
     params = random_params(plain)
     export_hf(params, plain, tokenizer, tmp_path / "hf")
@@ -182,10 +214,18 @@ def test_an_earlier_export_is_replaced_and_other_folders_are_not(plain, tokenize
     assert names == expected | {"tokenizer.json", "tokenizer_config.json"}
     assert result.files == ("model.safetensors",)
     assert "| Steps | 10 \\| 20 |" in (tmp_path / "hf/README.md").read_text()
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine/thesis.tex").write_text("x")
-    with pytest.raises(ConfigError, match="no export"):
-        export_hf(params, plain, tokenizer, tmp_path / "mine")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "config.json").write_text("{}")  # somebody else's model
+    with pytest.raises(ConfigError, match=r"no export of ours \(config.json\); give an empty or a new folder"):
+        export_hf(params, plain, tokenizer, mine)
+    write_manifest(mine, **MANIFEST)
+    (mine / "thesis.tex").write_text("x")
+    with pytest.raises(ConfigError, match=r"no export of ours \(thesis.tex\)"):
+        export_hf(params, plain, tokenizer, mine)
+    assert {path.name for path in mine.iterdir()} == {"config.json", "manifest.json", "thesis.tex"}
+    (mine / "thesis.tex").unlink()
+    export_hf(params, plain, tokenizer, mine)
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 

@@ -93,6 +93,23 @@ def test_damaged_manifests(text: str, words: str, folder: Path) -> None:
         read_manifest(folder)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"token_ids": []}, "the text 'code' has 0 tokens, 2 after it and 2 logits"),
+        ({"top_logits": [1.5]}, "the text 'code' has 2 tokens, 2 after it and 1 logits"),
+        ({"top_tokens": [], "top_logits": []}, "the text 'code' has 2 tokens, 0 after it and 0 logits"),
+        ({"greedy": [-7]}, "the text 'code' has tokens below 0"),
+    ],
+)
+def test_recorded_texts_that_say_nothing(changes, words: str, folder: Path) -> None:
+    content = json.loads((folder / "manifest.json").read_text())
+    content["texts"][0] |= changes
+    (folder / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(ExportError, match=f"is damaged: RecordedText.*{words}"):
+        read_manifest(folder)
+
+
 def test_fields_of_another_type(folder: Path) -> None:
     content = json.loads((folder / "manifest.json").read_text())
     content["files"]["config.json"]["bytes"] = "many"

@@ -37,13 +37,15 @@ def unpack_codes(words):
 
 
 def unpack_scales(scales):
-    """Scales [G, N] by the permutation of 64: place 8·i + j holds that of output i + 8·j."""
+    """Scales [G, N] by the permutation of 64, or of 32 where there is one group, as CPM.cu's converter has them."""
+    order = [i + 8 * j for i in range(8) for j in range(8)]
+    if len(scales) == 1:
+        order = [2 * i + j for i in range(4) for j in (0, 1, 8, 9, 16, 17, 24, 25)]
     unpacked = np.zeros_like(scales)
     for group in range(len(scales)):
-        for start in range(0, scales.shape[1], 64):
-            for i in range(8):
-                for j in range(8):
-                    unpacked[group, start + i + 8 * j] = scales[group, start + 8 * i + j]
+        for start in range(0, scales.shape[1], len(order)):
+            for place, output in enumerate(order):
+                unpacked[group, start + output] = scales[group, start + place]
     return unpacked
 
 
@@ -62,6 +64,9 @@ def test_scales_are_undone():
     assert packed.dtype == np.float16
     assert packed[0, :3].tolist() == [0, 8, 16]
     np.testing.assert_array_equal(unpack_scales(packed), scales)
+    single = pack_scales(scales[:1])
+    assert single[0, :5].tolist() == [0, 1, 8, 9, 16]
+    np.testing.assert_array_equal(unpack_scales(single), scales[:1])
 
 
 @pytest.mark.parametrize("mup", [False, True])

@@ -1,6 +1,7 @@
 """Packed folders read as the model that they stand for; the unpackers' judges are in the tests of both formats."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -55,3 +56,19 @@ def test_one_changed_code_is_found(write, tmp_path):
     with pytest.raises(SourceError, match="cannot be read as quantised weights"):
         PackedSource(tmp_path / "packed")
     assert not is_packed(tmp_path)
+
+
+def test_files_that_do_not_fit_together(tmp_path):
+    (file,) = export_gptq(rounded_model(), small_tokenizer(), tmp_path / "packed").files
+    path, config = tmp_path / "packed" / file, tmp_path / "packed/config.json"
+    tensors, content = safetensors.numpy.load_file(path), json.loads(config.read_text())
+    name = "model.layers.1.mlp.down_proj"
+    for part, values in (("g_idx", tensors[f"{name}.g_idx"] + 7), ("scales", tensors[f"{name}.scales"][:, :5])):
+        safetensors.numpy.save_file(tensors | {f"{name}.{part}": np.ascontiguousarray(values)}, path)
+        with pytest.raises(SourceError, match=f"the tensors of {name} do not fit together"):
+            PackedSource(tmp_path / "packed").read(f"{name}.weight")
+    for bits in (0, "4", None):
+        changed = content["quantization_config"] | {"bits": bits}
+        config.write_text(json.dumps(content | {"quantization_config": changed}))
+        with pytest.raises(SourceError, match=r"bits = .*: accepted are \(2, 4, 8\)"):
+            PackedSource(tmp_path / "packed")

@@ -164,3 +164,5 @@ def test_calibration_sequences_are_drawn_from_all_texts():
     assert (drawn != calibration_sequences(texts, tokenizer, 12, 16, seed=2)).any()
     with pytest.raises(QuantizationError, match=r"have \d+ sequences of 16 tokens, and 100000 are wanted"):
         calibration_sequences(texts, tokenizer, 100_000, 16)
+    with pytest.raises(QuantizationError, match="sequences of 1 tokens are BOS and nothing else"):
+        calibration_sequences(texts, tokenizer, 12, 1)

@@ -71,6 +71,20 @@ def test_the_optimum_of_a_surface_is_found_between_its_points():
         optimum_on_surface(rates, batches, 2.5 + 0.001 * (x + y))
 
 
+def test_each_value_counts_with_the_best_of_the_other_settings():
+    small = sweep(1000, 100_000, 0.004)
+    # The larger batch does worse, most of all at the rates that are best for the smaller one.
+    large = [
+        dataclasses.replace(
+            run, id=f"{run.id}-large", batch_tokens=200, loss=3.5 + 0.1 * abs(np.log(run.learning_rate))
+        )
+        for run in small
+    ]
+    assert find_optima(small + large) == find_optima(small)
+    named = [dataclasses.replace(run, config={"SEED": run.seed, "PEAK_LR": run.learning_rate}) for run in small]
+    assert find_optima(named) == find_optima(small)  # seeds are no setting
+
+
 def test_unequal_tokens_and_small_grids_are_named():
     with pytest.raises(FitError, match="no size has runs at three values"):
         find_optima(sweep(1000, 100_000, 0.004, grid=(0.001, 0.002)))

@@ -212,6 +212,25 @@ def test_bad_points_are_named():
         fit_loss(make_points(N, D, TRUE["tied"][1]), "tied", samples=0).interval(1e9, 1e9)
 
 
+def test_points_that_leave_coefficients_open_are_refused():
+    def points(*pairs):
+        n, d = np.array(pairs, float).T
+        return make_points(n, d, 1.7 + 150 / n**0.26 + 300 / d**0.26)
+
+    sizes, lengths = (1e6, 1e7), (1e8, 1e9, 1e10)
+    grid = points(*((n, d) for n in sizes for d in lengths))
+    with pytest.raises(FitError, match="2 different values of N: the form chinchilla needs at least 3"):
+        fit_loss(grid, samples=0)
+    assert fit_loss(grid, "tied", samples=0).predict(1e7, 1e9) == pytest.approx(grid.loss[4], rel=1e-3)
+    seeds = points(*[(1e6, 1e8)] * 3, *[(1e6, 1e9)] * 3, *[(1e7, 1e9)] * 3)
+    with pytest.raises(FitError, match="3 different pairs of N and D: the form tied has 4 coefficients"):
+        fit_loss(seeds, "tied", samples=0)
+    with pytest.raises(FitError, match="N and D vary together"):
+        fit_loss(points(*((n, 20 * n) for n in np.geomspace(1e6, 1e9, 7))), samples=0)
+    with pytest.raises(FitError, match="2 different values of compute"):
+        fit_loss(seeds.take(np.array([0, 1, 2, 3, 4])), "compute", samples=0)
+
+
 def test_a_simulated_point_lies_on_the_law():
     law = fit_loss(make_points(N, D, noisy(TRUE["tied"][1])), "tied", samples=0)
     more = with_point(law, 3e9, 1e12)

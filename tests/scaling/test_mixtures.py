@@ -57,6 +57,10 @@ def test_bounds_and_weights_are_kept():
     assert only.shares["code"].value > 0.95  # one set alone is best served by one domain
     with pytest.raises(FitError, match="leave no shares"):
         suggest_mixture(laws, bounds={"web": (0.0, 0.2), "code": (0.0, 0.2), "books": (0.0, 0.2)})
+    with pytest.raises(FitError, match="leave no shares"):
+        suggest_mixture(laws, bounds={"web": (0.8, 0.2)})
+    with pytest.raises(FitError, match=r"weights = \[0, 0\]: give one"):
+        suggest_mixture(laws, weights=[0, 0])
     with pytest.raises(FitError, match="names \\['poems'\\]"):
         suggest_mixture(laws, bounds={"poems": (0.0, 0.2)})
 
@@ -90,3 +94,5 @@ def test_bad_mixtures_are_named():
         fit_mixture(DOMAINS, MIXTURES, [np.nan, *loss("prose", MIXTURES)[1:]])
     with pytest.raises(FitError, match="the shares are of"):
         as_shares(DOMAINS, {"web": 1.0})
+    with pytest.raises(FitError, match="no bootstrap"):
+        law("prose", samples=0).interval((0.2, 0.5, 0.3))

@@ -32,6 +32,19 @@ def test_machines_without_a_common_folder_take_each_trial_once(server, tmp_path)
     assert len(everything) == len({test_study.identify(b) for b in everything}) == 15
 
 
+def test_machines_without_a_common_folder_propose_different_trials(server, tmp_path):
+    import psycopg
+
+    with psycopg.connect(server[0], autocommit=True) as connection:
+        connection.execute("CREATE DATABASE proposals")
+    url = server[0].replace("/postgres", "/proposals")
+    config = {"sampler": "random", "num_trials": 8}
+    test_study.make(tmp_path, StudyConfig(**config), test_study.GRID, url=url)
+    got = test_study.race([tmp_path / str(n) for n in range(3)], 3, url, config=config)
+    everything = [test_study.identify(bindings) for part in got for _, bindings in part]
+    assert len(everything) == len(set(everything)) == 8
+
+
 def test_a_server_that_dies_is_named(server, tmp_path):
     url, stop = server
     study = test_study.make(tmp_path, StudyConfig(), values("A", 1), url=url.replace("/postgres", "/template1"))

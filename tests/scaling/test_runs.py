@@ -70,6 +70,16 @@ def test_a_line_cut_short_is_left_out_and_repaired(tmp_path):
     assert read_runs(path) == [RUN, with_id(2)]
 
 
+def test_lines_without_their_end_and_blank_ones_lose_no_run(tmp_path):
+    path = tmp_path / "runs.jsonl"
+    path.write_text("\n".join(json.dumps(dataclasses.asdict(run)) for run in (RUN, with_id(1))) + "\n\n")
+    assert read_runs(path) == [RUN, with_id(1)]
+    path.write_text(path.read_text().rstrip("\n"))
+    assert read_runs(path) == [RUN, with_id(1)]
+    append_run(path, with_id(2))
+    assert read_runs(path) == [RUN, with_id(1), with_id(2)]
+
+
 def test_processes_append_at_once(tmp_path):
     context = multiprocessing.get_context("fork")
     workers = [context.Process(target=append_some, args=(tmp_path / "runs.jsonl", 20 * n)) for n in range(3)]
@@ -83,6 +93,11 @@ def test_processes_append_at_once(tmp_path):
 def test_bad_lines_and_files_are_named(tmp_path):
     path = tmp_path / "runs.jsonl"
     with pytest.raises(InputError, match="no such file"):
+        read_runs(path)
+    with pytest.raises(InputError, match=r"not a runs\.jsonl: .*Is a directory"):
+        read_runs(tmp_path)
+    path.write_bytes(b"\xff\xfe{}\n")
+    with pytest.raises(InputError, match=r"not a runs\.jsonl: 'utf-8' codec"):
         read_runs(path)
     good = json.dumps(dataclasses.asdict(RUN))
     for bad, message in [

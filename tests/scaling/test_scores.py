@@ -107,5 +107,7 @@ def test_bad_scores_are_named():
         fit_scores([1, 2, 3, 4, 5], [0.1, 0.2, 0.3, 0.4, 50])
     with pytest.raises(FitError, match=r"all losses are 1\.0000"):
         fit_scores([1] * 5, [0.1] * 5)
+    with pytest.raises(FitError, match=r"all scores are 0\.2500"):
+        fit_scores([1, 2, 3, 4, 5], [0.25] * 5)
     with pytest.raises(FitError, match="the same two or more"):
         paired_difference([1], [2])

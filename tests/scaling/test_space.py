@@ -152,6 +152,10 @@ def test_a_draw_of_a_mixed_space():
         (lambda: uniform("LR", 2, 1), "accepted is low < high"),
         (lambda: points(product(log_uniform("LR", 1, 2), pin("A", 1))), "LR is a range, whose points cannot be listed"),
         (lambda: sample(values("A", 1, 2), 3), "of a space of 2 points"),
+        (
+            lambda: sample(product(*(values(name, *range(400)) for name in "AB")), 160_001),
+            "of a space of 160000 points",
+        ),
         (lambda: sample(values("A", 1, 2), 0), "accepted are 1 and more"),
         (lambda: product(3), "product of 3, which is no space"),
         (lambda: values("", 1), "is no name"),

@@ -65,11 +65,12 @@ import sys, json, time
 from pathlib import Path
 from tests.scaling import test_study as t
 folder, grace, url, seconds = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3], float(sys.argv[4])
-study = t.make(folder, t.StudyConfig(), t.GRID, url=url, grace=grace)
+config = t.StudyConfig(**json.loads(sys.argv[5]))
+study = t.make(folder, config, t.GRID, url=url, grace=grace)
 print("ready", flush=True)
 sys.stdin.readline()
 while True:
-    claim = t.next_trial(study, t.StudyConfig(), t.GRID, folder, t.identify)
+    claim = t.next_trial(study, config, t.GRID, folder, t.identify)
     if claim == "done":
         break
     if claim == "wait":
@@ -81,10 +82,10 @@ while True:
 """
 
 
-def start_racer(folder, grace, url="", seconds=0.0):
+def start_racer(folder, grace, url="", seconds=0.0, config=None):
     """A process that is ready to take trials, each of which it holds for some seconds."""
     racer = subprocess.Popen(
-        [sys.executable, "-c", _RACER, str(folder), str(grace), url, str(seconds)],
+        [sys.executable, "-c", _RACER, str(folder), str(grace), url, str(seconds), json.dumps(config or {})],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -99,10 +100,10 @@ def go(racer):
     racer.stdin.flush()
 
 
-def race(folder, count, url="", grace=60, shared=None):
+def race(folder, count, url="", grace=60, config=None):
     """What each of several processes got, all started at the same moment; `folder` may be one for each."""
     folders = folder if isinstance(folder, list) else [folder] * count
-    racers = [start_racer(folders[index], grace, url) for index in range(count)]
+    racers = [start_racer(folders[index], grace, url, config=config) for index in range(count)]
     for racer in racers:
         go(racer)
     got = [[json.loads(line) for line in racer.communicate(timeout=120)[0].splitlines()] for racer in racers]
@@ -183,6 +184,29 @@ def test_workers_that_are_killed_at_any_moment_lose_no_trial_and_end_none_twice(
     retried = [number for t in study.get_trials() for number in t.system_attrs.get("retry_history", [])[-1:]]
     assert retried
     assert len(retried) == len(set(retried))  # each was put back once
+
+
+def test_values_that_do_not_go_together_fail_and_the_others_go_on(tmp_path):
+    config, space = StudyConfig(), values("A", 1, 2, 3)
+    study = make(tmp_path, config, space)
+
+    def refuse(bindings):
+        if bindings["A"] == 2:
+            raise ConfigError("Model.a = 2: must be odd", field="Model.a")
+        return identify(bindings)
+
+    found = []
+    while isinstance(claim := next_trial(study, config, space, tmp_path, refuse), Claim):
+        finish(study, claim)
+        found.append(claim.bindings["A"])
+    assert found == [1, 3]
+    assert claim == "done"
+    bad = study.get_trials()[1]
+    assert (bad.state.name, bad.user_attrs["status"], bad.user_attrs["error"]) == (
+        "FAIL",
+        "failed",
+        "Model.a = 2: must be odd",
+    )
 
 
 def test_a_trial_that_is_given_back_goes_on_with_its_history(tmp_path):
@@ -286,6 +310,12 @@ def test_a_study_of_another_space_is_refused_with_what_differs(tmp_path):
         make(tmp_path, StudyConfig(), values("A", 1, 2, 3))
     with pytest.raises(ConfigError, match="another space: base TRAIN_STEPS: None then, '30' now"):
         make(tmp_path, StudyConfig(), values("A", 1, 2), shared={"TRAIN_STEPS": "30"})
+    study = make(tmp_path, StudyConfig(), values("A", 1, 2))
+    with pytest.raises(ConfigError, match="another space"):
+        studies.open_study(
+            study._storage, "s", StudyConfig(), values("A", 3), min_tokens=1, max_tokens=9, shared={}, about="other"
+        )
+    assert study.user_attrs["about"] == ""  # workers of the first go by it
 
 
 def test_settings_that_cannot_work_are_named():

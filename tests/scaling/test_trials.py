@@ -62,6 +62,13 @@ def test_one_step_wrong_is_measured_at_the_neighbours_alone(grid):
     assert t.at_the_edge(narrow, DIMENSIONS, "D_MODEL") == []
 
 
+def test_a_step_between_numbers_is_the_next_in_size_however_they_are_listed(grid):
+    found = t.settings(grid, group_by="D_MODEL")
+    listed = DIMENSIONS | {"PEAK_LR": [0.02, 0.01, 0.04]}
+    steps = t.one_step_wrong(t.best_settings(found)[0], found, listed, "D_MODEL")
+    assert [step.other for step in steps] == [0.01, 0.04]
+
+
 def test_one_setting_for_all_groups_is_that_of_the_least_regret(grid):
     shared = t.shared_setting(t.settings(grid, group_by="D_MODEL"), "D_MODEL")
     assert shared.choices == {"PEAK_LR": 0.02}  # 0.04 is 0.1 worse when narrow, 0.02 only 0.05 when wide

@@ -32,6 +32,8 @@ def test_wsd_exponential_is_minicpms_formula():
     config = wsd(peak_lr=peak, train_steps=train, warmup_steps=warmup, decay_steps=decay, final_lr_ratio=ratio)
     np.testing.assert_allclose(values(config, list(steps)), [expected(s) for s in steps], rtol=1e-5, atol=1e-9)
     assert config.total_steps == train
+    assert config.decay_share == 0.2
+    assert wsd(peak, train, warmup, 0).decay_share == 0.0
 
 
 @pytest.mark.parametrize(

@@ -66,9 +66,11 @@ CPM_SHARED float marlin_weight(const Matrix& w, int32_t row, int32_t column) {
   const size_t word = static_cast<size_t>(4 * (4 * (output % 8) + pair) + tile);
   const size_t chunk = static_cast<size_t>(column / 16) * (w.stored_rows / 64) + output / 64;
   const uint32_t code = static_cast<const uint32_t*>(w.values)[128 * chunk + word] >> (4 * place) & 15;
-  // The scales of 64 outputs are transposed as an 8 x 8 matrix.
-  const size_t scale = static_cast<size_t>(column / w.group_size) * w.stored_rows + output / 64 * 64 +
-                       8 * (output % 8) + output % 64 / 8;
+  // The scales of 64 outputs are transposed as an 8 x 8 matrix; of a single group those of 32, as a 4 x 4 one of pairs.
+  const int32_t grouped = output / 64 * 64 + 8 * (output % 8) + output % 64 / 8;
+  const int32_t single = output / 32 * 32 + 8 * (output % 8 / 2) + 2 * (output % 32 / 8) + output % 2;
+  const size_t scale =
+      static_cast<size_t>(column / w.group_size) * w.stored_rows + (w.columns > w.group_size ? grouped : single);
   return static_cast<float>(static_cast<int32_t>(code) - 8) * half_to_float(w.scales[scale]);
 }
 

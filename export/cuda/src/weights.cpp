@@ -121,7 +121,7 @@ void Weights::gptq(const std::string& name, int32_t rows, int32_t columns, Matri
 void Weights::marlin(const std::string& name, const std::vector<int32_t>& rows, int32_t columns,
                      const std::vector<Matrix*>& matrices, MemoryPlan& plan) {
   const int32_t group = config_.quantization.group_size;
-  if (group != kMarlinGroup) {  // whose scales lie in this order; that of others is not the same
+  if (group != kMarlinGroup) {  // which CPM.cu loads and export writes
     fail("config.json: quantization_config: group_size = " + std::to_string(group) + ": accepted is " +
          std::to_string(kMarlinGroup) + " with Marlin weights, which " + name + " has");
   }
