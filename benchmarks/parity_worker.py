@@ -5,6 +5,7 @@ beginnings, how long loading took and how fast the tokens came, and which packag
 with the words in which the runtime refuses. Nothing of ours is imported here but what is measured.
 """
 
+import abc
 import importlib.metadata
 import importlib.util
 import itertools
@@ -64,16 +65,16 @@ class Model(Protocol):
         ...
 
 
-class Cached:
+class Cached(abc.ABC):
     """A runtime with a cache: one function that feeds tokens and gives their logits is all it needs."""
 
+    @abc.abstractmethod
     def begin(self) -> Any:
         """An empty cache."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def feed(self, cache: Any, ids: Sequence[int], first: int) -> tuple[Logits, Any]:
         """Logits after each of some tokens, of which the first has position `first`, and the cache with them."""
-        raise NotImplementedError
 
     def logits(self, ids: Sequence[int]) -> Logits:
         """As `Model.logits`."""

@@ -8,6 +8,8 @@ from tokenizers.decoders import DecodeStream
 
 from export.torch_runtime.config import FolderError, ModelConfig
 
+_BROKEN = "Invalid prefix"  # of the library's message where bytes that are no character change what was said before
+
 
 class Tokenizer:
     """The tokenizer.json of a folder."""
@@ -40,13 +42,16 @@ class Tokenizer:
     def stream(self, tokens: Iterable[int]) -> Iterator[str]:
         """The text of tokens piece by piece, without special tokens; a character comes when all its bytes are there.
 
-        Bytes that never become a character may be left out.
+        Bytes that never become one are U+FFFD; those at the end of the text are left out.
         """
         stream = DecodeStream(skip_special_tokens=True)
         for token in tokens:
             try:
                 piece = stream.step(self._backend, token)
-            except Exception:  # such bytes, where they change how the library decodes those before them
+            except Exception as error:  # the library has no class of its own for it
+                if _BROKEN not in str(error):
+                    raise
+                yield "\ufffd"
                 stream = DecodeStream(skip_special_tokens=True)
                 piece = stream.step(self._backend, token)
             if piece:
