@@ -4,8 +4,9 @@
     python -m benchmarks.quantization --work DIR --report   # reports alone
 
 Every method quantises the same weights on the same calibration sequences, and is measured on the same rows of other
-books, so that differences are paired row by row. A method that is measured stays in DIR; `--seconds` ends the call
-between two of them, and the next call goes on. The weights come from a file in Q4_1: "float" is what that file says.
+books and the same items of tasks, so that differences are paired row by row and item by item. A method that is measured
+stays in DIR; `--seconds` ends the call between two of them, and the next call goes on. The weights come from a file in
+Q4_1: "float" is what that file says.
 
 Beside it: the largest activation of the residual stream by position and layer, of the float model.
 """
@@ -32,7 +33,10 @@ from cpm_jax.common.figures import Series, heat_map_figure, line_figure
 from cpm_jax.common.files import write_json
 from cpm_jax.common.statistics import holm
 from cpm_jax.evaluation.comparison import SIGNIFICANCE, compare_values
-from cpm_jax.inference.load import load_model
+from cpm_jax.evaluation.lm_eval_adapter import CpmJaxLM
+from cpm_jax.evaluation.results import ratio
+from cpm_jax.evaluation.tasks import make_tasks
+from cpm_jax.inference.load import LoadedModel, load_model
 from cpm_jax.inference.scoring import Scorer
 from cpm_jax.modeling.config import ModelConfig
 from cpm_jax.modeling.decoder import Params
@@ -45,6 +49,7 @@ SETTINGS_FILE = "settings.json"
 ACTIVATIONS_FILE = "activations.npz"
 POSITIONS = 64  # of the activations
 SHOWN_POSITIONS = 8  # in the drawing
+TASKS = ("hellaswag_sample", "truthfulqa_mc1_sample", "scaling_bench:gsm8k")  # 100 items each
 # The paper's order (MiniCPM4 report, Table 4, averages: S-P- 74.91, P- 74.76, S- 74.63, GPTQ 74.31), and what GPTQ and
 # rotation are worth: better first.
 CLAIMS = (
@@ -73,17 +78,35 @@ def methods(group_size: int) -> dict[str, QuantizationConfig | None]:
     }
 
 
+class Score(NamedTuple):
+    """The main metric of a task.
+
+    Attributes:
+        metric: its name.
+        higher_is_better: which way it is good.
+        values: of each item, in their order.
+        weights: of each item: 1 in a mean, its tokens in a loss.
+    """
+
+    metric: str
+    higher_is_better: bool
+    values: Sequence[float]
+    weights: Sequence[float]
+
+
 class Measured(NamedTuple):
     """One method's result.
 
     Attributes:
         nats: of each row, the mean of its tokens.
+        scores: of each task.
         seconds: that quantisation took.
         errors: of the outputs of linear layers, as `QuantizedModel.errors`.
         origin: commit, date and machine.
     """
 
     nats: Float[np.ndarray, " rows"]
+    scores: Mapping[str, Score]
     seconds: float
     errors: Mapping[str, Sequence[float]]
     origin: Mapping[str, Any]
@@ -95,13 +118,15 @@ class Measured(NamedTuple):
 
     def save(self, work: Path, method: str) -> None:
         """Keeps it, whole or not at all."""
-        write_json(self.path(work, method), self._asdict() | {"nats": self.nats.tolist()})
+        scores = {name: score._asdict() for name, score in self.scores.items()}
+        write_json(self.path(work, method), self._asdict() | {"nats": self.nats.tolist(), "scores": scores})
 
     @classmethod
     def load(cls, work: Path, method: str) -> "Measured":
         """Reads it back."""
         content = json.loads(cls.path(work, method).read_text("utf-8"))
-        return cls(**content | {"nats": np.asarray(content["nats"])})
+        scores = {name: Score(**score) for name, score in content["scores"].items()}
+        return cls(**content | {"nats": np.asarray(content["nats"]), "scores": scores})
 
 
 def evaluation_rows(rows: Rows, count: int, length: int) -> Int[np.ndarray, "count length+1"]:
@@ -128,6 +153,18 @@ def row_losses(config: ModelConfig, params: Params, rows: Int[np.ndarray, "n T+1
     return np.array([-score.log_likelihood for score in scores]) / (rows.shape[1] - 1)
 
 
+def task_scores(model: LoadedModel) -> dict[str, Score]:
+    """What the model makes of `TASKS`."""
+    lm, found = CpmJaxLM(model.config, model.params, model.tokenizer, eos_ids=model.eos_ids), {}
+    for name, task in zip(TASKS, make_tasks(TASKS), strict=True):
+        task.build(lm)
+        items = [item for some in task.run(lm, task.hashes(), batch_size=8) for item in some]
+        items.sort(key=lambda item: item.index)
+        values, weights = zip(*(item.metrics[task.main_metric] for item in items), strict=True)
+        found[name] = Score(task.main_metric, task.higher_is_better(task.main_metric), values, weights)
+    return found
+
+
 def largest_activations(
     config: ModelConfig, params: Params, tokens: Int[np.ndarray, "n T"]
 ) -> Float[np.ndarray, "L T"]:
@@ -140,14 +177,12 @@ def largest_activations(
     return np.stack(found)
 
 
-def measure(
-    work: Path, config: ModelConfig, params: Params, texts: Rows, args: argparse.Namespace, deadline: float
-) -> None:
+def measure(work: Path, model: LoadedModel, texts: Rows, args: argparse.Namespace, deadline: float) -> None:
     """Measures the methods that are asked for and not measured yet."""
     calibration = texts.training[: args.calibration_rows, : args.length]
     rows = evaluation_rows(texts, args.rows, args.length)
     if not (work / ACTIVATIONS_FILE).exists():
-        values = largest_activations(config, params, calibration[:16, :POSITIONS])
+        values = largest_activations(model.config, model.params, calibration[:16, :POSITIONS])
         np.savez(work / "partial.npz", values=values)
         os.replace(work / "partial.npz", work / ACTIVATIONS_FILE)
     for method, quantization in methods(args.group_size).items():
@@ -157,50 +192,77 @@ def measure(
             print(f"{args.seconds:.0f} seconds are over: the same command goes on from here", flush=True)
             return
         print(method, flush=True)
-        begin, errors = time.monotonic(), {}
-        made_config, made_params = config, params
+        begin, made, errors = time.monotonic(), model, {}
         if quantization is not None:
-            made = quantize_model(params, config, quantization, calibration, progress=True)
-            made_config, made_params, errors = made.config, made.params, made.errors
+            quantized = quantize_model(model.params, model.config, quantization, calibration, progress=True)
+            made, errors = model._replace(config=quantized.config, params=quantized.params), quantized.errors
         seconds = time.monotonic() - begin
-        Measured(row_losses(made_config, made_params, rows), seconds, errors, origin()).save(work, method)
+        nats = row_losses(made.config, made.params, rows)
+        Measured(nats, task_scores(made), seconds, errors, origin()).save(work, method)
 
 
 def add_rows(bench: Benchmark, results: Mapping[str, Measured], what: str) -> None:
-    """Perplexities, and what the differences say of the paper's order."""
+    """Perplexities and scores, and what the differences say of the paper's order."""
 
-    def perplexity(method: str) -> float:
-        return math.exp(float(results[method].nats.mean()))
+    def baseline(figures: Mapping[str, float]) -> dict[str, Any]:
+        return {"baseline_name": FLOAT, "baseline": figures[FLOAT]} if FLOAT in figures else {}
 
+    perplexities = {method: math.exp(float(measured.nats.mean())) for method, measured in results.items()}
     for method, measured in results.items():
-        error = float(np.std(measured.nats, ddof=1)) / math.sqrt(len(measured.nats)) * perplexity(method)
+        error = float(np.std(measured.nats, ddof=1)) / math.sqrt(len(measured.nats)) * perplexities[method]
         bench.add(
             f"perplexity, {method}, {what}: ± {error:.2f} over {len(measured.nats)} rows, "
             f"{measured.seconds:.0f} s to quantise",
             "",
-            perplexity(method),
+            perplexities[method],
             larger_is_better=False,
-            baseline_name=FLOAT if FLOAT in results else "",
-            baseline=perplexity(FLOAT) if FLOAT in results else None,
+            **baseline(perplexities),
         )
-    claims = [pair for pair in CLAIMS if pair[0] in results and pair[1] in results]
+    add_claims(
+        bench,
+        "text",
+        {
+            method: Score("nats/token", False, measured.nats.tolist(), [1.0] * len(measured.nats))
+            for method, measured in results.items()
+        },
+    )
+    for task in TASKS:
+        scores = {method: measured.scores[task] for method, measured in results.items()}
+        figures = {method: ratio(np.array(score.values), np.array(score.weights)) for method, score in scores.items()}
+        for method, figure in figures.items():
+            bench.add(
+                f"{task}, {method}: ± {figure.standard_error:.3f} over {figure.n} items",
+                scores[method].metric,
+                figure.value,
+                larger_is_better=scores[method].higher_is_better,
+                **baseline({name: found.value for name, found in figures.items()}),
+            )
+        add_claims(bench, task, scores)
+
+
+def add_claims(bench: Benchmark, task: str, scores: Mapping[str, Score]) -> None:
+    """What one task says of each claim of which both methods are measured, paired item by item."""
+    claims = [pair for pair in CLAIMS if pair[0] in scores and pair[1] in scores]
     compared = []
     for better, worse in claims:
-        ours, theirs = results[better].nats, results[worse].nats
-        compared.append(compare_values(ours, theirs, np.ones(len(ours))))
+        ours, theirs = (np.array(scores[method].values) for method in (better, worse))
+        compared.append(compare_values(ours, theirs, np.array(scores[better].weights)))
     adjusted = holm([paired["p_value"] for paired in compared])
     for (better, worse), paired, p_value in zip(claims, compared, adjusted, strict=True):
-        verdict = "no difference is shown"
+        verdict, score = "no difference is shown", scores[better]
         if p_value < SIGNIFICANCE:
-            verdict = "better" if paired["difference"] < 0 else "worse"
+            verdict = "better" if (paired["difference"] > 0) == score.higher_is_better else "worse"
+        first, second = (
+            float(np.sum(scores[method].values) / np.sum(scores[method].weights)) for method in (better, worse)
+        )
         bench.add(
-            f"{better} against {worse}: {verdict}; {paired['difference']:+.4f} ± {paired['standard_error']:.4f} "
-            f"nats/token, paired, p = {p_value:.2g} after Holm",
-            "perplexity",
-            perplexity(better),
-            larger_is_better=False,
+            f"{task}: {better} against {worse}: {verdict}; {paired['difference']:+.4f} ± "
+            f"{paired['standard_error']:.4f}, {paired['test']}, p = {p_value:.2g} after Holm",
+            score.metric,
+            first,
+            larger_is_better=score.higher_is_better,
             baseline_name=worse,
-            baseline=perplexity(worse),
+            baseline=second,
         )
 
 
@@ -289,7 +351,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_json(kept, settings)
         texts = make_rows(args.work, published.tokenizer)
         deadline = time.monotonic() + args.seconds
-        measure(args.work, published.config, published.params, texts, args, deadline)
+        measure(args.work, published, texts, args, deadline)
     report(args.work)
 
 
