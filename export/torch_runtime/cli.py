@@ -1,6 +1,7 @@
 """`python -m export.torch_runtime FOLDER`: continues a prompt and says how fast."""
 
 import argparse
+import dataclasses
 import importlib.util
 import sys
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from export.torch_runtime.cache import LengthError
+from export.torch_runtime.chat import ChatTemplate, until
 from export.torch_runtime.config import FolderError
 from export.torch_runtime.generate import SamplingConfig, Speed, generate
 from export.torch_runtime.model import load_model
@@ -23,6 +25,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("folder", help="with config.json, safetensors and tokenizer.json, as `export` writes it")
     parser.add_argument("--prompt", help="the text to continue; without it stdin is read")
+    parser.add_argument("--chat", action="store_true", help="the prompt is a user's turn in the folder's chat template")
     parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the most probable token")
     parser.add_argument("--top-k", type=int, default=0, help="0 keeps all tokens")
@@ -85,7 +88,15 @@ def _run(args: argparse.Namespace) -> None:
     model = load_model(args.folder, device, getattr(torch, dtype) if dtype else None, args.speculative)
     model.use_kernels(args.kernels)
     tokenizer = Tokenizer(args.folder, model.config)
-    prompt = tokenizer.encode_prompt(sys.stdin.read() if args.prompt is None else args.prompt)
+    text, end = sys.stdin.read() if args.prompt is None else args.prompt, ""
+    if args.chat:
+        template = ChatTemplate(args.folder)
+        prompt = tokenizer.encode(template.render([{"role": "user", "content": text}]))
+        end = template.end_of_turn()
+        if len(ids := tokenizer.encode(end)) == 1:  # a special token, which is no part of the text
+            model.config = dataclasses.replace(model.config, eos_token_ids=(*model.config.eos_token_ids, *ids))
+    else:
+        prompt = tokenizer.encode_prompt(text)
     speed = Speed()
     tokens = generate(
         model,
@@ -97,7 +108,8 @@ def _run(args: argparse.Namespace) -> None:
         compiled=args.compile,
         speed=speed,
     )
-    for piece in tokenizer.stream(tokens):
+    pieces = tokenizer.stream(tokens)
+    for piece in until(pieces, end) if end else pieces:
         print(piece, end="", flush=True)
     print()
     drafts = f" ({speed.acceptance_length:.2f} in a step)" if args.speculative else ""

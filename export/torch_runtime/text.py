@@ -35,9 +35,13 @@ class Tokenizer:
         begins = self._backend.encode("").ids[:1]
         self._before = begins if begins == [config.bos_token_id] else []
 
+    def encode(self, text: str) -> list[int]:
+        """The tokens of a text, and no others; special tokens that are spelt out in it are those."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
     def encode_prompt(self, text: str) -> list[int]:
         """The tokens of a text that is to be continued, after the token that begins one where the tokenizer says so."""
-        return self._before + self._backend.encode(text, add_special_tokens=False).ids
+        return self._before + self.encode(text)
 
     def stream(self, tokens: Iterable[int]) -> Iterator[str]:
         """The text of tokens piece by piece, without special tokens; a character comes when all its bytes are there.

@@ -24,7 +24,7 @@ from tests.export.torch_runtime.models import exported
 
 PACKAGE = Path(cli.__file__).parent
 # Everything that the package may import beside the standard library and itself.
-ALLOWED = {"torch", "safetensors", "tokenizers", "numpy", "triton"}
+ALLOWED = {"torch", "safetensors", "tokenizers", "numpy", "jinja2", "triton"}
 WITHOUT_JAX = """
 import sys
 sys.modules |= dict.fromkeys({refused!r})  # importing any of them is a ModuleNotFoundError
