@@ -1,12 +1,10 @@
 """What the family of small models says: how well its laws predict their own largest runs, and what they say of an 8B.
 
-`python -m benchmarks.family --sweep FOLDER`: the folder of a finished sweep of `papers/minicpm4/family.gin`. Writes
-`results/family.json`, and beside it the sweep's trainings, `results/family_runs.jsonl`, from which `predict` gives the
-same again.
+`python -m benchmarks.family [--runs FILE]`: the `runs.jsonl` of a finished sweep of `papers/minicpm4/family.gin`; without
+it the recorded one, `results/family_runs.jsonl`. Writes `results/family.json`, and keeps the runs beside it.
 """
 
 import argparse
-import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -14,17 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results import RESULTS_DIR, Benchmark
-from cpm_jax.scaling.runs import RUNS_FILE
+from cpm_jax.scaling.runs import read_runs
 from experiments import predict
-from experiments.sweep_report import SUMMARY_FILE
 
+RECORDED = RESULTS_DIR / "family_runs.jsonl"
 NUM_PARAMS, TOKENS = 8e9, 8e12
 
 
-def add_rows(bench: Benchmark, found: Mapping[str, Any], summary: Mapping[str, Any]) -> None:
-    """Adds the figures of a prediction and of the sweep behind it."""
-    bill = summary["bill"]
-    bench.add(f"{found['runs']['given']} trainings", "core-hours", bill["core_hours"], larger_is_better=False)
+def add_rows(bench: Benchmark, found: Mapping[str, Any], seconds: float) -> None:
+    """Adds the figures of a prediction and of the runs behind it, which took so long one after another."""
+    bench.add(f"{found['runs']['given']} trainings", "hours", seconds / 3600, larger_is_better=False)
     bench.add("their compute", "FLOPs", found["spent_flops"], larger_is_better=False)
     for form in found["forms"]:
         held_out = form["held_out"]
@@ -62,16 +59,16 @@ def add_rows(bench: Benchmark, found: Mapping[str, Any], summary: Mapping[str, A
 def main(argv: Sequence[str] | None = None) -> None:
     """Predicts, and writes the figures down."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sweep", type=Path, required=True, help="folder of the finished sweep")
-    args = parser.parse_args(argv)
-    runs = args.sweep / RUNS_FILE
+    parser.add_argument("--runs", type=Path, default=RECORDED, help="runs.jsonl of the finished sweep")
+    runs = parser.parse_args(argv).runs
     config = predict.PredictConfig(runs=str(runs), num_params=NUM_PARAMS, tokens=TOKENS)
     with tempfile.TemporaryDirectory() as folder:
         found = predict.run(config, Path(folder))
-    bench = Benchmark("family", "python -m benchmarks.family --sweep runs/family")
-    add_rows(bench, found, json.loads((args.sweep / SUMMARY_FILE).read_text("utf-8")))
+    bench = Benchmark("family", "python -m benchmarks.family")
+    add_rows(bench, found, sum(run.seconds for run in read_runs(runs)))
     bench.write()
-    shutil.copyfile(runs, RESULTS_DIR / "family_runs.jsonl")
+    if runs.resolve() != RECORDED:
+        shutil.copyfile(runs, RECORDED)
 
 
 if __name__ == "__main__":
