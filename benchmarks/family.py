@@ -1,7 +1,7 @@
 """What the family of small models says: how well its laws predict their own largest runs, and what they say of an 8B.
 
-`python -m benchmarks.family [--runs FILE]`: the `runs.jsonl` of a finished sweep of `papers/minicpm4/family.gin`; without
-it the recorded one, `results/family_runs.jsonl`. Writes `results/family.json`, and keeps the runs beside it.
+`python -m benchmarks.family [--runs FILE]`: the `runs.jsonl` of a finished sweep of `papers/minicpm4/family.gin`, or
+without it the recorded one, `results/family_runs.jsonl`. Writes `results/family.json`, and keeps the runs beside it.
 """
 
 import argparse
