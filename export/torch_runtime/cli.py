@@ -16,7 +16,7 @@ from export.torch_runtime.model import load_model
 from export.torch_runtime.text import Tokenizer
 from export.torch_runtime.weights import num_bytes
 
-OK, BAD_ARGUMENT, BAD_FOLDER = 0, 2, 3
+OK, BAD_ARGUMENT, BAD_FOLDER, NO_MEMORY = 0, 2, 3, 4
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -50,11 +50,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; None takes those of the process.
 
     Returns:
-        0; 2 where an argument cannot be used, 3 where the folder cannot.
+        0; 2 where an argument cannot be used, 3 where the folder cannot, 4 where the GPU has too little memory.
     """
     args = _parser().parse_args(argv)
     try:
         _run(args)
+    except torch.OutOfMemoryError as error:
+        print(
+            f"error: {args.device} has too little memory for the weights and a cache of prompt and new tokens; shorten "
+            f"--cache-length or --prefill-chunk, or store fewer bits (--dtype, a GPTQ folder): {error}",
+            file=sys.stderr,
+        )
+        return NO_MEMORY
     except (FolderError, LengthError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return BAD_FOLDER if isinstance(error, FolderError) else BAD_ARGUMENT

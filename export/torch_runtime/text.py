@@ -46,17 +46,22 @@ class Tokenizer:
     def stream(self, tokens: Iterable[int]) -> Iterator[str]:
         """The text of tokens piece by piece, without special tokens; a character comes when all its bytes are there.
 
-        Bytes that never become one are U+FFFD; those at the end of the text are left out.
+        Bytes that never become one are U+FFFD.
         """
-        stream = DecodeStream(skip_special_tokens=True)
+        stream, waiting = DecodeStream(skip_special_tokens=True), list[int]()
         for token in tokens:
+            waiting.append(token)
             try:
                 piece = stream.step(self._backend, token)
             except Exception as error:  # the library has no class of its own for it
                 if _BROKEN not in str(error):
                     raise
                 yield "\ufffd"
-                stream = DecodeStream(skip_special_tokens=True)
+                stream, waiting = DecodeStream(skip_special_tokens=True), [token]
                 piece = stream.step(self._backend, token)
             if piece:
                 yield piece
+                waiting.clear()
+        rest = self._backend.decode(waiting, skip_special_tokens=True)
+        if "\ufffd" in rest:  # else nothing but special tokens, or white space that a piece would have shown
+            yield "\ufffd"

@@ -116,8 +116,9 @@ def test_bytes_that_are_no_character_do_not_end_the_text(folder, tmp_path):
     backend.decoder = tokenizers.decoders.Sequence([tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()])
     backend.save(str(tmp_path / "tokenizer.json"))
     whole, begun, letter = list("学".encode()), "而".encode()[0], vocabulary["a"]
-    stream = Tokenizer(tmp_path, read_config(folder)).stream([*whole, begun, letter, *whole])
-    assert "".join(stream) == "学\ufffda学"
+    tokenizer = Tokenizer(tmp_path, read_config(folder))
+    assert "".join(tokenizer.stream([*whole, begun, letter, *whole])) == "学\ufffda学"
+    assert "".join(tokenizer.stream([letter, *whole[:2]])) == "a\ufffd"
 
 
 def test_draws_follow_the_distribution():
@@ -148,6 +149,16 @@ def test_arguments_that_cannot_be_used_are_named(folder, capsys):
         assert said in capsys.readouterr().err
     assert run(folder / "nowhere") == 3
     assert "nowhere is no folder" in capsys.readouterr().err
+
+
+def test_too_little_memory_is_named(folder, capsys, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(cli, "load_model", full)
+    assert run(folder) == 4
+    assert "cpu has too little memory" in (said := capsys.readouterr().err)
+    assert "20.00 GiB" in said
 
 
 def test_a_gpu_that_is_not_there_is_named(monkeypatch):
