@@ -1,4 +1,4 @@
-// cpm FOLDER --ids 1,2,3: generates greedily from an exported folder. Takes and prints token ids, or text where it was
+// cpm FOLDER --ids 1,2,3: generates from an exported folder. Takes and prints token ids, or text where it was
 // built with a tokenizer.
 #include <algorithm>
 #include <cerrno>
@@ -17,6 +17,7 @@
 
 #include "cpm.h"
 #include "draft_tree.h"
+#include "sampler.h"
 #ifdef CPM_TOKENIZERS
 #include "text.h"
 #endif
@@ -30,7 +31,11 @@ constexpr char kUsage[] =
     "  --ids LIST           token ids of the prompt, separated by commas or spaces\n"
     "  --ids-file FILE      the same from a file\n"
     "  --prompt TEXT        text instead of ids, then printed as text; where it was built with CPM_TOKENIZERS\n"
-    "  --max-new-tokens N   how many tokens to generate greedily (default 0); a token that ends a text ends it\n"
+    "  --max-new-tokens N   how many tokens to generate (default 0); a token that ends a text ends it\n"
+    "  --temperature T      0 takes the most probable token (default); else it is drawn from the logits over T\n"
+    "  --top-k N            of the N most probable tokens (default 0: all)\n"
+    "  --top-p P            of the smallest set of most probable tokens with at least this probability (default 1)\n"
+    "  --seed N             of the draws (default 0)\n"
     "  --draft N            verify trees of up to N tokens at once, drafted from how the text went on before; the\n"
     "                       tokens are the same (default 0: one at a time; at most 64)\n"
     "  --mtp                the model's MTP layers draft the first tokens of a tree\n"
@@ -48,6 +53,7 @@ struct Arguments {
   std::vector<int32_t> ids;
   int64_t max_new_tokens = 0, draft = 0;
   bool ignore_eos = false, mtp = false;
+  Sampling sampling;
   cpm_options options{};
   std::function<std::string(int32_t)> decode;  // where text is printed
 };
@@ -63,6 +69,15 @@ int64_t whole(const std::string& name, const std::string& text, int64_t highest)
   const long long value = std::strtoll(text.c_str(), &end, 10);
   if (text.empty() || *end != '\0' || errno != 0 || value < 0 || value > highest) {
     throw UsageError(name + " = " + text + ": accepted are whole numbers from 0 to " + std::to_string(highest));
+  }
+  return value;
+}
+
+double number(const std::string& name, const std::string& text, double lowest, double highest, const char* accepted) {
+  char* end = nullptr;
+  const double value = std::strtod(text.c_str(), &end);
+  if (text.empty() || *end != '\0' || !(value >= lowest && value <= highest)) {
+    throw UsageError(name + " = " + text + ": accepted are numbers " + accepted);
   }
   return value;
 }
@@ -102,6 +117,14 @@ Arguments parse(int argc, char** argv) {
       arguments.has_prompt = true;
     } else if (name == "--max-new-tokens") {
       arguments.max_new_tokens = whole(name, value(), INT32_MAX);
+    } else if (name == "--temperature") {
+      arguments.sampling.temperature = number(name, value(), 0, 1e6, "from 0 to 1000000");
+    } else if (name == "--top-k") {
+      arguments.sampling.top_k = whole(name, value(), INT32_MAX);
+    } else if (name == "--top-p") {
+      arguments.sampling.top_p = number(name, value(), 1e-9, 1, "above 0, at most 1");
+    } else if (name == "--seed") {
+      arguments.sampling.seed = static_cast<uint64_t>(whole(name, value(), INT64_MAX));
     } else if (name == "--draft") {
       arguments.draft = whole(name, value(), kLargestTree);
     } else if (name == "--mtp") {
@@ -125,6 +148,9 @@ Arguments parse(int argc, char** argv) {
     }
   }
   if (arguments.folder.empty()) throw UsageError("FOLDER is missing");
+  if (arguments.sampling.temperature > 0 && (arguments.draft > 0 || arguments.mtp)) {
+    throw UsageError("--temperature with --draft or --mtp: drafts are verified against the most probable tokens");
+  }
   return arguments;
 }
 
@@ -206,7 +232,8 @@ class Output {
 
 void generate(cpm_model* model, const Arguments& arguments, std::vector<float> logits) {
   Output output(model, arguments);
-  for (int32_t token = best(logits); output.add(token); token = best(logits)) {
+  Sampler sampler(arguments.sampling);
+  for (int32_t token = sampler.draw(logits); output.add(token); token = sampler.draw(logits)) {
     check(cpm_decode(model, token, logits.data()));
   }
 }

@@ -286,12 +286,44 @@ def test_the_memory_plan_is_stated(runtime, tokenizer, tmp_path):
         (["--ids", "1,x"], "--ids = x: accepted are whole numbers"),
         (["--capacity", 2**30], "capacity = 1073741824: accepted are 1 to 16777216 tokens"),
         (["--chunk"], "--chunk needs a value"),
+        (["--temperature", "-1"], "--temperature = -1: accepted are numbers from 0 to 1000000"),
+        (["--temperature", "nan"], "--temperature = nan: accepted are numbers"),
+        (["--top-p", "0"], "--top-p = 0: accepted are numbers above 0, at most 1"),
+        (["--ids", "1", "--temperature", "1", "--draft", 4], "drafts are verified against the most probable tokens"),
     ],
 )
 def test_what_a_caller_may_not_ask(arguments, message, runtime, plain_folder):
     result = runtime.run(plain_folder, *arguments)
     assert result.code in (1, 2)
     assert message in result.log
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p", "shares"),
+    [
+        (1, 0, 1, [0.1, 0.2, 0.3, 0.4]),
+        (0.5, 0, 1, [1 / 30, 4 / 30, 9 / 30, 16 / 30]),
+        (1, 2, 1, [0, 0, 3 / 7, 4 / 7]),
+        (1, 9, 0.6, [0, 0, 3 / 7, 4 / 7]),
+        (2, 3, 0.3, [0, 0, 0, 1]),
+        (0, 0, 1, [0, 0, 0, 1]),
+    ],
+)
+def test_draws_follow_the_distribution(temperature, top_k, top_p, shares, runtime):
+    logits = np.log([0.1, 0.2, 0.3, 0.4]) + 5
+    done = runtime.execute("draw", temperature, top_k, top_p, 0, 20_000, *logits)
+    assert done.returncode == 0, done.stderr
+    counts = np.array(done.stdout.split(), int)
+    np.testing.assert_allclose(counts / 20_000, shares, atol=0.02)
+    assert ((counts == 0) == (np.array(shares) == 0)).all()
+
+
+def test_a_seed_makes_the_same_text_again(runtime, plain_folder):
+    arguments = ["--ids", "1,2,3", "--max-new-tokens", 12, "--ignore-eos"]
+    drawn = [runtime.run(plain_folder, *arguments, "--temperature", 1, "--seed", seed).ids for seed in (1, 1, 2)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    greedy = runtime.run(plain_folder, *arguments).ids
+    assert runtime.run(plain_folder, *arguments, "--temperature", 1, "--top-k", 1).ids == greedy
 
 
 def test_help_says_what_there_is(runtime):
