@@ -148,7 +148,7 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scale: f
     grouped = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)  # [B, K, G, T, H]
     mask = (torch.arange(keys.shape[2], device=q.device) <= positions[:, None]).repeat(grouped.shape[2], 1)
     out = functional.scaled_dot_product_attention(grouped.flatten(2, 3), keys, values, mask, scale=scale)
-    return out.unflatten(2, (-1, length)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    return out.unflatten(2, (grouped.shape[2], length)).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 class FeedForward(nn.Module):
