@@ -16,7 +16,11 @@ def process_on_each_core() -> Iterator[ProcessPoolExecutor]:
     for core in os.sched_getaffinity(0):
         cores.put(core)
     with ProcessPoolExecutor(cores.qsize(), context, initializer=_take_core, initargs=(cores,)) as pool:
-        yield pool
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # what fails is said now, and not when all the rest has been done too
+            raise
 
 
 def _take_core(cores: Any) -> None:
