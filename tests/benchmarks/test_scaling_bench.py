@@ -55,6 +55,7 @@ def test_problems_fit_into_a_row_and_solutions_into_an_output(solutions):
             tokenizer.encode_batch([getattr(one, name) for one in solved]) for name in ("context", "continuation")
         )
         assert max(map(len, given)) < size.answer_tokens
+        assert max(map(len, asked)) + size.answer_tokens <= scaling_bench.MODEL.max_position_embeddings
         assert max(len(a) + len(b) for a, b in zip(asked, given, strict=True)) < size.seq_len
 
 
