@@ -15,7 +15,7 @@ comma := ,
 PYTEST = $(RUN) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv dev aot openvino quickstart quickstart-sweep rounds-demo smollm2 llama parity spark-cluster test test-fast test-latest \
+.PHONY: help venv dev aot openvino executorch quickstart quickstart-sweep rounds-demo smollm2 llama parity spark-cluster test test-fast test-latest \
 	lint format bench results clean
 
 help: ## list the targets
@@ -100,7 +100,7 @@ llama: $(VENV)/.run $(VENV)/llama/.done ## llama.cpp beside the environment: for
 
 PARITY ?= runs/parity
 
-parity: $(VENV)/.run $(VENV)/.no_deps $(VENV)/llama/.done $(VENV)/openvino/.done ## one checkpoint, equal logits, in every runtime: results/parity.html: make parity [PARITY=folder] [ARGS="--reduced …"]
+parity: $(VENV)/.run $(VENV)/.no_deps $(VENV)/llama/.done $(VENV)/openvino/.done $(VENV)/executorch/.done ## one checkpoint, equal logits, in every runtime: results/parity.html: make parity [PARITY=folder] [ARGS="--reduced …"]
 	$(VENV)/bin/pip install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRAS),gguf,onnx]'
 	$(RUN) -m benchmarks.parity --work $(PARITY) $(ARGS)
 
@@ -112,9 +112,17 @@ $(VENV)/openvino/.done: constraints/openvino.txt $(VENV)/.run
 	$(VENV)/openvino/bin/pip install --quiet --no-deps --requirement constraints/openvino.txt
 	@touch $@
 
+# Likewise: its compiler wants packages that nothing else does.
+$(VENV)/executorch/.done: constraints/executorch.txt $(VENV)/.run
+	$(VENV)/bin/python -m venv --clear $(VENV)/executorch
+	$(VENV)/executorch/bin/pip install --quiet --no-deps --requirement constraints/executorch.txt
+	@touch $@
+
+executorch: $(VENV)/executorch/.done ## ExecuTorch and its compiler, in an environment of their own: for `export` with FORMAT=executorch, and tests
+
 openvino: $(VENV)/openvino/.done ## OpenVINO and its converter, in an environment of their own: for `export` with FORMAT=openvino, and tests
 
-test: $(VENV)/.dev $(VENV)/aot/.done $(VENV)/llama/.done $(VENV)/openvino/.done ## all tests, on CPU
+test: $(VENV)/.dev $(VENV)/aot/.done $(VENV)/llama/.done $(VENV)/openvino/.done $(VENV)/executorch/.done ## all tests, on CPU
 	$(PYTEST) -n 2 --max-worker-restart 0 --dist loadfile --no-loadscope-reorder --durations 25 -m 'not multidevice and not aot'
 	# Of the last two each keeps one core busy: together they take as long as one.
 	PYTHONPATH=$(VENV)/aot $(PYTEST) -m aot > $(VENV)/aot.log 2>&1 & aot=$$!; \

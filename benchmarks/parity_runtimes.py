@@ -263,6 +263,7 @@ RUNTIMES: Mapping[str, Runtime] = {
     "native": Runtime("C++ runtime", lambda checkpoint: _own_layout(checkpoint, NATIVE_LAYOUTS), "native", sparse=True),
     "onnx": Runtime("ONNX Runtime", lambda checkpoint: ("device", "onnx"), device="onnx"),
     "openvino": Runtime("OpenVINO", lambda checkpoint: ("device", "openvino"), device="openvino"),
+    "executorch": Runtime("ExecuTorch", lambda checkpoint: ("device", "executorch"), device="executorch"),
 }
 
 

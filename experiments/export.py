@@ -38,7 +38,7 @@ class ExportConfig:
             job's own workdir.
         format: "hf" writes a Hugging Face folder in the layout that the weights came in or, where they came in none, of
             a class of transformers; "gguf" a GGUF file for llama.cpp; "stablehlo" programs that run with JAX alone;
-            "onnx" a model for ONNX Runtime; "openvino" one for OpenVINO; the other values choose the layout.
+            "onnx", "openvino" and "executorch" a model for that runtime; the other values choose the layout.
         type: type of the stored weights: one of GGUF's ("Q8_0", …) in GGUF; "float32", "int8", "int4" for devices, and
             "float16" in OpenVINO; else "float32", "bfloat16" or "float16"; programs compute in it too. "" is the one
             that loses nothing.
@@ -52,8 +52,9 @@ class ExportConfig:
 
     source: str = ""
     format: Literal[
-        "hf", "llama", "qwen2", "granite", "minicpm", "internlm2", "mimo", "gguf", "stablehlo", "onnx", "openvino"
-    ] = "hf"
+        "hf", "llama", "qwen2", "granite", "minicpm", "internlm2", "mimo",
+        "gguf", "stablehlo", "onnx", "openvino", "executorch",
+    ] = "hf"  # fmt: skip
     type: str = ""
     tokenizer: str = ""
     name: str = ""

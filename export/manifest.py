@@ -81,7 +81,7 @@ class Manifest:
     """The content of `manifest.json`.
 
     Attributes:
-        format: "hf", "gguf", "stablehlo", "onnx", "openvino", "gptq" or "marlin".
+        format: "hf", "gguf", "stablehlo", "onnx", "openvino", "executorch", "gptq" or "marlin".
         architecture: what the runtime is to load it as.
         types: number of tensors of each stored type.
         parameters: number of values in them.

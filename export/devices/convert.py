@@ -1,7 +1,8 @@
 """Writes a model for a device's runtime: our Hugging Face folder, converted by the runtime's own converter.
 
 A converter knows fewer models than we have. It gets one that attends densely, without MTP layers, with one set of
-rotary frequencies; MiniCPM's multipliers are in the layout `granite`, which both converters know.
+rotary frequencies; MiniCPM's multipliers are in the layout `granite`, which all converters know. ExecuTorch's compiler
+takes PyTorch's programs: it gets our PyTorch runtime's.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from cpm_jax.data.tokenizer import Tokenizer
 from cpm_jax.modeling.config import ModelConfig, RopeConfig
 from cpm_jax.modeling.decoder import Params
 from cpm_jax.modeling.rotary import attention_factor, rotation
-from export.devices.runtimes import RUNTIMES
+from export.devices.runtimes import RUNTIMES, Runtime
 from export.folders import ExportError, whole_folder
 from export.hf import export_hf
 
@@ -42,20 +43,21 @@ class DeviceExport:
     notes: tuple[str, ...]
 
 
-def device_model(config: ModelConfig) -> ModelConfig:
-    """The model that a device computes.
+def device_model(config: ModelConfig, longest: int = 0) -> ModelConfig:
+    """The model that a device computes, with a context of at most `longest` tokens, if that is not 0.
 
     Where rotary embeddings have other frequencies beyond some length (LongRoPE, dynamic NTK), the context ends there:
     keys that are in the cache already would have to be rotated anew.
     """
-    rope, longest = config.rope, min(config.max_position_embeddings, config.rope.switch_length or 2**31)
+    rope = config.rope
+    context = min(filter(None, (config.max_position_embeddings, rope.switch_length, longest)))
     if rope.scaling == "dynamic":
         rope = RopeConfig(rope_theta=rope.rope_theta)
     elif rope.is_longrope:
         rope = dataclasses.replace(rope, attention_factor=attention_factor(config))
     return dataclasses.replace(
         config,
-        max_position_embeddings=longest,
+        max_position_embeddings=context,
         rope=rope,
         sparse_config=None,
         num_nextn_predict_layers=0,
@@ -64,8 +66,8 @@ def device_model(config: ModelConfig) -> ModelConfig:
     )
 
 
-def _notes(config: ModelConfig, title: str) -> tuple[str, ...]:
-    notes = []
+def _notes(config: ModelConfig, runtime: Runtime) -> tuple[str, ...]:
+    notes, title = [], runtime.title
     if config.num_nextn_predict_layers:
         notes.append("MTP layers are left out: the next token's probabilities do not depend on them")
     if config.sparse_config is not None:
@@ -73,11 +75,14 @@ def _notes(config: ModelConfig, title: str) -> tuple[str, ...]:
             f"sparse attention (InfLLM v2) is left out: {title} attends densely, with the same weights. What "
             "FORMAT=minicpm writes is run sparsely by the runtimes of docs/torch_runtime.md and docs/cuda.md"
         )
-    longest = device_model(config).max_position_embeddings
-    if longest < config.max_position_embeddings:
+    context = device_model(config, runtime.longest).max_position_embeddings
+    if context < config.max_position_embeddings:
+        why = "beyond, rotary embeddings have other frequencies"
+        if context == runtime.longest:
+            why = f"so long is the cache of {title}'s program"
         notes.append(
-            f"the context ends at {longest:,} of {config.max_position_embeddings:,} tokens: beyond, rotary embeddings "
-            "have other frequencies (FORMAT=hf has them all)"
+            f"the context ends at {context:,} of {config.max_position_embeddings:,} tokens: {why} (FORMAT=hf has them "
+            "all)"
         )
     return tuple(notes)
 
@@ -109,7 +114,8 @@ def export_device(
         ConfigError: the runtime has no such type, or the folder holds something else.
         ExportError: the converter is not installed, or fails.
     """
-    chosen, device = RUNTIMES[runtime], device_model(config)
+    chosen = RUNTIMES[runtime]
+    device = device_model(config, chosen.longest)
     if dtype not in chosen.types:
         raise ConfigError(f"dtype = {dtype!r}: {chosen.title} takes {', '.join(chosen.types)}", field="dtype")
     if words := chosen.missing():
@@ -133,7 +139,7 @@ def export_device(
             raise ExportError(f"{chosen.converter} ended well, and wrote no {chosen.model_file}")
         if runtime == "onnx":
             write_rotary_tables(partial / chosen.model_file, device)
-    return DeviceExport(written.architecture, written.tensors, written.parameters, _notes(config, chosen.title))
+    return DeviceExport(written.architecture, written.tensors, written.parameters, _notes(config, chosen))
 
 
 def write_rotary_tables(path: Path, config: ModelConfig) -> None:

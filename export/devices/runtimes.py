@@ -54,7 +54,7 @@ class Runtime:
     Attributes:
         title: its name.
         types: types in which the converter stores weights, and its arguments for them.
-        converter: module whose command line the converter is.
+        converter: module whose command line the converter is, or a script beside this file.
         arguments: its arguments; {source} and {folder} stand for the folders.
         model_file: by which a folder is known to be one of this runtime.
         worker: script that runs a model by a job.
@@ -62,6 +62,7 @@ class Runtime:
         how_to_install: the command that installs them.
         beside: folder, within this environment, of the environment that they have for themselves, as they contradict
             others; "" where they are in this one.
+        longest: tokens that a cache holds at most; 0 is the model's context.
     """
 
     title: str
@@ -73,6 +74,7 @@ class Runtime:
     modules: Sequence[str]
     how_to_install: str
     beside: str = ""
+    longest: int = 0
 
     def missing(self) -> str:
         """What is not installed, and the command that installs it; "" where nothing is missing."""
@@ -94,7 +96,8 @@ class Runtime:
         arguments = [
             argument.format(source=source, folder=folder) for argument in (*self.arguments, *self.types[dtype])
         ]
-        self._run("-m", self.converter, *arguments)
+        script = self.converter.endswith(".py")
+        self._run(*(["-P", Path(__file__).with_name(self.converter)] if script else ["-m", self.converter]), *arguments)
 
     def ask(self, job: Job) -> dict[str, Any]:
         """Runs a job in a process of its own.
@@ -157,5 +160,17 @@ RUNTIMES = {
         modules=("openvino", "openvino_genai", "openvino_tokenizers", "optimum", "nncf", "torch", "transformers"),
         how_to_install="make openvino",
         beside="openvino",  # its converter wants an older transformers than the rest
+    ),
+    "executorch": Runtime(
+        title="ExecuTorch",
+        types={"float32": ["float32"], "int8": ["int8"], "int4": ["int4"]},
+        converter="executorch_convert.py",
+        arguments=("{source}", "{folder}"),
+        model_file="model.pte",
+        worker="executorch_worker.py",
+        modules=("executorch", "safetensors", "tokenizers", "torch", "torchao"),
+        how_to_install="make executorch",
+        beside="executorch",  # it wants packages that nothing else does
+        longest=2048,  # all of the cache is read at every step
     ),
 }

@@ -247,7 +247,7 @@ def test_a_full_disk(
     ("macros", "code", "words"),
     [
         ({"SOURCE": "/nowhere"}, exit_codes.BAD_INPUT, "no Hugging Face folder (it has no config.json), no .gguf file"),
-        ({"FORMAT": "gpt2"}, exit_codes.BAD_CONFIG, "'onnx' or 'openvino'"),
+        ({"FORMAT": "gpt2"}, exit_codes.BAD_CONFIG, "'openvino' or 'executorch'"),
         (
             {"TYPE": "Q8_0"},
             exit_codes.BAD_CONFIG,

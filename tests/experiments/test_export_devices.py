@@ -30,7 +30,10 @@ CASES = (
     ("onnx", "minicpm", "float32"),
     ("onnx", "llama", "int4"),
     pytest.param(("openvino", "minicpm", "float32"), marks=pytest.mark.slow),
+    pytest.param(("executorch", "minicpm", "float32"), marks=pytest.mark.slow),
+    pytest.param(("executorch", "llama", "int4"), marks=pytest.mark.slow),
 )
+PACKAGES = {"onnx": {"transformers", "onnxruntime-genai"}, "openvino": {"transformers", "openvino"}}
 
 
 @pytest.fixture(scope="module", params=CASES, ids="-".join)
@@ -57,8 +60,8 @@ def test_the_runtime_says_what_our_decoder_does(exported):
         assert figures["greedy_tokens"] == f"{sum(len(t.greedy) for t in manifest.texts)} of 48"
     else:
         assert 1e-3 < figures["kl_divergence"] < 1
-        assert sum(entry.bytes for name, entry in manifest.files.items() if "model.onnx" in name) < 4 * 200_000
-    assert manifest.tools.keys() >= {"transformers", "openvino" if "openvino" in folder.name else "onnxruntime-genai"}
+        assert sum(entry.bytes for name, entry in manifest.files.items() if "model." in name) < 4 * 200_000
+    assert manifest.tools.keys() >= PACKAGES.get(folder.name.split("-")[0], {"executorch", "torchao"})
     assert manifest.source["config_sha256"]
     assert not [name for name in manifest.files if "safetensors" in name or name.startswith("source")]
 

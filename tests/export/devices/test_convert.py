@@ -14,6 +14,7 @@ from export.devices.convert import device_model, export_device, write_rotary_tab
 from export.devices.runtimes import RUNTIMES, Job
 from export.folders import ExportError
 from tests.export.devices.needs import skip_without
+from tests.export.small_models import random_params
 
 LONGROPE = RopeConfig(
     short_factor=tuple(1.0 + 0.1 * i for i in range(8)),
@@ -88,6 +89,23 @@ def test_refused(tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(ExportError, match=r"no_such_module not installed \(make openvino\)"):
         export_device({}, PLAIN, tokenizer, tmp_path / "out", runtime="openvino")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_rows_that_groups_do_not_divide(tokenizer: Tokenizer, tmp_path: Path):
+    skip_without("executorch")
+    config = dataclasses.replace(PLAIN, d_ff=80)
+    with pytest.raises(ExportError, match="groups of 32 do not divide a layer's 80 inputs; choose int8"):
+        export_device(random_params(config), config, tokenizer, tmp_path / "out", runtime="executorch", dtype="int4")
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_context_ends_where_a_program_does():
+    long = dataclasses.replace(PLAIN, max_position_embeddings=5000)
+    assert device_model(long, RUNTIMES["executorch"].longest).max_position_embeddings == 2048
+    (said,) = convert._notes(long, RUNTIMES["executorch"])
+    assert said.startswith("the context ends at 2,048 of 5,000 tokens: so long is the cache of ExecuTorch's program")
+    assert convert._notes(long, RUNTIMES["onnx"]) == convert._notes(PLAIN, RUNTIMES["executorch"]) == ()
 
 
 def test_what_fails_in_a_process_of_its_own_is_said(tmp_path: Path):
