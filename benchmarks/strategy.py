@@ -25,6 +25,7 @@ import numpy as np
 from benchmarks.strategy_report import Comparison, read_answers, save_answers, write_results
 from cpm_jax.checkpoints.averaging import average_params
 from cpm_jax.checkpoints.manager import CHECKPOINTS_DIR, list_steps
+from cpm_jax.common.gin_files import GIN_ROOT
 from cpm_jax.common.gin_utils import Settings
 from cpm_jax.data.loader import make_validation_loader, open_datasets
 from cpm_jax.data.mixture import from_folders
@@ -85,7 +86,14 @@ class Strategy:
             subprocess.CalledProcessError: it failed, and has said why.
         """
         if name not in self._done:
-            files = [f"--gin_file={GIN_DIR}/{file or name}.gin", *(f"--gin_file={size}" for size in self._files)]
+            # What a size changes of one study alone comes last.
+            own = [f"{GIN_DIR}/{name}_{Path(size).name}" for size in self._files]
+            files = [
+                f"{GIN_DIR}/{file or name}.gin",
+                *self._files,
+                *(path for path in own if (GIN_ROOT / path).exists()),
+            ]
+            files = [f"--gin_file={path}" for path in files]
             command = ["experiments.run", "sweep", f"--workdir={self.workdir / name}", *files, *self._flags, *flags]
             subprocess.run([sys.executable, "-m", *command], check=True)
             runs = read_runs(self.workdir / name / RUNS_FILE)

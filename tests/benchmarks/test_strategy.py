@@ -7,10 +7,15 @@ import scipy.stats
 
 from benchmarks import strategy_report
 from benchmarks.results import Benchmark
-from benchmarks.strategy import QUESTIONS, SEEDS, losses, step_law
+from benchmarks.strategy import GIN_DIR, QUESTIONS, SEEDS, losses, step_law
 from benchmarks.strategy_report import MARGIN, Comparison, draw, read_answers, save_answers, write_results
 from cpm_jax.common.gin_files import list_gin_files
+from cpm_jax.common.gin_utils import Settings
+from cpm_jax.modeling.model_size import count_params
 from cpm_jax.scaling.runs import Run
+from cpm_jax.scaling.space import points
+from experiments.pretrain import PretrainConfig
+from experiments.sweep import SweepConfig
 
 
 def compare(claim, *differences, reference=4.0):
@@ -87,7 +92,21 @@ def test_step_law_at_one_billion():
 
 def test_every_question_has_its_file():
     names = {path.stem for path in list_gin_files() if path.parent.name == "strategy"}
-    assert names == {*QUESTIONS, "base", "full", "gpu"}
+    assert names == {*QUESTIONS, "base", "full", "gpu", "depth_gpu"}
+
+
+@pytest.mark.parametrize(("size", "own", "params"), [("", [], 0.63e6), ("gpu", ["depth_gpu"], 4.9e6)])
+def test_shapes_of_depth_have_equal_parameters(size, own, params):
+    files = [f"{GIN_DIR}/{name}.gin" for name in ("depth", *([size] if size else []), *own)]
+    config = Settings(files, ["--gin.DATA=somewhere"], SweepConfig).build()
+    found = []
+    for point in points(config.base().space):
+        flags = [f"--gin.{name}={value!r}" for name, value in (config.bindings | point).items()]
+        model = Settings(config.base().gin_files, flags, PretrainConfig).build().model
+        assert model.head_size == 32
+        found.append(count_params(model).total)
+    assert len(set(found)) == 3
+    assert found == pytest.approx([params] * 9, rel=0.02)
 
 
 def test_the_figure_has_a_line_for_each_comparison():
