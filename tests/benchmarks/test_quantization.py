@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 
 from benchmarks import quantization
-from benchmarks.quantization import Measured, Score, evaluation_rows, measure, methods, report, task_scores
+from benchmarks.long_texts import LongText
+from benchmarks.quantization import (
+    Measured,
+    Score,
+    calibration_rows,
+    evaluation_rows,
+    measure,
+    methods,
+    report,
+    task_scores,
+)
 from benchmarks.results import load
 from benchmarks.sparse_quality_texts import Excerpt, Rows
 from cpm_jax.common.files import write_json
@@ -76,6 +86,15 @@ def test_rows_are_of_all_excerpts_in_turn_and_do_not_overlap():
         evaluation_rows(texts, 10, 24)
 
 
+def test_calibration_has_as_much_of_each_kind():
+    kinds = {"few": ["the quick brown fox " * 20], "many": ["jumps over the lazy dog. "] * 900}
+    rows = calibration_rows({name: LongText("", text) for name, text in kinds.items()}, TOKENIZER, 5, 24)
+    assert rows.shape == (5, 24)
+    few, many = (TOKENIZER.encode("\n\n".join(text)) for text in kinds.values())
+    assert [rows[0].tolist(), rows[1].tolist()] == [few[:24], many[:24]]
+    assert [rows[4].tolist(), rows[3].tolist()] == [few[-24:], many[(len(many) - 24) // 2 :][:24]]
+
+
 def test_scores_are_of_the_items_in_their_order(model, tasks):
     choices, solutions = task_scores(model).values()
     assert choices.higher_is_better
@@ -91,9 +110,10 @@ def test_methods_are_measured_once_and_reported(tmp_path, monkeypatch, model, ta
     wanted = [quantization.FLOAT, "RTN"]
     args = argparse.Namespace(**SETTINGS, methods=wanted, seconds=0.0)
     write_json(tmp_path / quantization.SETTINGS_FILE, SETTINGS)
-    measure(tmp_path, model, _texts(), args, deadline=0.0)  # is over: nothing is begun
+    rows = (_texts().training[:6, :24], evaluation_rows(_texts(), 4, 24))
+    measure(tmp_path, model, *rows, args, deadline=0.0)  # is over: nothing is begun
     assert not (tmp_path / "cells").exists()
-    measure(tmp_path, model, _texts(), args, deadline=math.inf)
+    measure(tmp_path, model, *rows, args, deadline=math.inf)
     cells = {method: Measured.load(tmp_path, method) for method in wanted}
     assert cells["RTN"].nats.shape == (4,)
     assert np.abs(cells["RTN"].nats - cells[quantization.FLOAT].nats).max() > 1e-4
@@ -101,7 +121,7 @@ def test_methods_are_measured_once_and_reported(tmp_path, monkeypatch, model, ta
     losses = [np.array(cells[method].scores[tasks[1]].values) for method in wanted]
     assert np.abs(losses[0] - losses[1]).max() > 1e-4
     monkeypatch.setattr(quantization, "quantize_model", None)  # kept: not measured again
-    measure(tmp_path, model, _texts(), args, deadline=math.inf)
+    measure(tmp_path, model, *rows, args, deadline=math.inf)
     report(tmp_path, tmp_path / "results")
     (result,) = load(tmp_path / "results")
     perplexities = [row for row in result["rows"] if row.metric.startswith("perplexity, RTN")]
