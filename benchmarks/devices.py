@@ -1,6 +1,6 @@
 """SmolLM2-135M in the runtimes for devices: logits, greedy text, size, memory and speed of each type, beside ours.
 
-    python -m benchmarks.devices [--work FOLDER] [--formats onnx openvino] [--skip_speed]
+    python -m benchmarks.devices [--work FOLDER] [--formats onnx openvino executorch] [--skip_speed]
 
 Everything is converted and run as `export` does it, every runtime in a process of its own with two threads. Float32 is
 computed exactly; other types are run as the runtime likes it, which may round activations and the cache. Speed and

@@ -16,11 +16,10 @@ import importlib.util
 import json
 import multiprocessing
 import resource
-import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -197,22 +196,19 @@ def add_rows(bench: Benchmark, what: str, ours: Measured | str, theirs: Measured
         )
 
 
-def compare(
-    folders: Mapping[str, Path], args: argparse.Namespace, lengths: Iterable[int], directory: Path = RESULTS_DIR
-) -> Path:
+def compare(folders: Mapping[str, Path], args: argparse.Namespace, directory: Path = RESULTS_DIR) -> Path:
     """Measures all arms at all lengths, and writes what came out.
 
     Args:
         folders: "dense", and "sparse" where there is one.
         args: from the command line.
-        lengths: of prompts.
         directory: where to.
     """
     bench = Benchmark("torch_runtime_speed")
     on_gpu = args.device.startswith("cuda")
     device = torch.cuda.get_device_name(args.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
     baseline = f"transformers {transformers.__version__}, {attention_of_transformers(args.device)}"
-    for length in lengths:
+    for length in args.lengths:
         arm = Arm(folders["dense"], length, args.new_tokens, args.device, args.dtype, None)
         theirs = measure_alone(arm)
         for name, folder in folders.items():
@@ -261,8 +257,7 @@ def main(argv: Sequence[str] | None = None, directory: Path = RESULTS_DIR) -> No
         folders = {"dense": folder}
         if "sparse_config" in config:
             folders = {"dense": dense_copy(folder, Path(scratch) / "dense"), "sparse": folder}
-        compare(folders, args, args.lengths, directory)
-        shutil.rmtree(Path(scratch) / "random", ignore_errors=True)
+        compare(folders, args, directory)
 
 
 if __name__ == "__main__":

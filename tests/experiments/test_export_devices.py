@@ -1,6 +1,8 @@
 """The verb `export` for devices: converted, run by their runtimes with our logits and text, and verified again."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,36 @@ def exported(request, tmp_path_factory):
     return out / f"{runtime}-{dtype}", source, dtype
 
 
+RUNNER = """
+import json, sys
+from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
+folder, asked = sys.argv[1], json.loads(sys.argv[2])
+said = []
+for prompt, count in asked:
+    runner, pieces = TextLLMRunner(f"{folder}/model.pte", f"{folder}/tokenizer.json"), []
+    runner.generate(prompt, GenerationConfig(max_new_tokens=count, temperature=0.0, echo=False), pieces.append)
+    said.append("".join(pieces))
+print()
+print(json.dumps(said))
+"""
+
+
+def check_executorch_runner(folder: Path) -> None:
+    """Its own runner continues texts as recorded, as far as tokens are whole characters: it passes on no others."""
+    tokenizer, asked, expected = Tokenizer.load(folder), [], []
+    for text in read_manifest(folder).texts:
+        prompt, spelt = tokenizer.decode(list(text.token_ids)), [tokenizer.decode([token]) for token in text.greedy]
+        count = next((i for i, piece in enumerate(spelt) if not piece.isascii() or not piece), len(spelt))
+        if count and tokenizer.encode(prompt) == list(text.token_ids):
+            asked.append((prompt, count))
+            expected.append("".join(spelt[:count]))
+    assert asked
+    command = [str(Path(sys.prefix, "executorch/bin/python")), "-c", RUNNER, str(folder), json.dumps(asked)]
+    done = subprocess.run(command, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode(errors="replace")
+    assert json.loads(done.stdout.splitlines()[-1]) == expected
+
+
 def test_the_runtime_says_what_our_decoder_does(exported):
     folder, _, dtype = exported
     manifest = read_manifest(folder)
@@ -62,6 +94,8 @@ def test_the_runtime_says_what_our_decoder_does(exported):
         assert 1e-3 < figures["kl_divergence"] < 1
         assert sum(entry.bytes for name, entry in manifest.files.items() if "model." in name) < 4 * 200_000
     assert manifest.tools.keys() >= PACKAGES.get(folder.name.split("-")[0], {"executorch", "torchao"})
+    if folder.name.startswith("executorch"):
+        check_executorch_runner(folder)
     assert manifest.source["config_sha256"]
     assert not [name for name in manifest.files if "safetensors" in name or name.startswith("source")]
 
