@@ -89,7 +89,7 @@ def run(config: ExportConfig, workdir: Path) -> None:
         print("\n".join(verify_export(Path(config.verify))))
         return
     if config.format in RUNTIMES and (words := RUNTIMES[config.format].missing()):
-        raise ExportError(f"FORMAT={config.format} needs what is {words}")
+        raise ExportError(f"FORMAT={config.format}: {words}")
     start = time.monotonic()
     if jax.process_count() > 1:
         raise ConfigError(
