@@ -290,7 +290,7 @@ def _smollm2(scale: Scale, work: Path) -> Checkpoint:
     return _float(load_weights(smollm2_path()), "llama", "bfloat16")
 
 
-P_GPTQ = QuantizationConfig(method="gptq")  # without the first four tokens of each sequence
+P_GPTQ = QuantizationConfig(method="gptq", skip_initial_tokens=4)
 RTN = QuantizationConfig(method="rtn")
 # The rows of the matrix.
 CHECKPOINTS: Mapping[str, Callable[[Scale, Path], Checkpoint]] = {

@@ -60,6 +60,7 @@ CLAIMS = (
     ("S-P-GPTQ", "S-GPTQ"),
     ("S-P-GPTQ", "P-GPTQ"),
     ("GPTQ", "RTN"),
+    ("R-GPTQ", "GPTQ"),
     ("R-P-GPTQ", "P-GPTQ"),
 )
 

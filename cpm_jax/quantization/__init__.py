@@ -1,1 +1,1 @@
-"""Quantisation of trained weights: GPTQ without the first tokens, smoothing, rotation, layer by layer."""
+"""Quantisation of trained weights: GPTQ and P-GPTQ, smoothing, rotation, layer by layer."""

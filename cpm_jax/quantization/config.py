@@ -25,7 +25,8 @@ class QuantizationConfig:
         bits: of a code.
         group_size: consecutive inputs that share a scale; -1 is all of them (one scale for each output).
         skip_initial_tokens: calibration leaves out this many tokens at the start of each sequence, whose activations
-            are many times those of all others (P-GPTQ: 4; MiniCPM4 report §4.1.2, Eq. 12); 0 takes all.
+            are many times those of all others (P-GPTQ: 4; MiniCPM4 report §4.1.2, Eq. 12). 0 takes all, as SmolLM2
+            loses by it: docs/quantization.md.
         smoothing: whether inputs with large activations are scaled up in the weights before (AWQ, arXiv 2306.00978;
             the report's S-).
         smoothing_steps: exponents that are tried for each group of layers, evenly from 0 to below 1.
@@ -39,7 +40,7 @@ class QuantizationConfig:
     method: Literal["rtn", "gptq"] = "gptq"
     bits: Literal[2, 3, 4, 8] = 4
     group_size: int = 128
-    skip_initial_tokens: NonNegativeInt = 4
+    skip_initial_tokens: NonNegativeInt = 0
     smoothing: bool = False
     smoothing_steps: PositiveInt = 20
     rotation: bool = False

@@ -134,7 +134,7 @@ def test_what_is_refused(tokenizer, tmp_path):
 
 def test_the_model_card_names_the_switches():
     assert describe(ROUNDED) == "RTN, 4 bits, symmetric, groups of 128"
-    all_of_it = QuantizationConfig(group_size=-1, smoothing=True, rotation=True)
+    all_of_it = QuantizationConfig(group_size=-1, skip_initial_tokens=4, smoothing=True, rotation=True)
     assert describe(all_of_it) == (
         "GPTQ, 4 bits, symmetric, one scale for each output; calibrated without the first 4 tokens of each sequence; "
         "activation-aware smoothing; rotated residual stream"
