@@ -2,10 +2,12 @@
 //
 // A fiber runs until it meets a barrier. Threads of a block that wait at different barriers, or a shuffle that a thread
 // of its warp does not come to, end the program: a GPU would hang, or compute anything. With EMULATED_BACKWARDS threads
-// run in the opposite order: where a barrier is missing the results differ.
+// run in the opposite order: where a barrier is missing the results differ. The device's memory is closed but while a
+// kernel or a copy runs: a host that reads it ends the program, as does a kernel that is given a pointer of the host.
 #pragma once
 
 #include <dlfcn.h>
+#include <sys/mman.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -17,8 +19,13 @@
 #include <cstring>
 #include <functional>
 #include <limits>
+#include <map>
 #include <memory>
+#include <type_traits>
+#include <utility>
 #include <vector>
+
+#include "shared.h"
 
 #define __global__
 #define __device__
@@ -36,24 +43,87 @@ using std::max;
 using std::min;
 inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 
-enum cudaError_t { cudaSuccess };
+enum cudaError_t { cudaSuccess, cudaErrorMemoryAllocation };
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
-inline const char* cudaGetErrorString(cudaError_t) { return ""; }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
-inline cudaError_t cudaMalloc(void** memory, size_t bytes) { return *memory = std::malloc(bytes), cudaSuccess; }
-inline cudaError_t cudaFree(void* memory) { return std::free(memory), cudaSuccess; }
-inline cudaError_t cudaMemset(void* memory, int value, size_t bytes) {
-  return std::memset(memory, value, bytes), cudaSuccess;
-}
-inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
-  return std::memcpy(to, from, bytes), cudaSuccess;
-}
 
 namespace emulated {
 
 constexpr unsigned kWarp = 32;
 constexpr size_t kStack = 1 << 16, kSharedFloats = 12288;  // 48 KiB of the latter
+constexpr size_t kMemory = 1 << 30;
+
+[[noreturn]] inline void give_up(const char* what) {
+  std::fprintf(stderr, "emulated block %u: %s\n", blockIdx.x, what);
+  std::abort();
+}
+
+inline std::map<uint8_t*, size_t> memory;  // what is allocated: where it begins, and its bytes
+inline cudaError_t last_error = cudaSuccess;
+
+// While there is one, the device's memory can be read and written.
+struct Open {
+  Open() { set(PROT_READ | PROT_WRITE); }
+  ~Open() { set(PROT_NONE); }
+  static void set(int access) {
+    for (const auto& [begin, bytes] : memory) mprotect(begin, bytes, access);
+  }
+};
+
+inline void check_place(const void* pointer, bool device) {
+  const bool is = std::any_of(memory.begin(), memory.end(), [pointer](const auto& part) {
+    return pointer >= part.first && pointer < part.first + part.second;
+  });
+  if (is != device) give_up(device ? "a pointer of the host, not the device" : "a pointer of the device, not the host");
+}
+
+// An argument of a kernel.
+template <typename T>
+void check_argument(const T& argument) {
+  if constexpr (std::is_pointer_v<T>) {
+    if (argument != nullptr) check_place(argument, true);
+  } else if constexpr (std::is_same_v<T, cpm::Matrix>) {
+    check_argument(argument.values);
+    check_argument(argument.zeros);
+    check_argument(argument.scales);
+  } else if constexpr (std::is_same_v<T, cpm::NewTokens>) {
+    check_argument(argument.ancestors);
+  } else if constexpr (std::is_same_v<T, cpm::Kernels>) {
+    if (argument.number > 0) check_argument(argument.means);
+  }
+}
+
+}  // namespace emulated
+
+inline const char* cudaGetErrorString(cudaError_t error) { return error == cudaSuccess ? "no error" : "out of memory"; }
+// Once it is asked for it is forgotten, and not before.
+inline cudaError_t cudaGetLastError() { return std::exchange(emulated::last_error, cudaSuccess); }
+inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
+inline cudaError_t cudaMalloc(void** memory, size_t bytes) {
+  if (bytes > emulated::kMemory) return emulated::last_error = cudaErrorMemoryAllocation;
+  *memory = mmap(nullptr, bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (*memory == MAP_FAILED) emulated::give_up("no memory");
+  emulated::memory[static_cast<uint8_t*>(*memory)] = bytes;
+  return cudaSuccess;
+}
+inline cudaError_t cudaFree(void* memory) {
+  const auto found = emulated::memory.find(static_cast<uint8_t*>(memory));
+  if (found == emulated::memory.end()) return cudaSuccess;  // NULL
+  munmap(memory, found->second);
+  emulated::memory.erase(found);
+  return cudaSuccess;
+}
+inline cudaError_t cudaMemset(void* memory, int value, size_t bytes) {
+  const emulated::Open open;
+  return std::memset(memory, value, bytes), cudaSuccess;
+}
+inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
+  emulated::check_place(to, kind == cudaMemcpyHostToDevice);
+  emulated::check_place(from, kind == cudaMemcpyDeviceToHost);
+  const emulated::Open open;
+  return std::memcpy(to, from, bytes), cudaSuccess;
+}
+
+namespace emulated {
 
 // longjmp of the C library itself, by its address: what AddressSanitizer puts in its place takes ten times as long.
 inline void jump(jmp_buf place) {
@@ -78,11 +148,6 @@ inline std::vector<Fiber> fibers;
 inline jmp_buf scheduler;
 inline unsigned current;
 inline std::function<void()> body;
-
-[[noreturn]] inline void give_up(const char* what) {
-  std::fprintf(stderr, "emulated block %u: %s\n", blockIdx.x, what);
-  std::abort();
-}
 
 inline void wait(State state) {
   Fiber& self = fibers[current];
@@ -165,6 +230,8 @@ template <typename... Parameters>
 auto launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared = 0) {
   if (shared > sizeof cpm::attended) give_up("more than 48 KiB of shared memory");
   return [=](Parameters... arguments) {
+    (check_argument(arguments), ...);
+    const Open open;
     if (fibers.size() != block.x) fibers = std::vector<Fiber>(block.x);
     body = [&] { kernel(arguments...); };
     for (unsigned y = 0; y < grid.y; ++y) {
