@@ -13,7 +13,9 @@ namespace cpm {
 namespace {
 
 void check(cudaError_t result, const std::string& what) {
-  if (result != cudaSuccess) fail("CUDA: " + what + ": " + cudaGetErrorString(result));
+  if (result == cudaSuccess) return;
+  cudaGetLastError();  // forgets it: who opens a smaller model after this one would find it behind the first launch
+  fail("CUDA: " + what + ": " + cudaGetErrorString(result));
 }
 
 uint32_t blocks_for(int64_t threads) { return static_cast<uint32_t>((threads + kThreads - 1) / kThreads); }

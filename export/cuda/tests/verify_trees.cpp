@@ -89,6 +89,10 @@ int main(int argc, char** argv) {
     return 2;
   }
   try {
+    if (std::string(argv[3]) == "cuda") {  // too large for most GPUs: an error that is not that of a later call
+      const cpm_options large{1 << 24, 1 << 16, 1, argv[3], 0};
+      cpm_close(cpm_open(argv[1], &large));
+    }
     const cpm_options options{kCapacity, 16, 1, argv[3], 0};
     cpm_model* model = cpm_open(argv[1], &options);
     check(model != nullptr, "the model is not opened");
