@@ -18,7 +18,8 @@ typedef struct {
   int64_t capacity;     // tokens that the KV cache holds; 0 is max_position_embeddings of config.json
   int32_t chunk;        // tokens of a prompt that are computed together; 0 is 128
   int32_t threads;      // of the CPU; 0 is one for each core
-  const char* backend;  // NULL or "cpu"; "cuda" where the library was built with it
+  const char* backend;  // NULL or "cpu"; "cuda" where the library was built with it, on the device that is current in
+                        // the thread that opens the model: it has to be in every thread that uses it
   int32_t mtp;          // 1 loads MTP layers too, where the model has any: they draft tokens
 } cpm_options;
 
