@@ -12,6 +12,7 @@ namespace {
 
 constexpr uint64_t kLargestFile = 100'000'000;  // of a JSON file; tokenizers, the largest, are not read here
 constexpr size_t kShown = 60;                   // characters of a value that an error shows
+constexpr int kDeepest = 32;                    // lists in lists; the parser's printer calls itself for each
 
 using Value = nlohmann::json;
 
@@ -20,8 +21,12 @@ const Value& value_of(const std::shared_ptr<const void>& pointer) { return *stat
 }  // namespace
 
 Json Json::parse(const char* text, size_t size, const std::string& where) {
+  const auto check_depth = [&where](int depth, Value::parse_event_t, Value&) {
+    if (depth > kDeepest) fail(where + " has values nested in more than " + std::to_string(kDeepest) + " others");
+    return true;
+  };
   try {
-    return Json(std::make_shared<const Value>(Value::parse(text, text + size)), where);
+    return Json(std::make_shared<const Value>(Value::parse(text, text + size, check_depth)), where);
   } catch (const Value::exception& error) {
     fail(where + " is no JSON: " + error.what());
   }
