@@ -179,10 +179,6 @@ void print_speed(const char* what, int64_t tokens, double seconds) {
                static_cast<double>(tokens) / std::max(seconds, 1e-9));
 }
 
-int32_t best(const std::vector<float>& logits) {
-  return static_cast<int32_t>(std::max_element(logits.begin(), logits.end()) - logits.begin());
-}
-
 // The prompt; returns the logits after its last token.
 std::vector<float> read_prompt(cpm_model* model, const Arguments& arguments) {
   const auto vocabulary = static_cast<size_t>(cpm_vocab_size(model));
@@ -245,7 +241,7 @@ void generate_by_drafts(cpm_model* model, const Arguments& arguments, std::vecto
   std::vector<int32_t> drafts(static_cast<size_t>(mtp_layers));
   int64_t passes = 0, kept = 0;
   for (bool more = true; more;) {
-    text.push_back(best(logits));
+    text.push_back(most_probable(logits));
     if (!output.add(text.back())) break;
     const int64_t most = std::max<int64_t>(arguments.draft, mtp_layers + 1);
     const auto room = static_cast<size_t>(std::max<int64_t>(std::min(most, capacity - cpm_length(model)), 1));

@@ -6,7 +6,17 @@
 #include <cstdint>
 #include <numeric>
 #include <random>
+#include <stdexcept>
 #include <vector>
+
+// The most probable token. Throws std::runtime_error where the logits are no numbers, which have no order to sort by.
+inline int32_t most_probable(const std::vector<float>& logits) {
+  const auto largest = std::max_element(logits.begin(), logits.end());
+  if (!std::isfinite(*largest) || std::any_of(logits.begin(), logits.end(), [](float x) { return std::isnan(x); })) {
+    throw std::runtime_error("the logits are no numbers: the weights are damaged, or too large for float32");
+  }
+  return static_cast<int32_t>(largest - logits.begin());
+}
 
 struct Sampling {
   double temperature = 0;  // divides the logits; 0 takes the most probable token
@@ -20,8 +30,9 @@ class Sampler {
   explicit Sampler(const Sampling& sampling) : sampling_(sampling), random_(sampling.seed) {}
 
   int32_t draw(const std::vector<float>& logits) {
-    const auto largest = std::max_element(logits.begin(), logits.end());
-    if (sampling_.temperature == 0) return static_cast<int32_t>(largest - logits.begin());
+    const int32_t first = most_probable(logits);
+    if (sampling_.temperature == 0) return first;
+    const double largest = logits[static_cast<size_t>(first)];
     order_.resize(logits.size());
     std::iota(order_.begin(), order_.end(), 0);
     const auto before = [&](int32_t a, int32_t b) {  // of equals the first, so that the order is one on every machine
@@ -38,7 +49,7 @@ class Sampler {
     weights_.clear();
     for (const int32_t token : order_) {
       weights_.push_back(
-          std::exp((static_cast<double>(logits[static_cast<size_t>(token)]) - *largest) / sampling_.temperature));
+          std::exp((static_cast<double>(logits[static_cast<size_t>(token)]) - largest) / sampling_.temperature));
     }
     if (sampling_.top_p < 1) {
       const double wanted = sampling_.top_p * std::accumulate(weights_.begin(), weights_.end(), 0.0);

@@ -2,6 +2,7 @@
 #include <cinttypes>
 #include <cstdio>
 #include <cstdlib>
+#include <stdexcept>
 #include <vector>
 
 #include "sampler.h"
@@ -20,7 +21,12 @@ int main(int argc, char** argv) {
   for (int i = 6; i < argc; ++i) logits.push_back(static_cast<float>(std::atof(argv[i])));
   std::vector<int64_t> counts(logits.size());
   Sampler sampler(sampling);
-  for (long long i = std::atoll(argv[5]); i > 0; --i) ++counts[static_cast<size_t>(sampler.draw(logits))];
+  try {
+    for (long long i = std::atoll(argv[5]); i > 0; --i) ++counts[static_cast<size_t>(sampler.draw(logits))];
+  } catch (const std::runtime_error& error) {
+    std::fprintf(stderr, "draw: %s\n", error.what());
+    return 1;
+  }
   for (const int64_t count : counts) std::printf("%" PRId64 " ", count);
   std::printf("\n");
   return 0;

@@ -319,6 +319,14 @@ def test_draws_follow_the_distribution(temperature, top_k, top_p, shares, runtim
     assert ((counts == 0) == (np.array(shares) == 0)).all()
 
 
+@pytest.mark.parametrize("temperature", [0, 1])
+@pytest.mark.parametrize("logits", [["0", "nan", "1"], ["-inf", "-inf"], ["0", "inf"]])
+def test_logits_that_are_no_numbers_are_an_error(logits, temperature, runtime):
+    done = runtime.execute("draw", temperature, 0, 0.9, 0, 1, *logits)
+    assert done.returncode == 1
+    assert "the logits are no numbers" in done.stderr
+
+
 def test_a_seed_makes_the_same_text_again(runtime, plain_folder):
     arguments = ["--ids", "1,2,3", "--max-new-tokens", 12, "--ignore-eos"]
     drawn = [runtime.run(plain_folder, *arguments, "--temperature", 1, "--seed", seed).ids for seed in (1, 1, 2)]
