@@ -148,6 +148,10 @@ Arguments parse(int argc, char** argv) {
     }
   }
   if (arguments.folder.empty()) throw UsageError("FOLDER is missing");
+  const bool has_work = arguments.max_new_tokens > 0 || !arguments.logits_file.empty();
+  if (has_work && arguments.ids.empty() && !arguments.has_prompt) {
+    throw UsageError("--max-new-tokens or --logits without token ids: --ids, --ids-file or --prompt gives them");
+  }
   if (arguments.sampling.temperature > 0 && (arguments.draft > 0 || arguments.mtp)) {
     throw UsageError("--temperature with --draft or --mtp: drafts are verified against the most probable tokens");
   }

@@ -291,6 +291,7 @@ def test_the_memory_plan_is_stated(runtime, tokenizer, tmp_path):
         (["--temperature", "nan"], "--temperature = nan: accepted are numbers"),
         (["--top-p", "0"], "--top-p = 0: accepted are numbers above 0, at most 1"),
         (["--ids", "1", "--temperature", "1", "--draft", 4], "drafts are verified against the most probable tokens"),
+        (["--ids", " ", "--max-new-tokens", 4], "--max-new-tokens or --logits without token ids"),
     ],
 )
 def test_what_a_caller_may_not_ask(arguments, message, runtime, plain_folder):
