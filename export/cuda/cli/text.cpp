@@ -7,6 +7,16 @@
 #include <nlohmann/json.hpp>
 #include <stdexcept>
 
+namespace {
+
+// Copies of values nested deeper, the library's too, would overflow the stack.
+bool check_depth(int depth, nlohmann::json::parse_event_t, nlohmann::json&) {
+  if (depth > 64) throw std::runtime_error("tokenizer.json has values nested in more than 64 others");
+  return true;
+}
+
+}  // namespace
+
 struct TextTokenizer::Parts {
   tokenizers::HFTokenizer tokenizer;
   std::vector<int32_t> before;  // what begins a text
@@ -29,9 +39,10 @@ TextTokenizer::TextTokenizer(const std::string& folder) : parts_(std::make_uniqu
   const std::string file = folder + "/tokenizer.json";
   try {
     std::ifstream stream(file);
-    const auto json = nlohmann::json::parse(stream);
+    const auto json = nlohmann::json::parse(stream, check_depth);
     for (const auto& token : json.at("added_tokens")) {
       parts_->added[token.at("id").get<int32_t>()] = {token.at("content"), token.at("special")};
+      if (token.at("content") == "") throw std::runtime_error(file + " has an added token without text");  // endless
     }
     // The library has no post-processors. Those of exported folders are templates, or leave the tokens as they are.
     const auto processor = json.value("post_processor", nlohmann::json());

@@ -442,6 +442,23 @@ def test_the_token_that_begins_a_text_may_be_one_step_of_several(runtime, tmp_pa
     assert done.stdout.split("\n")[0].split() == list(map(str, expected)), done.stderr
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda file: file.replace('"content": "', '"content": "", "was": "', 1), "has an added token without text"),
+        (lambda file: '{"post_processor": ' + "[" * 10**6 + "]" * 10**6 + "}", "nested in more than 64 others"),
+    ],
+)
+def test_a_tokenizer_that_would_not_end_is_an_error(change, message, runtime, tmp_path):
+    skip_without_tokenizers(tmp_path)
+    Tokenizer.train(TEXTS, 320).save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    file.write_text(change(file.read_text()))
+    done = runtime.execute("cpm", tmp_path, "--prompt", "a")
+    assert done.returncode == 1
+    assert message in done.stderr
+
+
 def test_the_program_takes_and_prints_text(runtime, tmp_path):
     skip_without_tokenizers(tmp_path)
     tokenizer = Tokenizer.train(TEXTS, 320)
