@@ -63,12 +63,14 @@ class Weights:
         Raises:
             FolderError: there are none, or one is missing or cut short.
         """
-        self.config, self.device, self.dtype = config, device, dtype
+        self.config, self.device, self.dtype = config, torch.device(device), dtype
+        if self.device.type == "cuda" and self.device.index is None:  # for safetensors that were the first
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self.names = INTERNLM2 if config.model_type == "internlm2" else LLAMA
         self._folder = Path(folder)
         self._files: dict[str, Any] = {}
         for file in self._weight_files():
-            opened = _open(file, str(device))
+            opened = _open(file, str(self.device))
             self._files |= dict.fromkeys(opened.keys(), opened)
         self._unread = set(self._files)
 
@@ -149,7 +151,7 @@ class Weights:
         zeros = unpack(packed.T.contiguous(), bits).T.contiguous()
         if f"{path}.g_idx" in self._files:
             order = self._read(f"{path}.g_idx", (inputs,))
-            if not torch.equal(order.cpu(), (torch.arange(inputs) // group).to(order.dtype)):
+            if not torch.equal(order, (torch.arange(inputs, device=order.device) // group).to(order.dtype)):
                 raise FolderError(f"{path}.g_idx is not in the order of the inputs: quantise without desc_act")
         # A stored zero point of one less than 0 wraps around.
         return qweight, scales, (zeros + config.zero_offset) & ((1 << bits) - 1)
