@@ -57,7 +57,7 @@ KERNELS = {
     "sparse attention": Kernel(
         "sparse_attention.sparse_attention_kernel",
         "*bf16 *bf16 *bf16 *i64 *i64 *fp32 *fp32 fp32 i32 i32 i32 i32 i32",
-        _HEADS | {"BLOCK": 64},
+        _HEADS | {"TILE": 64, "TILES": 1},
     ),
     "normaliser": Kernel(
         "block_scores.normaliser_kernel",

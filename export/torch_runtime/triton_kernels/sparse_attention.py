@@ -32,7 +32,8 @@ def sparse_attention_kernel(
     ids_per_split,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    TILE: tl.constexpr,
+    TILES: tl.constexpr,
     SIZE: tl.constexpr,
     DIMS: tl.constexpr,
 ):
@@ -51,9 +52,10 @@ def sparse_attention_kernel(
     maximum = tl.full((ROWS,), MASKED, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, DIMS), tl.float32)
-    for i in range(split * ids_per_split, tl.minimum((split + 1) * ids_per_split, num_ids)):
-        block = tl.load(ids_ptr + i)
-        slots = tl.maximum(block, 0) * BLOCK + tl.arange(0, BLOCK)
+    last = tl.minimum((split + 1) * ids_per_split, num_ids)
+    for i in range(split * ids_per_split * TILES, last * TILES):
+        block = tl.load(ids_ptr + i // TILES)
+        slots = (tl.maximum(block, 0) * TILES + i % TILES) * TILE + tl.arange(0, TILE)
         visible = slots <= tl.where(block >= 0, position, -1)
         place = (start + slots)[:, None] * SIZE + dims[None, :]
         read = visible[:, None] & dim_mask[None, :]
@@ -75,6 +77,20 @@ def sparse_attention_kernel(
     tl.store(lse_ptr + out_rows, lse, mask=row_mask)
 
 
+def tile(block_size: int, size: int) -> int:
+    """Keys of a block that are in memory at once: whole blocks of 64 keys of 128 dimensions, and of others no more.
+
+    Raises:
+        ValueError: blocks that no tile divides.
+    """
+    keys = min(block_size & -block_size, max(LEAST, 64 * 128 // triton.next_power_of_2(max(size, 128))))
+    if keys < LEAST:
+        raise ValueError(
+            f"block_size = {block_size}: the sparse kernel takes multiples of {LEAST}; use kernels 'torch'"
+        )
+    return keys
+
+
 def sparse_attention(
     q: Tensor, keys: Tensor, values: Tensor, block_ids: Tensor, positions: Tensor, scale: float, block_size: int
 ) -> Tensor:
@@ -87,7 +103,7 @@ def sparse_attention(
         block_ids: [B, K, T, I], -1 where a query has fewer.
         positions: of the queries [T].
         scale: factor on the scores.
-        block_size: keys in a block, a power of two from 16.
+        block_size: keys in a block, a multiple of 16.
 
     Returns:
         [B, T, N, H].
@@ -95,12 +111,8 @@ def sparse_attention(
     Raises:
         ValueError: blocks of another size.
     """
-    if block_size < LEAST or block_size & (block_size - 1):
-        raise ValueError(
-            f"block_size = {block_size}: the sparse kernel takes powers of two from {LEAST}; use kernels 'torch'"
-        )
     (batch, length, heads, size), kv_heads, num_ids = q.shape, keys.shape[1], block_ids.shape[3]
-    group = heads // kv_heads
+    group, keys_at_once = heads // kv_heads, tile(block_size, size)
     splits = max(1, min(num_ids, PROGRAMS // (batch * kv_heads * length)))
     kind = q.dtype if splits == 1 else torch.float32
     out = torch.empty(splits, *q.shape, dtype=kind, device=q.device)
@@ -121,7 +133,8 @@ def sparse_attention(
         triton.cdiv(num_ids, splits),
         GROUP=group,
         ROWS=max(LEAST, triton.next_power_of_2(group)),
-        BLOCK=block_size,
+        TILE=keys_at_once,
+        TILES=block_size // keys_at_once,
         SIZE=size,
         DIMS=max(LEAST, triton.next_power_of_2(size)),
         num_stages=stages(keys.dtype),

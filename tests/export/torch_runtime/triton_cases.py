@@ -124,11 +124,11 @@ def sparse_attentions() -> Errors:
     cases = (
         (SparseConfig(**SIZES), 61, 3, 2, 16),
         (SparseConfig(**SIZES | {"kernel_size": 11, "variant": "paper", "init_blocks": 0}), 50, 1, 1, 24),
-        (SparseConfig(**SIZES | {"block_size": 32, "topk": 30}), 45, 5, 1, 32),
+        (SparseConfig(**SIZES | {"block_size": 48, "window_size": 48, "topk": 30}), 61, 5, 1, 32),
     )
     for (sparse, filled, group, kv_heads, size), exact in zip(cases, (False, True, False), strict=True):
         name = f"{filled} keys, {group} heads on each of {kv_heads}, blocks of {sparse.block_size}"
-        slots = 128
+        slots = 144
         at = torch.tensor([0, 16, filled // 2, filled - 2, filled - 1])
         q = torch.randn(2, len(at), kv_heads * group, size)
         keys, values = torch.randn(2, 2, kv_heads, slots, size)
