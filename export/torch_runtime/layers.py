@@ -138,12 +138,20 @@ def _attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scale: f
     """Dense causal attention [B, T, N, H]; `are_last` says that the queries are those of the last slots."""
     length, kv_heads = q.shape[1], keys.shape[1]
     if are_last and length > 1:
-        causal = causal_lower_right(length, keys.shape[2])
-        gqa = q.shape[2] != kv_heads
-        out = functional.scaled_dot_product_attention(
-            q.transpose(1, 2), keys, values, causal, scale=scale, enable_gqa=gqa
-        )
-        return out.transpose(1, 2)
+        causal, group = causal_lower_right(length, keys.shape[2]), q.shape[2] // kv_heads
+        q = q.transpose(1, 2)
+        if group == 1 or q.dtype != torch.float32:
+            return functional.scaled_dot_product_attention(
+                q, keys, values, causal, scale=scale, enable_gqa=group > 1
+            ).transpose(1, 2)
+        # Heads share keys in FlashAttention alone, which has no float32; what else does holds all scores in memory.
+        parts = [
+            functional.scaled_dot_product_attention(
+                part, k.expand(-1, group, -1, -1), v.expand(-1, group, -1, -1), causal, scale=scale
+            )
+            for part, k, v in zip(q.split(group, dim=1), keys.split(1, dim=1), values.split(1, dim=1), strict=True)
+        ]
+        return torch.cat(parts, dim=1).transpose(1, 2)
     # The heads that share keys are so many queries of one head, which needs no copy of the keys.
     grouped = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)  # [B, K, G, T, H]
     mask = (torch.arange(keys.shape[2], device=q.device) <= positions[:, None]).repeat(grouped.shape[2], 1)
