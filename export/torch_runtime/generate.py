@@ -4,6 +4,7 @@ Without MTP layers a step makes one token. With them it verifies drafts, and mak
 draft is right if the model's own draw is the same token, so that the draws of any distribution stay what they are.
 """
 
+import contextlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from export.torch_runtime.cache import Cache, LengthError
 from export.torch_runtime.model import Decoder
@@ -19,6 +21,8 @@ from export.torch_runtime.speculative import read_prompt, speculate
 # Of one token [B, 1] at one position [1], in a cache: the drafts that were read behind it [B, M], and logits after it
 # and each of them [B, M + 1, V]. M is 0 where the model has no MTP layers.
 Step = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# Without cuDNN, which PyTorch prefers on H100 and B200: it makes a plan for each length that it meets.
+_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,13 @@ def sample(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator)
     return (logits - noise).argmax(dim=-1)
 
 
+@contextlib.contextmanager
+def _growing(device: torch.device) -> Iterator[None]:
+    """Around passes over a cache as far as it is filled: how to attend, and on which GPU Triton launches kernels."""
+    with sdpa_kernel(_ATTENTION), torch.cuda.device(device if device.type == "cuda" else -1):
+        yield
+
+
 @torch.inference_mode()
 def prefill(model: Decoder, tokens: Tensor, cache: Cache, chunk: int = 512) -> Tensor:
     """Reads a prompt into an empty cache.
@@ -133,18 +144,25 @@ def prefill(model: Decoder, tokens: Tensor, cache: Cache, chunk: int = 512) -> T
         raise ValueError(f"chunk = {chunk}: must be at least 1")
     if cache.drafts is not None:
         cache.drafts.tokens[:, :length] = tokens
-    for start in range(0, length, chunk):
-        end = min(start + chunk, length)
-        positions = torch.arange(start, end, device=tokens.device)
-        hidden = model(tokens[:, start:end], positions, cache, num_slots=end)
-        if cache.drafts is not None:
-            read_prompt(model, hidden, positions, cache, num_slots=end)
-    return model.logits(hidden[:, -1])
+    with _growing(model.device):
+        for start in range(0, length, chunk):
+            end = min(start + chunk, length)
+            positions = torch.arange(start, end, device=tokens.device)
+            hidden = model(tokens[:, start:end], positions, cache, num_slots=end)
+            if cache.drafts is not None:
+                read_prompt(model, hidden, positions, cache, num_slots=end)
+        return model.logits(hidden[:, -1])
 
 
 def eager_step(model: Decoder, cache: Cache) -> Step:
     """A step of decoding that reads the cache as far as it is filled."""
-    return _step(model, cache, static=False)
+    step = _step(model, cache, static=False)
+
+    def growing_step(token: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        with _growing(model.device):
+            return step(token, position)
+
+    return growing_step
 
 
 def static_step(model: Decoder, cache: Cache) -> Step:

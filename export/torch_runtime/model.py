@@ -57,7 +57,8 @@ class Decoder(nn.Module):
     def use_kernels(self, kernels: Kernels) -> None:
         """Chooses for quantised products, norms, rotary embedding and sparse attention: PyTorch, or Triton kernels.
 
-        Those run on the current CUDA device: `torch.cuda.set_device` makes it the model's.
+        Those run on the current CUDA device. `generate` makes it the model's; for calls of the model itself
+        `torch.cuda.set_device` does.
         """
         for module in self.modules():
             if isinstance(module, Attention | QuantizedLinear | RMSNorm):

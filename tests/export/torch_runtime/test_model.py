@@ -16,7 +16,7 @@ from export.hf import hf_config
 from export.torch_runtime import rope
 from export.torch_runtime.config import RopeConfig as RuntimeRope
 from export.torch_runtime.config import read_config
-from export.torch_runtime.generate import eager_step, prefill, static_step
+from export.torch_runtime.generate import SamplingConfig, eager_step, generate, prefill, static_step
 from export.torch_runtime.linear import QuantizedLinear
 from export.torch_runtime.model import load_model
 from tests.export.quantized_models import rounded_model
@@ -113,6 +113,34 @@ def test_a_step_is_one_graph_that_serves_every_position(sparse, tokenizer, tmp_p
             args = tokens[:, at : at + 1], torch.tensor([at])
             torch.testing.assert_close(step(*args), expected(*args), atol=1e-4, rtol=0)
     assert len(graphs) == 1
+
+
+class Attended(torch.overrides.TorchFunctionMode):
+    """Notes of each attention the heads of queries and of keys, and whether cuDNN's may be taken."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.nn.functional.scaled_dot_product_attention:
+            self.calls.append((args[0].shape[1], args[1].shape[1], torch.backends.cuda.cudnn_sdp_enabled()))
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sparse", [None, SPARSE], ids=["dense", "sparse"])
+def test_attention_needs_no_plan_for_a_length_and_no_memory_for_scores(sparse, dtype, tokenizer, tmp_path):
+    """On GPUs cuDNN makes a plan for each length, and in float32 heads that share keys have all scores in memory."""
+    exported(tmp_path / "hf", "llama", tokenizer, sparse_config=sparse, num_layers=1)
+    model, prompt = load_model(tmp_path / "hf", dtype=dtype), tokens_of(80)[0].tolist()
+    with Attended() as attended:
+        list(generate(model, prompt, 3, SamplingConfig(temperature=0), chunk=32))
+    assert attended.calls
+    assert not any(cudnn for *_, cudnn in attended.calls)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    if dtype == torch.float32:
+        assert all(heads == kv_heads for heads, kv_heads, _ in attended.calls)
 
 
 ROPES = {
