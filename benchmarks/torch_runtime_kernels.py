@@ -28,7 +28,8 @@ class Kernel(NamedTuple):
 
     Attributes:
         place: module and function in `export.torch_runtime.triton_kernels`.
-        types: of its arguments that are no constants, in their order.
+        types: of its arguments that are no constants, in their order; ":16" where those of the 8B model are multiples
+            of 16, for which Triton makes other code.
         constants: by their names.
         num_warps: of a program.
         num_stages: steps of a loop whose tiles are in memory at once.
@@ -45,43 +46,43 @@ _HEADS = {"GROUP": 16, "ROWS": 16, "SIZE": 128, "DIMS": 128}
 KERNELS = {
     "int4 product, decoding": Kernel(
         "int4_matmul.int4_matmul_kernel",
-        "*fp16 *i32 *fp16 *u8 *fp32 i32 i32 i32 i32 i32",
+        "*fp16 *i32 *fp16 *u8 *fp32 i32 i32:16 i32:16 i32:16 i32",
         {"ROWS": 16, "OUTPUTS": 64, "INPUTS": 64},
     ),
     "int4 product, prefill": Kernel(
         "int4_matmul.int4_matmul_kernel",
-        "*fp16 *i32 *fp16 *u8 *fp16 i32 i32 i32 i32 i32",
+        "*fp16 *i32 *fp16 *u8 *fp16 i32:16 i32:16 i32:16 i32:16 i32:16",
         {"ROWS": 64, "OUTPUTS": 128, "INPUTS": 64},
         num_warps=8,
     ),
     "sparse attention": Kernel(
         "sparse_attention.sparse_attention_kernel",
-        "*bf16 *bf16 *bf16 *i64 *i64 *fp32 *fp32 fp32 i32 i32 i32 i32 i32",
+        "*bf16 *bf16 *bf16 *i64 *i64 *fp32 *fp32 fp32 i32:16 i32 i32:16 i32 i32",
         _HEADS | {"TILE": 64, "TILES": 1},
     ),
     "normaliser": Kernel(
         "block_scores.normaliser_kernel",
-        "*bf16 *bf16 *i64 *fp32 fp32 i32 i32 i32 i32 i32 i32",
+        "*bf16 *bf16 *i64 *fp32 fp32 i32:16 i32 i32 i32 i32:16 i32:16",
         _HEADS | {"KERNELS": 64},
     ),
     "block scores": Kernel(
         "block_scores.block_scores_kernel",
-        "*bf16 *bf16 *fp32 *i64 *fp32 fp32 i32 i32 i32 i32 i32 i32 i32",
+        "*bf16 *bf16 *fp32 *i64 *fp32 fp32 i32:16 i32 i32 i32 i32:16 i32:16 i32:16",
         _HEADS | {"PER_BLOCK": 4, "BEFORE": 1, "BLOCKS": 16},
     ),
     "compressed keys": Kernel(
         "compress_keys.compress_keys_kernel",
-        "*bf16 *bf16 *i64 i32 i32 i32 i32",
+        "*bf16 *bf16 *i64 i32:16 i32 i32:16 i32:16",
         {"SIZE": 128, "DIMS": 128, "KEYS": 32},
     ),
     "rotary embedding": Kernel(
         "rotary.rotary_kernel",
-        "*bf16 *bf16 *fp32 *bf16 *bf16 i32 i32 i32",
+        "*bf16 *bf16 *fp32 *bf16 *bf16 i32:16 i32:16 i32:16",
         {"NUM_HEADS": 32, "NUM_KV_HEADS": 2, "HALF": 64, "PAIRS": 64, "HEADS": 8},
     ),
     "residual and norm": Kernel(
         "residual_norm.residual_norm_kernel",
-        "*bf16 *bf16 *bf16 *bf16 *bf16 i32 fp32 fp32",
+        "*bf16 *bf16 *bf16 *bf16 *bf16 i32:16 fp32 fp32",
         {"WIDTH": 4096},
         num_warps=16,
     ),
@@ -114,10 +115,11 @@ def compile_kernel(kernel: Kernel, capability: int) -> Usage:
     arguments = [argument for argument in function.arg_names if argument not in kernel.constants]
     source = ASTSource(
         function,
-        signature=dict(zip(arguments, types, strict=True)) | dict.fromkeys(kernel.constants, "constexpr"),
+        signature=dict(zip(arguments, [kind.removesuffix(":16") for kind in types], strict=True))
+        | dict.fromkeys(kernel.constants, "constexpr"),
         constexprs=kernel.constants,
         # PyTorch's tensors begin at multiples of 16 bytes.
-        attrs={(at,): [["tt.divisibility", 16]] for at, kind in enumerate(types) if kind.startswith("*")},
+        attrs={(at,): [["tt.divisibility", 16]] for at, kind in enumerate(types) if kind[0] == "*" or ":" in kind},
     )
     target = GPUTarget("cuda", capability, 32)
     options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages, "enable_fp_fusion": True}

@@ -92,7 +92,8 @@ class Attention(nn.Module):
         slots = cache.keys.shape[2] if num_slots is None else num_slots
         if sparse is None:
             keys, values = cache.keys[:, :, :slots], cache.values[:, :, :slots]
-            return self.o_proj(_attend(rotated, keys, values, positions, self.scale, num_slots is not None).flatten(2))
+            attend = ops.attend_to_all if num_slots is None or x.shape[1] == 1 else _attend_to_prompt
+            return self.o_proj(attend(rotated, keys, values, positions, self.scale).flatten(2))
         # Of the kernels those that the slots have; at least one, which nobody sees where there are none.
         fine, coarse = (
             None if kernels is None else kernels[:, :, : max(infllm.num_kernels(slots, *sizes), 1)]
@@ -115,6 +116,7 @@ class Operations(NamedTuple):
     """The steps of attention for which there are Triton kernels: `rope` and `infllm` have them, or those do."""
 
     rotate: Callable[..., tuple[Tensor, Tensor]]
+    attend_to_all: Callable[..., Tensor]
     write_kernels: Callable[..., None]
     block_scores: Callable[..., Tensor]
     attend_few: Callable[..., Tensor]
@@ -124,39 +126,58 @@ class Operations(NamedTuple):
 def _operations(kernels: Kernels) -> Operations:
     if kernels == "torch":
         return Operations(
-            rotate, infllm.write_kernels, infllm.block_scores, infllm.gather_and_attend, infllm.attend_to_blocks
+            rotate,
+            attend_to_all,
+            infllm.write_kernels,
+            infllm.block_scores,
+            infllm.gather_and_attend,
+            infllm.attend_to_blocks,
         )
     from export.torch_runtime.triton_kernels import rotary
     from export.torch_runtime.triton_kernels.block_scores import block_scores
     from export.torch_runtime.triton_kernels.compress_keys import write_kernels
-    from export.torch_runtime.triton_kernels.sparse_attention import sparse_attention
+    from export.torch_runtime.triton_kernels.sparse_attention import dense_attention, sparse_attention
 
-    return Operations(rotary.rotate, write_kernels, block_scores, sparse_attention, sparse_attention)
+    return Operations(rotary.rotate, dense_attention, write_kernels, block_scores, sparse_attention, sparse_attention)
 
 
-def _attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scale: float, are_last: bool) -> Tensor:
-    """Dense causal attention [B, T, N, H]; `are_last` says that the queries are those of the last slots."""
-    length, kv_heads = q.shape[1], keys.shape[1]
-    if are_last and length > 1:
-        causal, group = causal_lower_right(length, keys.shape[2]), q.shape[2] // kv_heads
-        q = q.transpose(1, 2)
-        if group == 1 or q.dtype != torch.float32:
-            return functional.scaled_dot_product_attention(
-                q, keys, values, causal, scale=scale, enable_gqa=group > 1
-            ).transpose(1, 2)
-        # Heads share keys in FlashAttention alone, which has no float32; what else does holds all scores in memory.
-        parts = [
-            functional.scaled_dot_product_attention(
-                part, k.expand(-1, group, -1, -1), v.expand(-1, group, -1, -1), causal, scale=scale
-            )
-            for part, k, v in zip(q.split(group, dim=1), keys.split(1, dim=1), values.split(1, dim=1), strict=True)
-        ]
-        return torch.cat(parts, dim=1).transpose(1, 2)
+def _attend_to_prompt(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scale: float) -> Tensor:
+    """Dense causal attention [B, T, N, H] of the queries of the last slots, which are those of `positions`."""
+    causal, group = causal_lower_right(q.shape[1], keys.shape[2]), q.shape[2] // keys.shape[1]
+    q = q.transpose(1, 2)
+    if group == 1 or q.dtype != torch.float32:
+        return functional.scaled_dot_product_attention(
+            q, keys, values, causal, scale=scale, enable_gqa=group > 1
+        ).transpose(1, 2)
+    # Heads share keys in FlashAttention alone, which has no float32; what else does holds all scores in memory.
+    parts = [
+        functional.scaled_dot_product_attention(
+            part, k.expand(-1, group, -1, -1), v.expand(-1, group, -1, -1), causal, scale=scale
+        )
+        for part, k, v in zip(q.split(group, dim=1), keys.split(1, dim=1), values.split(1, dim=1), strict=True)
+    ]
+    return torch.cat(parts, dim=1).transpose(1, 2)
+
+
+def attend_to_all(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scale: float) -> Tensor:
+    """Dense causal attention of few queries, by a mask over all slots.
+
+    Args:
+        q: [B, T, N, H].
+        keys: [B, K, S, H].
+        values: [B, K, S, H].
+        positions: of the queries [T].
+        scale: factor on the scores.
+
+    Returns:
+        [B, T, N, H].
+    """
+    kv_heads = keys.shape[1]
     # The heads that share keys are so many queries of one head, which needs no copy of the keys.
     grouped = q.unflatten(2, (kv_heads, -1)).permute(0, 2, 3, 1, 4)  # [B, K, G, T, H]
     mask = (torch.arange(keys.shape[2], device=q.device) <= positions[:, None]).repeat(grouped.shape[2], 1)
     out = functional.scaled_dot_product_attention(grouped.flatten(2, 3), keys, values, mask, scale=scale)
-    return out.unflatten(2, (grouped.shape[2], length)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    return out.unflatten(2, (grouped.shape[2], q.shape[1])).permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 class FeedForward(nn.Module):

@@ -1,4 +1,4 @@
-"""Attention over chosen blocks: a program walks the list of one query and key/value head.
+"""Attention over chosen blocks, or all: a program walks the list of one query and key/value head.
 
 The heads that share keys are the rows of each product, filled up to what a tensor core takes (as in the published CUDA
 kernels, infllmv2_cuda_impl). Where there are few queries, as in decoding, a list is divided among several programs, and
@@ -13,6 +13,7 @@ from torch import Tensor
 from export.torch_runtime.triton_kernels.int4_matmul import LEAST, PROGRAMS, stages
 
 MASKED = tl.constexpr(-1e30)  # below every score, and finite, so that differences are
+DENSE_BLOCK = 64  # keys of a block where all are seen
 
 
 @triton.jit
@@ -142,3 +143,22 @@ def sparse_attention(
     if splits == 1:
         return out[0]
     return (lse.softmax(dim=0).unsqueeze(-1) * out).sum(dim=0).to(q.dtype)
+
+
+def dense_attention(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scale: float) -> Tensor:
+    """As `layers.attend_to_all`, with the keys divided among programs.
+
+    Args:
+        q: [B, T, N, H].
+        keys: [B, K, S, H], a part of a contiguous cache along S.
+        values: likewise, of a cache of the same shape.
+        positions: of the queries [T].
+        scale: factor on the scores.
+
+    Returns:
+        [B, T, N, H].
+    """
+    # The last block may reach beyond the slots, but no query does.
+    every_block = torch.arange(triton.cdiv(keys.shape[2], DENSE_BLOCK), device=q.device)
+    ids = every_block.expand(q.shape[0], keys.shape[1], q.shape[1], -1)
+    return sparse_attention(q, keys, values, ids, positions, scale, DENSE_BLOCK)

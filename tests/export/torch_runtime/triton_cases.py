@@ -23,13 +23,14 @@ from cpm_jax.modeling.config import ModelConfig, RopeConfig
 from export.torch_runtime import infllm, rope
 from export.torch_runtime.config import RopeConfig as RuntimeRope
 from export.torch_runtime.config import SparseConfig
+from export.torch_runtime.layers import attend_to_all
 from export.torch_runtime.linear import QuantizedLinear
 from export.torch_runtime.model import RMSNorm, load_model
 from export.torch_runtime.triton_kernels import int4_matmul
 from export.torch_runtime.triton_kernels.block_scores import block_scores
 from export.torch_runtime.triton_kernels.compress_keys import write_kernels
 from export.torch_runtime.triton_kernels.rotary import rotate
-from export.torch_runtime.triton_kernels.sparse_attention import sparse_attention
+from export.torch_runtime.triton_kernels.sparse_attention import dense_attention, sparse_attention
 
 Errors = Iterator[tuple[str, float]]
 DEVICE = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
@@ -154,6 +155,18 @@ def sparse_attentions() -> Errors:
         yield f"decoding: {name}", error(one, right[:, last])
 
 
+def dense_attentions() -> Errors:
+    """Few queries over a cache that is filled in part, read to its end or not."""
+    for slots, filled, group, kv_heads, size in ((150, 150, 4, 2, 16), (130, 70, 1, 3, 24), (33, 20, 5, 1, 128)):
+        at = torch.tensor([filled - 3, filled - 2, filled - 1])
+        q = torch.randn(2, len(at), kv_heads * group, size)
+        keys, values = torch.randn(2, 2, kv_heads, 160, size)[..., :slots, :]
+        for last in (slice(0, 3), slice(2, 3)):
+            args = q[:, last], keys, values, at[last], 0.3
+            name = f"{args[0].shape[1]} queries over {filled} of {slots} keys, {group} heads on each of {kv_heads}"
+            yield f"dense attention: {name}", error(dense_attention(*args), attend_to_all(*args))
+
+
 @torch.inference_mode()
 def whole_model(folder: str) -> Errors:
     """Logits of a prompt and of tokens after it."""
@@ -171,5 +184,5 @@ def whole_model(folder: str) -> Errors:
 if __name__ == "__main__":
     torch.set_default_device(DEVICE)
     torch.manual_seed(0)
-    cases = itertools.chain(int4_products(), norms(), rotaries(), sparse_attentions(), whole_model(sys.argv[1]))
-    print(json.dumps(dict(cases)))
+    kernels = int4_products(), norms(), rotaries(), sparse_attentions(), dense_attentions()
+    print(json.dumps(dict(itertools.chain(*kernels, whole_model(sys.argv[1])))))
