@@ -104,12 +104,12 @@ def check_free(workdir: Path) -> None:
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"--workdir={workdir} holds a checkpoint of which cannot be told whether it was imported ({error}): remove "
-            f"{checkpoints / '0'}, or give convert a folder of its own"
+            f"{checkpoints / '0'}, or give another --workdir"
         ) from error
     if not imported:
         raise ConfigError(
-            f"--workdir={workdir} holds checkpoints of a run (steps {', '.join(map(str, steps))}): give convert a "
-            "folder of its own"
+            f"--workdir={workdir} holds checkpoints of a run (steps {', '.join(map(str, steps))}): give another "
+            "--workdir"
         )
 
 

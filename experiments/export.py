@@ -18,6 +18,7 @@ from export.devices.runtimes import RUNTIMES
 from export.folders import ExportError, check_replaceable
 from export.hf import DTYPES
 from export.publish import Written, publish_export
+from export.stablehlo import DTYPES as STABLEHLO_DTYPES
 
 # Where a format has other names or types than the weights, those that lose nothing.
 _LOSSLESS = {
@@ -64,7 +65,8 @@ class ExportConfig:
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self) -> None:
-        accepted = RUNTIMES[self.format].types if self.format in RUNTIMES else DTYPES
+        of_programs = {name: runtime.types for name, runtime in RUNTIMES.items()} | {"stablehlo": STABLEHLO_DTYPES}
+        accepted = of_programs.get(self.format, DTYPES)
         if self.format != "gguf" and self.type not in ("", *accepted):
             raise ConfigError(
                 f"ExportConfig.type = {self.type!r}: with format {self.format!r} accepted are {', '.join(accepted)}; "

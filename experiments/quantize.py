@@ -88,12 +88,14 @@ def run(config: QuantizeConfig, workdir: Path) -> None:
     quantized = quantize_model(
         weights.params, weights.model, config.quantization, tokens, batch_size=config.batch_size, progress=True
     )
-    if config.pack:
-        pack(config, weights, quantized, workdir)
     summary = {"quantization": config_to_dict(quantized.quantization)}
     text = json.dumps(summary | {"errors": quantized.errors, "exponents": quantized.exponents}, indent=2) + "\n"
-    saved = dataclasses.replace(weights, model=quantized.config, params=quantized.params)
+    # The type that the weights came in does not hold codes times scales.
+    imported = {name: value for name, value in weights.imported.items() if name != "dtype"}
+    saved = dataclasses.replace(weights, model=quantized.config, params=quantized.params, imported=imported)
     write_checkpoint(saved, workdir, {SUMMARY_FILE: text}, summary)
+    if config.pack:  # last, as the checkpoint is what took the time
+        pack(config, weights, quantized, workdir)
     worst = {name: max(errors) for name, errors in quantized.errors.items()}
     print(f"{workdir / CHECKPOINTS_DIR / '0'}: {_said(config)}, in {time.monotonic() - start:.1f} s")
     for name, error in worst.items():
@@ -129,11 +131,17 @@ def check_packing(config: QuantizeConfig, weights: Weights) -> None:
     Raises:
         ConfigError: it cannot; says what can.
     """
-    from export.gptq import check_gptq
-    from export.marlin import check_marlin
+    from export.gptq import DTYPE, check_gptq
+    from export.hf import choose_layout, hf_config
+    from export.marlin import check_marlin, marlin_layout
 
-    check = check_gptq if config.pack == "gptq" else check_marlin
-    check(weights.model, config.quantization)
+    if config.pack == "gptq":
+        check_gptq(weights.model, config.quantization)
+        layout = ""
+    else:
+        check_marlin(weights.model, config.quantization)
+        layout = marlin_layout(weights.model)
+    hf_config(weights.model, weights.tokenizer, DTYPE, choose_layout(layout, weights.model, weights.tokenizer))
 
 
 def pack(config: QuantizeConfig, weights: Weights, quantized: QuantizedModel, workdir: Path) -> None:

@@ -31,6 +31,7 @@ class Verb:
         summary: one line for `--help`.
         uses_devices: whether the job runs JAX, and so may be spread over processes.
         reads_runs: whether `--workdir` may be the workdir of another verb's run, whose config it then leaves alone.
+            Every start of such a verb is for itself, and takes no settings from an earlier one.
     """
 
     summary: str
@@ -67,7 +68,8 @@ values:
   gin literal is taken as a string, so --gin.DATA=/data/set needs no quotes; the folder 2024 is --gin.DATA=./2024.
 order:
   flags win over files, a later file wins over an earlier one, files win over the config that a workdir has saved.
-  In a workdir with a saved config no --gin_file is needed: `pretrain --workdir=X` goes on with the run in X.
+  In a workdir with a saved config no --gin_file is needed: `pretrain --workdir=X` goes on with the run in X. Of
+  convert, generate and export every start is for itself.
 `<verb> --help` lists the macros of a verb. Exit codes: 0 done, 1 failed, 2 bad configuration, 3 bad input,
 75 preempted, 76 stuck and 78 another process lost (run the same command again), 77 loss not finite.
 """
@@ -203,7 +205,8 @@ def import_verb(verb: str) -> tuple[ModuleType, type]:
 
 
 def default_files(verb: str, workdir: Path) -> list[str]:
-    """Returns the gin files of a command that names none: the workdir's saved config, or the verb's run file.
+    """Returns the gin files of a command that names none: the saved config of the run that it goes on with, or the
+    verb's run file.
 
     Args:
         verb: a key of `VERBS`.
@@ -213,7 +216,7 @@ def default_files(verb: str, workdir: Path) -> list[str]:
         ConfigError: the workdir holds a run of another verb.
     """
     owner = _owner(workdir)
-    if owner == verb:
+    if owner == verb and not VERBS[verb].reads_runs:
         return [str(workdir / "config.gin")]
     return [f"runs/{verb}.gin"]
 

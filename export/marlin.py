@@ -113,7 +113,7 @@ def check_marlin(config: ModelConfig, quantization: QuantizationConfig) -> None:
             )
 
 
-def _marlin_layout(config: ModelConfig) -> str:
+def marlin_layout(config: ModelConfig) -> str:
     """What CPM.cu reads: MiniCPM's config.json where the model has anything of it, else Llama's."""
     multipliers = config.scale_emb != 1 or config.scale_depth or config.dim_model_base
     return "minicpm" if multipliers or config.sparse_config is not None else "llama"
@@ -143,7 +143,7 @@ def export_marlin(
             model's, or a folder that holds something else.
     """
     check_marlin(quantized.config, quantized.quantization)
-    chosen = choose_layout(_marlin_layout(quantized.config), quantized.config, tokenizer)
+    chosen = choose_layout(marlin_layout(quantized.config), quantized.config, tokenizer)
     _, rest = split_tensors(quantized, chosen)
 
     def write(partial: Path) -> tuple[str, ...]:

@@ -253,6 +253,7 @@ def test_a_full_disk(
             exit_codes.BAD_CONFIG,
             "accepted are float32, bfloat16, float16; GGUF's types need FORMAT=gguf",
         ),
+        ({"FORMAT": "stablehlo", "TYPE": "float16"}, exit_codes.BAD_CONFIG, "accepted are float32, bfloat16;"),
         ({"FORMAT": "gguf", "TYPE": "Q4_K"}, exit_codes.BAD_CONFIG, "write F16, and let llama.cpp's llama-quantize"),
         ({"FORMAT": "gguf", "TYPE": "TQ2_0"}, exit_codes.BAD_CONFIG, "stores blocks of 256"),
         ({"NAME": "a/b"}, exit_codes.BAD_CONFIG, "without slashes"),
@@ -266,6 +267,16 @@ def test_refused(
     assert export(tmp_path, **{"SOURCE": published} | macros) == code
     assert words in capsys.readouterr().err
     assert not list(tmp_path.glob(".*"))
+
+
+def test_an_export_takes_no_settings_from_an_earlier_one(imported: Path, tmp_path: Path) -> None:
+    """All into one workdir, as docs/export.md has it."""
+    assert export(tmp_path, SOURCE=imported, FORMAT="gguf", TYPE="Q8_0", NAME="mine") == exit_codes.OK
+    assert run.main(command(tmp_path, VERIFY=tmp_path / "gguf-Q8_0")) == exit_codes.OK
+    assert run.main(command(tmp_path, SOURCE=imported, FORMAT="gguf")) == exit_codes.OK
+    assert [path.name for path in (tmp_path / "gguf-BF16").glob("*.gguf")] != ["mine-BF16.gguf"]
+    manifest = json.loads((tmp_path / "gguf-BF16/manifest.json").read_text())
+    assert "read_back" in {check["name"] for check in manifest["checks"]}
 
 
 def test_names_of_models() -> None:

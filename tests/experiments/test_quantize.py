@@ -1,5 +1,6 @@
 """The verb `quantize`: from a checkpoint to quantised weights that other verbs take, and packed ones."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,17 +10,21 @@ import pytest
 import safetensors.numpy
 
 from cpm_jax.checkpoints.manager import CheckpointConfig, Checkpointer
+from cpm_jax.checkpoints.weights import load_weights
 from cpm_jax.common import exit_codes
-from cpm_jax.common.config import config_to_dict
+from cpm_jax.common.config import ConfigError, config_to_dict
 from cpm_jax.data.tokenizer import Tokenizer
 from cpm_jax.inference.load import load_model
-from cpm_jax.modeling.config import ModelConfig
+from cpm_jax.modeling.config import ModelConfig, RopeConfig
 from cpm_jax.modeling.decoder import init_params
 from experiments import run
+from experiments.quantize import QuantizeConfig, check_packing
 from export.gptq import pack_linear
+from tests.checkpoints.published_folders import CONFIGS, write
 
 TEXTS = [f"Number {i}: after {i} comes {i + 1}, and before it {i - 1}." for i in range(300)]
 SIZES = {"vocab_size": 320, "num_layers": 2, "d_model": 64, "num_heads": 2, "num_kv_heads": 1, "d_ff": 128}
+YARN = RopeConfig(scaling="yarn", factor=4.0, original_max_position_embeddings=64)
 CONFIG = ModelConfig(**SIZES, tie_word_embeddings=True, initializer_range=0.2, dtype="float32")
 
 
@@ -86,6 +91,25 @@ def test_what_is_refused(macros, code, message, source, tmp_path, capsys):
     assert quantize(source, tmp_path / "new", **macros) == code
     assert message in capsys.readouterr().err
     assert not (tmp_path / "new/checkpoints").exists()
+
+
+def test_what_cannot_be_packed_is_said_before_it_is_quantised(source):
+    """Multipliers and YaRN: Marlin folders have either, but not both."""
+    model = dataclasses.replace(CONFIG, d_model=128, scale_emb=12.0, rope=YARN)
+    config = QuantizeConfig(source=str(source), data="stdlib", pack="marlin")
+    with pytest.raises(ConfigError, match="the layout 'minicpm'"):
+        check_packing(config, dataclasses.replace(load_weights(source), model=model))
+
+
+def test_the_export_holds_every_value_of_weights_that_came_in_16_bits(source, tmp_path):
+    write(tmp_path / "published", CONFIGS["qwen2"], "bfloat16")
+    Tokenizer.load(source / "tokenizer").save(tmp_path / "published")
+    flags = {"SOURCE": tmp_path / "published", "METHOD": "rtn"}
+    assert quantize(source, tmp_path / "int4", **flags) == exit_codes.OK
+    arguments = [f"--workdir={tmp_path / 'out'}", f"--gin.SOURCE={tmp_path / 'int4'}", "--gin.CHECK=False"]
+    assert run.main(["export", *arguments]) == exit_codes.OK
+    kept, exported = (load_model(tmp_path / place).params for place in ("int4", "out/hf"))
+    jax.tree.map(np.testing.assert_array_equal, kept, exported)
 
 
 def test_files_of_others_in_the_packed_folder_are_said_at_once(source, tmp_path, capsys):
