@@ -12,7 +12,7 @@ import numpy as np
 
 from cpm_jax.checkpoints.sources import some_names
 from cpm_jax.common.config import ConfigError, InputError
-from cpm_jax.common.files import publish_folder
+from cpm_jax.common.files import publish_folder, restore_folder
 
 MANIFEST_FILE = "manifest.json"
 # Stands in model cards, in GGUF's metadata and in the script beside StableHLO programs.
@@ -29,9 +29,12 @@ class ExportError(InputError):
 def check_replaceable(folder: Path) -> None:
     """Checks that a folder does not exist, is empty, or holds an earlier export of ours and nothing else.
 
+    An earlier export that a kill left without its name gets it back: what follows may fail, and leaves it as it is.
+
     Raises:
         ConfigError: it holds something else.
     """
+    restore_folder(folder)
     if not folder.exists():
         return
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}

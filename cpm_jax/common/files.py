@@ -91,15 +91,15 @@ def remove_folder(folder: Path) -> None:
 def publish_folder(partial: Path, folder: Path) -> None:
     """Gives a finished folder its name, in place of an earlier one: a reader sees the old one or the new one, whole.
 
-    What is in it is on the disk before it gets the name. Between the two renames a kill leaves neither name; the old
-    folder is then beside it, as `.<name>.old`. A name that is a link no longer is one then; what it led to stays.
+    What is in it is on the disk before it gets the name. Between the two renames a kill leaves neither name;
+    `restore_folder` then gives the old one back. A name that is a link no longer is one then; what it led to stays.
 
     Args:
         partial: the finished folder, on the same filesystem.
         folder: the name.
 
     Raises:
-        OSError: a file cannot be written to the disk, or the name cannot be given.
+        OSError: a file cannot be written to the disk, or the name cannot be given; the old folder then has it.
     """
     for path in (*partial.rglob("*"), partial):
         handle = os.open(path, os.O_RDONLY)
@@ -107,12 +107,26 @@ def publish_folder(partial: Path, folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-    old = folder.with_name(f".{folder.name}.old")
-    _remove(old)
-    if folder.exists() or folder.is_symlink():
-        folder.rename(old)
-    partial.rename(folder)
-    _remove(old)
+    restore_folder(folder)
+    _remove(_old(folder))
+    if os.path.lexists(folder):
+        folder.rename(_old(folder))
+    try:
+        partial.rename(folder)
+    except BaseException:
+        restore_folder(folder)
+        raise
+    _remove(_old(folder))
+
+
+def restore_folder(folder: Path) -> None:
+    """Gives a folder its name back that a kill came upon between the two renames of `publish_folder`."""
+    if os.path.lexists(_old(folder)) and not os.path.lexists(folder):
+        _old(folder).rename(folder)
+
+
+def _old(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
 
 
 def _remove(folder: Path) -> None:

@@ -47,3 +47,19 @@ def test_a_published_folder_takes_the_place_of_a_link(tmp_path):
         assert (tmp_path / "out/file").read_text() == text
         assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "out"]
     assert (tmp_path / "elsewhere/old").read_text() == "old"
+
+
+def test_a_folder_that_cannot_be_published_leaves_the_old_one(tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/file").write_text("old")
+    partial = tmp_path / "partial"
+    partial.mkdir()
+
+    class Unwilling(type(partial)):
+        def rename(self, target):
+            raise OSError("no")
+
+    with pytest.raises(OSError, match="no"):
+        files.publish_folder(Unwilling(partial), tmp_path / "out")
+    assert (tmp_path / "out/file").read_text() == "old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "partial"]

@@ -17,6 +17,7 @@ from cpm_jax.checkpoints.weights import Weights
 from cpm_jax.quantization.pipeline import quantize_model
 from export import stablehlo
 from export.checks import Checked
+from export.folders import ExportError
 from export.manifest import check_files, read_manifest
 from tests.export.formats import FORMATS
 from tests.export.quantized_models import CONFIG, ROUNDED
@@ -59,6 +60,10 @@ def without_checks(*_: object) -> Checked:
     return Checked()
 
 
+def failing(*_: object, **__: object) -> None:
+    raise ExportError("it fails, as a test wants it")
+
+
 # The layouts of Hugging Face folders have one writer; that of mimo writes code too.
 @pytest.mark.parametrize("name", [name for name in FORMATS if name not in ("llama", "qwen2", "granite", "internlm2")])
 def test_what_a_kill_leaves(name, tmp_path, monkeypatch):
@@ -86,6 +91,12 @@ def test_what_a_kill_leaves(name, tmp_path, monkeypatch):
         seen.add(folder.is_dir())
         if folder.is_dir():
             check_files(folder, read_manifest(folder))
+        else:
+            with monkeypatch.context() as patch:
+                patch.setattr("export.publish.write_manifest", failing)
+                with pytest.raises(ExportError, match="as a test wants it"):
+                    FORMATS[name](weights, tmp_path)
+            check_files(folder, read_manifest(folder))  # the earlier one has its name again
         FORMATS[name](weights, tmp_path)
         check_files(folder, read_manifest(folder))
         assert [path.name for path in tmp_path.iterdir()] == [folder.name]
