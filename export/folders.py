@@ -17,7 +17,16 @@ from cpm_jax.common.files import publish_folder, restore_folder
 MANIFEST_FILE = "manifest.json"
 # Stands in model cards, in GGUF's metadata and in the script beside StableHLO programs.
 MARK = "written by cpm_jax"
-_MARKED = ("README.md", "generate.py", "*.gguf")
+_TOKENIZER = ("tokenizer.json", "tokenizer_config.json")
+# What exporters write that were called by themselves, without a manifest: the file with the mark, and those beside it.
+_MARKED = {
+    "README.md": (
+        *("config.json", "generation_config.json", "configuration_*.py", "modeling_*.py", *_TOKENIZER),
+        *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json", "model_gptq.safetensors"),
+    ),
+    "generate.py": ("prefill.stablehlo", "decode.stablehlo", "model.json", "params.safetensors", *_TOKENIZER),
+    "*.gguf": (),
+}
 _BEGINNING = 1 << 16  # bytes of a file in which the mark stands
 WHERE_SPARSE = "Hugging Face folders of the layouts minicpm, internlm2 and mimo attend sparsely"
 
@@ -38,7 +47,7 @@ def check_replaceable(folder: Path) -> None:
     if not folder.exists():
         return
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    others = there - _written(folder, there) if folder.is_dir() else {folder.name}
+    others = there - _written(folder) if folder.is_dir() else {folder.name}
     if others:
         raise ConfigError(
             f"folder = {str(folder)!r}: holds files that are no export of ours ({some_names(sorted(others))}); give an "
@@ -47,19 +56,22 @@ def check_replaceable(folder: Path) -> None:
         )
 
 
-def _written(folder: Path, there: set[str]) -> set[str]:
-    """The files of a folder that we have written: by its manifest; all of them where there is none, but a mark."""
+def _written(folder: Path) -> set[str]:
+    """The files of a folder that we have written: by its manifest; where there is none, by a mark and their names."""
     try:
         content = json.loads((folder / MANIFEST_FILE).read_text("utf-8"))
         if isinstance(content, dict) and {"architecture", "format", "files"} <= content.keys():
             return {MANIFEST_FILE, *content["files"]}
     except (OSError, ValueError, RecursionError, TypeError):
         pass  # an exporter that was called by itself writes none; a damaged one says nothing
-    for file in (found for pattern in _MARKED for found in folder.glob(pattern)):
-        with file.open("rb") as beginning:
-            if MARK.encode() in beginning.read(_BEGINNING):
-                return there
-    return set()
+    ours: set[str] = set()
+    for pattern, beside in _MARKED.items():
+        for file in folder.glob(pattern):
+            with file.open("rb") as beginning:
+                if MARK.encode() in beginning.read(_BEGINNING):
+                    names = (MANIFEST_FILE, *beside)
+                    ours |= {file.name, *(path.name for name in names for path in folder.glob(name))}
+    return ours
 
 
 @contextlib.contextmanager

@@ -229,6 +229,9 @@ def test_nothing_half_written(plain, tokenizer, tmp_path, monkeypatch):
     assert path.read_bytes() == before
     export(plain, tokenizer, tmp_path / "out", "F16")
     assert [item.name for item in (tmp_path / "out").iterdir()] == ["tiny-F16.gguf"]
+    (tmp_path / "out/other.gguf").write_bytes(b"somebody else's")
+    with pytest.raises(ConfigError, match=r"no export of ours \(other.gguf\)"):
+        export(plain, tokenizer, tmp_path / "out")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").write_text("x")
     with pytest.raises(ConfigError, match="holds files that are no export"):

@@ -214,6 +214,10 @@ def test_an_earlier_export_is_replaced_and_other_folders_are_not(plain, tokenize
     assert names == expected | {"tokenizer.json", "tokenizer_config.json"}
     assert result.files == ("model.safetensors",)
     assert "| Steps | 10 \\| 20 |" in (tmp_path / "hf/README.md").read_text()
+    (tmp_path / "hf/notes.txt").write_text("x")  # there is no manifest that could leave it out
+    with pytest.raises(ConfigError, match=r"no export of ours \(notes.txt\)"):
+        export_hf(params, plain, tokenizer, tmp_path / "hf")
+    assert (tmp_path / "hf/notes.txt").read_text() == "x"
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "config.json").write_text("{}")  # somebody else's model
