@@ -283,6 +283,18 @@ void read_text_prompt(Arguments& arguments) {
 #endif
 }
 
+// The last token is not computed with, so it needs no slot. Whether a text ends earlier is not known beforehand.
+void check_room(const cpm_model* model, const Arguments& arguments) {
+  cpm_plan plan;
+  cpm_memory_plan(model, &plan);
+  const auto prompt = static_cast<int64_t>(arguments.ids.size());
+  const int64_t needed = prompt + arguments.max_new_tokens - 1;
+  if (needed <= plan.capacity) return;
+  throw UsageError("--max-new-tokens = " + std::to_string(arguments.max_new_tokens) + ": after a prompt of " +
+                   std::to_string(prompt) + " tokens the cache needs " + std::to_string(needed) +
+                   " slots; its capacity (--capacity) is " + std::to_string(plan.capacity));
+}
+
 void run(Arguments arguments) {
   if (arguments.has_prompt) read_text_prompt(arguments);
   cpm_options options = arguments.options;
@@ -293,6 +305,7 @@ void run(Arguments arguments) {
   if (arguments.mtp && cpm_mtp_layers(model.get()) == 0) {
     throw UsageError("--mtp: the model has no MTP layers; those of the layout mimo may have");
   }
+  if (arguments.max_new_tokens > 0) check_room(model.get(), arguments);
   print_plan(model.get());
   if (arguments.ids.empty()) return;
   auto start = std::chrono::steady_clock::now();

@@ -206,6 +206,17 @@ def test_drafts_do_not_change_the_text(name, runtime, exported):
     assert re.search(r"drafts: \d+ tokens accepted in \d+ passes", drafted.log)
 
 
+@pytest.mark.parametrize("arguments", [[], ["--draft", 4], ["--temperature", 1]], ids=["greedy", "drafts", "drawn"])
+def test_more_tokens_than_the_capacity_are_refused_before_anything_is_computed(arguments, runtime, plain_folder):
+    arguments = ["--ids", "1,2", "--capacity", 10, "--ignore-eos", *arguments]
+    assert len(runtime.run(plain_folder, *arguments, "--max-new-tokens", 9).ids) == 9  # the last one needs no slot
+    refused = runtime.run(plain_folder, *arguments, "--max-new-tokens", 10)
+    assert refused.code == 2
+    assert refused.ids == []
+    assert "max-new-tokens = 10: after a prompt of 2 tokens the cache needs 11 slots" in refused.log
+    assert "its capacity (--capacity) is 10" in refused.log
+
+
 @pytest.mark.parametrize("sparse", [None, SPARSE], ids=["dense", "sparse"])
 def test_mtp_layers_draft_as_ours_do(sparse, runtime, tokenizer, plain_folder, tmp_path):
     config = dataclasses.replace(PLAIN, attention_bias=True, num_nextn_predict_layers=2, sparse_config=sparse)
