@@ -1,9 +1,10 @@
 """The verb `convert`: published weights become a checkpoint of ours. `export` is the other direction."""
 
+import contextlib
 import dataclasses
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from cpm_jax.checkpoints.manager import (
 from cpm_jax.checkpoints.weights import Weights, is_foreign, load_weights
 from cpm_jax.common import provenance
 from cpm_jax.common.config import ConfigError, InputError, config_dataclass, config_to_dict
-from cpm_jax.common.files import write_text
+from cpm_jax.common.files import publish_folder, restore_folder, write_text
 from cpm_jax.common.sharding import MeshConfig, make_mesh
 from cpm_jax.modeling.config import DType, ModelConfig
 from cpm_jax.modeling.model_size import count_params
@@ -132,19 +133,26 @@ def model_gin(model: ModelConfig, name: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def remove_earlier(checkpoint: Path) -> None:
-    """Removes an earlier import; killed meanwhile, it leaves nothing that looks like a checkpoint."""
-    old = checkpoint.with_name(f".{checkpoint.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if checkpoint.exists():
-        checkpoint.rename(old)
-        shutil.rmtree(old)
+@contextlib.contextmanager
+def _naming(workdir: Path) -> Iterator[None]:
+    """An error of the disk in the block says that it is one of the workdir."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"--workdir={workdir}: {error.strerror or error}: {error.filename}") from error
+
+
+def _synchronize(what: str) -> None:
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
 
 
 def write_checkpoint(
     weights: Weights, workdir: Path, files: Mapping[str, str], more: Mapping[str, Any] | None = None
 ) -> None:
     """Writes `checkpoints/0`, `tokenizer/` and further files, from which other verbs start.
+
+    All is written beside its place first, so a full disk leaves an earlier import as it was.
 
     Args:
         weights: what is saved; an earlier import in the workdir is replaced.
@@ -154,19 +162,10 @@ def write_checkpoint(
 
     Raises:
         ConfigError: the workdir cannot be written.
+        CheckpointError: the checkpoint cannot be saved.
     """
-    checkpoints = workdir / CHECKPOINTS_DIR
-    if jax.process_index() == 0:
-        try:
-            remove_earlier(checkpoints / "0")
-            shutil.rmtree(workdir / TOKENIZER_DIR, ignore_errors=True)
-            weights.tokenizer.save(workdir / TOKENIZER_DIR)
-            for name, text in files.items():
-                write_text(workdir / name, text)
-        except OSError as error:
-            raise ConfigError(f"--workdir={workdir}: {error.strerror or error}: {error.filename}") from error
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("an earlier import is out of the way")
+    checkpoint, tokenizer, stage = workdir / CHECKPOINTS_DIR / "0", workdir / TOKENIZER_DIR, workdir / ".import"
+    first = jax.process_index() == 0
     meta = {
         "model": config_to_dict(weights.model),
         "fixed": {"tokenizer_sha256": weights.tokenizer.sha256},
@@ -176,5 +175,26 @@ def write_checkpoint(
         "versions": provenance.versions(),
         "imported": weights.imported,
     }
-    with Checkpointer(checkpoints, CheckpointConfig(every=1, asynchronous=False)) as checkpointer:
-        checkpointer.save(0, {"params": weights.params}, meta | dict(more or {}))
+    try:
+        if first:
+            with _naming(workdir):
+                for folder in (checkpoint, tokenizer):
+                    restore_folder(folder)
+                shutil.rmtree(stage, ignore_errors=True)
+                tokenizer.mkdir(parents=True, exist_ok=True)  # fails now where the name is not free
+                weights.tokenizer.save(stage / TOKENIZER_DIR)
+        _synchronize("what an earlier import left over is removed")
+        with Checkpointer(stage / CHECKPOINTS_DIR, CheckpointConfig(every=1, asynchronous=False)) as checkpointer:
+            checkpointer.save(0, {"params": weights.params}, meta | dict(more or {}))
+        if first:
+            with _naming(workdir):
+                for name, text in files.items():
+                    write_text(workdir / name, text)
+                checkpoint.parent.mkdir(exist_ok=True)
+                # Killed between the two, readers say that the tokenizer is another, if it is.
+                publish_folder(stage / TOKENIZER_DIR, tokenizer)
+                publish_folder(stage / CHECKPOINTS_DIR / "0", checkpoint)
+        _synchronize("the import has its name")
+    finally:
+        if first:
+            shutil.rmtree(stage, ignore_errors=True)

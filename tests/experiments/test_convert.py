@@ -144,26 +144,37 @@ def test_an_import_is_replaced_and_a_training_is_not(published: Path, imported: 
     assert (workdir / "checkpoints/7").is_dir()
 
 
+def full(*_: object, **__: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "0"])
 def test_an_import_killed_while_it_replaces_another(
-    published: Path, imported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, published: Path, imported: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """However much of the earlier one is gone, the same command goes on."""
+    """The earlier one comes back with the same command, also where that fails; or is replaced."""
     workdir = tmp_path / "again"
     shutil.copytree(imported, workdir)
-    remove = shutil.rmtree
 
-    def killed(path: Path, **options: object) -> None:
-        if path.exists():
-            remove(path / "meta") if (path / "meta").exists() else remove(path)
+    def killed(partial: Path, folder: Path) -> None:
+        if folder.name == name:
+            folder.rename(folder.with_name(f".{name}.old"))
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("experiments.convert.shutil.rmtree", killed)
-        for _ in range(3):
-            with pytest.raises(KeyboardInterrupt):
-                convert(workdir, SOURCE=published)
-    assert convert(workdir, SOURCE=published) == exit_codes.OK
+        patch.setattr("experiments.convert.publish_folder", killed)
+        with pytest.raises(KeyboardInterrupt):
+            convert(workdir, SOURCE=published, PARAM_DTYPE="bfloat16")
+    with monkeypatch.context() as patch:
+        patch.setattr("experiments.convert.Checkpointer.save", full)
+        with pytest.raises(OSError, match="No space"):
+            convert(workdir, SOURCE=published, PARAM_DTYPE="bfloat16")
+    assert read_meta(find_checkpoint(workdir))["model"]["param_dtype"] == "float32"
+    assert Tokenizer.load(workdir / "tokenizer").sha256 == Tokenizer.load(imported / "tokenizer").sha256
+    assert convert(workdir, SOURCE=published, PARAM_DTYPE="bfloat16") == exit_codes.OK
+    assert read_meta(find_checkpoint(workdir))["model"]["param_dtype"] == "bfloat16"
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["0"]
+    assert not list(workdir.glob(".*"))
 
 
 def test_places_that_cannot_be_written(published: Path, imported: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
@@ -180,10 +191,6 @@ def test_places_that_cannot_be_written(published: Path, imported: Path, tmp_path
 
 def test_what_is_cut_short_is_not_there(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No checkpoint appears before it is whole; the same command then makes it."""
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(28, "No space left on device")
-
     with monkeypatch.context() as patch:
         patch.setattr("experiments.convert.Checkpointer.save", full)
         with pytest.raises(OSError, match="No space"):
