@@ -1,6 +1,7 @@
 """An export is written beside its place, checked, described in its manifest, and then put there."""
 
 import shutil
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,8 +58,10 @@ def publish_export(
         InputError: the folder cannot be written.
     """
     check_replaceable(folder)
-    stage = folder.with_name(f".{folder.name}.export")
-    shutil.rmtree(stage, ignore_errors=True)
+    stages = folder.with_name(f".{folder.name}.export")
+    shutil.rmtree(stages, ignore_errors=True)
+    # A converter is a process of its own, and may outlive ours after a kill: it goes on in no stage but its own.
+    stage = stages / uuid.uuid4().hex
     try:
         written = write(stage)
         checked = written.check(stage / written.file) if check else Checked(not_made={"all": "CHECK=False"})
@@ -79,5 +82,5 @@ def publish_export(
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"{folder} cannot be written: {error}. An earlier export there is as it was") from error
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        shutil.rmtree(stages, ignore_errors=True)
     return written, checked

@@ -19,6 +19,7 @@ from export import stablehlo
 from export.checks import Checked
 from export.folders import ExportError
 from export.manifest import check_files, read_manifest
+from export.publish import Written, publish_export
 from tests.export.formats import FORMATS
 from tests.export.quantized_models import CONFIG, ROUNDED
 from tests.export.small_models import random_params, small_tokenizer
@@ -83,7 +84,7 @@ def test_what_a_kill_leaves(name, tmp_path, monkeypatch):
     assert moments > 10
     seen = set()
     # The last ones are the two renames, and the removal of the earlier export and of what is left beside it.
-    for last in (1, 2, moments // 3, moments // 2, *range(moments - 5, moments)):
+    for last in (1, 2, moments // 3, moments // 2, *range(moments - 6, moments)):
         with monkeypatch.context() as patch:
             Disk(tmp_path, patch).last = last
             with pytest.raises(Killed):
@@ -101,3 +102,24 @@ def test_what_a_kill_leaves(name, tmp_path, monkeypatch):
         check_files(folder, read_manifest(folder))
         assert [path.name for path in tmp_path.iterdir()] == [folder.name]
     assert seen == {True, False}  # between the two renames there is none
+
+
+def test_a_converter_that_outlives_a_kill_writes_into_no_later_export(tmp_path):
+    """Its process is not killed with ours."""
+    weights = Weights(CONFIG, {}, small_tokenizer(), {}, {}, {"name": "tiny/7"})
+    stages = []
+
+    def write(stage: Path) -> Written:
+        for folder in (*stages, stage):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"attempt {stages.index(folder) if folder in stages else len(stages)}").write_text("x")
+        stages.append(stage)
+        if len(stages) == 1:
+            raise Killed
+        return Written("Tiny", {}, 0, (), without_checks)
+
+    with pytest.raises(Killed):
+        publish_export(tmp_path / "onnx", "onnx", weights, write)
+    publish_export(tmp_path / "onnx", "onnx", weights, write)
+    assert {path.name for path in (tmp_path / "onnx").iterdir()} == {"attempt 1", "manifest.json"}
+    assert [path.name for path in tmp_path.iterdir()] == ["onnx"]
