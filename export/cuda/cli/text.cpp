@@ -2,9 +2,11 @@
 
 #include <pytorch/tokenizers/hf_tokenizer.h>
 
+#include <algorithm>
 #include <fstream>
 #include <map>
 #include <nlohmann/json.hpp>
+#include <set>
 #include <stdexcept>
 
 namespace {
@@ -33,6 +35,27 @@ struct TextTokenizer::Parts {
     const auto text = tokenizer.decode(0, static_cast<uint64_t>(token));
     return text.ok() ? text.get() : "";
   }
+
+  // The library takes a piece of a text whole where it is a token, as `ignore_merges` says. Without that a piece is
+  // what the merges make of it: the same only where they make every token. Merges of one string, "a b", it passes over.
+  void check_merges(const nlohmann::json& model, const std::string& file) const {
+    std::set<std::string> made;
+    for (const auto& merge : model.at("merges")) {
+      if (!merge.is_array() || merge.size() != 2) {
+        throw std::runtime_error(file + ": model.merges has " + merge.dump() +
+                                 ": accepted are lists of two tokens, as newer versions of tokenizers save them");
+      }
+      made.insert(merge[0].get<std::string>() + merge[1].get<std::string>());
+    }
+    if (model.value("ignore_merges", false)) return;
+    for (const auto& [token, id] : model.at("vocab").items()) {
+      const auto length = std::count_if(token.begin(), token.end(), [](char byte) { return (byte & 0xC0) != 0x80; });
+      if (length > 1 && made.count(token) == 0 && added.count(id.get<int32_t>()) == 0) {
+        throw std::runtime_error(file + ": model.ignore_merges = false, and no merge makes the token \"" + token +
+                                 "\": accepted are vocabularies that the merges make; give token ids (--ids)");
+      }
+    }
+  }
 };
 
 TextTokenizer::TextTokenizer(const std::string& folder) : parts_(std::make_unique<Parts>()) {
@@ -55,13 +78,14 @@ TextTokenizer::TextTokenizer(const std::string& folder) : parts_(std::make_uniqu
         parts_->before = token.at("ids").get<std::vector<int32_t>>();
       }
     }
+    if (parts_->tokenizer.load(folder) != tokenizers::Error::Ok) {
+      throw std::runtime_error(file +
+                               ": its model, pre-tokenizer or decoder is of a kind that is not computed here; "
+                               "give token ids (--ids)");
+    }
+    parts_->check_merges(json.at("model"), file);
   } catch (const nlohmann::json::exception& error) {
     throw std::runtime_error(file + " cannot be read: " + error.what());
-  }
-  if (parts_->tokenizer.load(folder) != tokenizers::Error::Ok) {
-    throw std::runtime_error(file +
-                             ": its model, pre-tokenizer or decoder is of a kind that is not computed here; "
-                             "give token ids (--ids)");
   }
 }
 

@@ -439,17 +439,19 @@ def test_ids_and_text_are_those_of_the_trainer(text_tokenizer, runtime, tmp_path
 
 
 def test_the_token_that_begins_a_text_may_be_one_step_of_several(runtime, tmp_path):
-    """As in Llama 3's tokenizer.json."""
+    """As in Llama 3's tokenizer.json, which also has tokens that no merge makes."""
     skip_without_tokenizers(tmp_path)
     Tokenizer.train(TEXTS, 320).save(tmp_path)
     file = tmp_path / "tokenizer.json"
     content = json.loads(file.read_text())
     steps = [{"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}]
     content["post_processor"] = {"type": "Sequence", "processors": [*steps, content["post_processor"]]}
+    content["model"] |= {"ignore_merges": True, "vocab": content["model"]["vocab"] | {"Zqj": 999}}
     file.write_text(json.dumps(content))
-    (tmp_path / "texts").write_text("return a\n")
+    (tmp_path / "texts").write_text("Zqj a\n")
     done = runtime.execute("tokenize", tmp_path, tmp_path / "texts")
-    expected = tokenizers.Tokenizer.from_file(str(file)).encode("return a").ids
+    expected = tokenizers.Tokenizer.from_file(str(file)).encode("Zqj a").ids
+    assert 999 in expected
     assert done.stdout.split("\n")[0].split() == list(map(str, expected)), done.stderr
 
 
@@ -458,9 +460,11 @@ def test_the_token_that_begins_a_text_may_be_one_step_of_several(runtime, tmp_pa
     [
         (lambda file: file.replace('"content": "', '"content": "", "was": "', 1), "has an added token without text"),
         (lambda file: '{"post_processor": ' + "[" * 10**6 + "]" * 10**6 + "}", "nested in more than 64 others"),
+        (lambda file: file.replace('"vocab": {', '"vocab": {"Zqj": 999,'), 'no merge makes the token "Zqj"'),
+        (lambda file: file.replace('"merges": [', '"merges": ["a b",'), '"a b": accepted are lists of two tokens'),
     ],
 )
-def test_a_tokenizer_that_would_not_end_is_an_error(change, message, runtime, tmp_path):
+def test_a_tokenizer_that_is_not_computed_or_would_not_end_is_an_error(change, message, runtime, tmp_path):
     skip_without_tokenizers(tmp_path)
     Tokenizer.train(TEXTS, 320).save(tmp_path)
     file = tmp_path / "tokenizer.json"
