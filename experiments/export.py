@@ -214,7 +214,14 @@ def write_gguf(config: ExportConfig, weights: Weights, dtype: str, folder: Path)
 
     name = config.name or model_name(str(weights.origin["name"]))
     result = gguf.export_gguf(
-        weights.params, weights.model, weights.tokenizer, folder, kind=dtype, name=name, ternary=weights.ternary
+        weights.params,
+        weights.model,
+        weights.tokenizer,
+        folder,
+        kind=dtype,
+        name=name,
+        ternary=weights.ternary,
+        eos_token_ids=_ends(weights),
     )
     return Written(
         architecture=result.architecture,
@@ -232,9 +239,8 @@ def write_stablehlo(config: ExportConfig, weights: Weights, dtype: str, folder: 
     """Writes a folder with StableHLO programs."""
     from export import stablehlo
 
-    ends = eos_token_ids(weights.imported.get("config", {}), weights.imported.get("generation_config", {}))
     result = stablehlo.export_stablehlo(
-        weights.params, weights.model, weights.tokenizer, folder, dtype=dtype, eos_token_ids=ends
+        weights.params, weights.model, weights.tokenizer, folder, dtype=dtype, eos_token_ids=_ends(weights)
     )
     return Written(
         architecture="StableHLO",
@@ -243,6 +249,11 @@ def write_stablehlo(config: ExportConfig, weights: Weights, dtype: str, folder: 
         left_out=result.notes,
         check=lambda path: check_export(path, weights, lambda: stablehlo.check_read_back(path, weights.params, dtype)),
     )
+
+
+def _ends(weights: Weights) -> tuple[int, ...]:
+    """The tokens that end a text, by what the weights were published with."""
+    return eos_token_ids(weights.imported.get("config", {}), weights.imported.get("generation_config", {}))
 
 
 def write_device(config: ExportConfig, weights: Weights, dtype: str, folder: Path) -> Written:

@@ -9,7 +9,7 @@ import contextlib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from cpm_jax.data.tokenizer import Tokenizer
 from cpm_jax.modeling.config import PER_CHANNEL, PER_TENSOR, ModelConfig, TernaryConfig
 from cpm_jax.modeling.rotary import attention_factor, inverse_frequencies
 from export.folders import MARK, WHERE_SPARSE, ExportError, check_replaceable, on_host, whole_folder
-from export.gguf_tokenizer import normalises, tokenizer_to_gguf
+from export.gguf_tokenizer import tokenizer_notes, tokenizer_to_gguf
 
 # The types that the gguf package can write, and what llama.cpp calls a file of them.
 FILE_TYPES = {
@@ -103,6 +103,7 @@ def export_gguf(
     kind: str = "F16",
     name: str = "model",
     ternary: TernaryConfig | None = None,
+    eos_token_ids: Sequence[int] = (),
 ) -> GgufExport:
     """Writes a folder with one GGUF file, `<name>-<kind>.gguf`, whole or not at all.
 
@@ -116,6 +117,7 @@ def export_gguf(
             F16; rows that no block of the type divides are F16.
         name: of the model.
         ternary: how the model was trained, where `params` are ternary values.
+        eos_token_ids: as for `tokenizer_to_gguf`.
 
     Returns:
         What was written.
@@ -132,11 +134,11 @@ def export_gguf(
     check_replaceable(folder)
     architecture = find_architecture(config)
     metadata, factors = _metadata(config, architecture, kind, name)
-    vocabulary = tokenizer_to_gguf(tokenizer, config.vocab_size)
+    vocabulary = tokenizer_to_gguf(tokenizer, config.vocab_size, eos_token_ids)
     flat, planned = flatten(params), plan_tensors(config, kind)
     held = {path for item in planned for path in item.tensor.paths}
     left_out = sum(math.prod(leaf.shape) for path, leaf in flat.items() if path not in held)
-    notes = (*_notes(config, left_out), *_fallback_notes(planned, kind), *_tokenizer_notes(vocabulary))
+    notes = (*_notes(config, left_out), *_fallback_notes(planned, kind), *tokenizer_notes(vocabulary))
 
     file = f"{name}-{kind}.gguf"
     with whole_folder(folder) as partial, contextlib.closing(gguf.GGUFWriter(partial / file, architecture)) as writer:
@@ -415,14 +417,6 @@ def _fallback_notes(planned: list[_Planned], kind: str) -> Iterator[str]:
         yield (
             f"{len(kept)} matrices are stored as {kept[0].kind.name}, as rows of {kept[0].tensor.shape[-1]} values "
             f"({kept[0].name}) cannot be divided into {kind}'s blocks of {block}"
-        )
-
-
-def _tokenizer_notes(vocabulary: Mapping[str, Any]) -> Iterator[str]:
-    if normalises(vocabulary):
-        yield (
-            "the tokenizer brings text to Unicode's composed form (NFC) first, which llama.cpp does not: text in "
-            "another form gets other ids there"
         )
 
 

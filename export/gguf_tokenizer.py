@@ -5,7 +5,7 @@ or that does something for which GGUF has no word, is refused: llama.cpp would g
 """
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 from cpm_jax.common.config import ConfigError
@@ -26,14 +26,18 @@ from cpm_jax.data.tokenizer import Tokenizer
 Json = Mapping[str, Any]
 
 _SPACE = "▁"
+# What llama.cpp takes for the end of a text where a file does not say, by tokenizer.ggml.model.
+_ASSUMED_EOS = {"gpt2": 11, "llama": 2}
 
 
-def tokenizer_to_gguf(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
+def tokenizer_to_gguf(tokenizer: Tokenizer, vocab_size: int, eos_token_ids: Sequence[int] = ()) -> dict[str, Any]:
     """The metadata that describes a tokenizer.
 
     Args:
         tokenizer: ours.
         vocab_size: rows of the model's embedding; ids that the tokenizer does not have become unused tokens.
+        eos_token_ids: the tokens that end a text by the model's own configuration; where the tokenizer names none, the
+            first of them does.
 
     Raises:
         ConfigError: GGUF has no words for what the tokenizer does, or it has more tokens than the model.
@@ -65,14 +69,23 @@ def tokenizer_to_gguf(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     described = (_byte_level if byte_level else _sentencepiece)(content, tokens, types)
     return {
         **{f"tokenizer.ggml.{key}": value for key, value in described.items()},
-        **_special(tokenizer),
+        **_special(tokenizer, [token for token in eos_token_ids if 0 <= token < vocab_size]),
     }
 
 
-def normalises(metadata: Json) -> bool:
-    """Whether text was brought to Unicode's composed form (NFC) before it was split, which llama.cpp does not do."""
+def tokenizer_notes(metadata: Json) -> Iterator[str]:
+    """What llama.cpp does otherwise with a tokenizer that was written, in sentences."""
     splitting = SPLITTINGS.get(metadata.get("tokenizer.ggml.pre", ""))
-    return splitting is not None and splitting.nfc
+    if splitting is not None and splitting.nfc:
+        yield (
+            "the tokenizer brings text to Unicode's composed form (NFC) first, which llama.cpp does not: text in "
+            "another form gets other ids there"
+        )
+    if "tokenizer.ggml.eos_token_id" not in metadata:
+        yield (
+            "the token that ends a text is left out, as neither tokenizer nor configuration names one: llama.cpp takes "
+            f"token {_ASSUMED_EOS[metadata['tokenizer.ggml.model']]} for it"
+        )
 
 
 def _refuse(found: str, accepted: str) -> NoReturn:
@@ -205,19 +218,22 @@ def _check_all_cuts(ids: Mapping[str, int], ranks: Json, merges: Sequence[Any], 
 # Of both kinds.
 
 
-def _special(tokenizer: Tokenizer) -> dict[str, Any]:
+def _special(tokenizer: Tokenizer, eos_token_ids: Sequence[int]) -> dict[str, Any]:
     """Ids of the special tokens, what is put around a text, and the chat template."""
     ids: dict[str, int | None] = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     content = tokenizer.to_json()
     vocab = content["model"]["vocab"] | {added["content"]: added["id"] for added in content["added_tokens"]}
     ids |= {name: vocab.get(token) for name, token in tokenizer.special_tokens.items()}
+    if ids["eos_token"] is None:
+        ids["eos_token"] = next(iter(eos_token_ids), None)
+    eos_id = ids["eos_token"]
     found: dict[str, Any] = {
         f"tokenizer.ggml.{IDS[name]}_token_id": index for name, index in ids.items() if index is not None
     }
     around = list(tokenizer.affixes)
     if tokenizer.add_bos:
         around = around[1:]
-    add_eos = bool(around) and around == [tokenizer.eos_id]
+    add_eos = bool(around) and around == [eos_id]
     if around and not add_eos:
         _refuse(f"it puts the tokens {tokenizer.affixes} around a text", "bos before it and eos after it, or less")
     found |= {"tokenizer.ggml.add_bos_token": tokenizer.add_bos, "tokenizer.ggml.add_eos_token": add_eos}
@@ -225,6 +241,6 @@ def _special(tokenizer: Tokenizer) -> dict[str, Any]:
         found["tokenizer.chat_template"] = template.source
         with contextlib.suppress(ChatError):  # a template that refuses a plain conversation
             for text in template.end_of_turn():
-                if (index := vocab.get(text)) is not None and index != tokenizer.eos_id:
+                if (index := vocab.get(text)) is not None and index != eos_id:
                     found["tokenizer.ggml.eot_token_id"] = index
     return found

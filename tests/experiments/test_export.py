@@ -330,6 +330,17 @@ def test_what_a_model_was_published_with_comes_out_of_its_training(tokenizer: To
         assert "| Imported from | llama |" in card
 
 
+def test_gguf_ends_texts_by_the_config_where_the_tokenizer_names_no_end(published: Path, tmp_path: Path) -> None:
+    shutil.copytree(published, tmp_path / "source")
+    settings = json.loads((published / "tokenizer_config.json").read_text())
+    del settings["eos_token"]
+    (tmp_path / "source/tokenizer_config.json").write_text(json.dumps(settings))
+    assert export(tmp_path / "out", SOURCE=tmp_path / "source", FORMAT="gguf", NAME="tiny") == exit_codes.OK
+    reader = gguf.GGUFReader(tmp_path / "out/gguf-BF16/tiny-BF16.gguf")
+    assert reader.fields["tokenizer.ggml.eos_token_id"].contents() == 2  # config.json: [2, 5]
+    assert not json.loads((tmp_path / "out/gguf-BF16/manifest.json").read_text())["left_out"]
+
+
 def test_ids_of_another_tokenizer_do_not_come_out(imported: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     Tokenizer.train(["quite other words"], V - 20).save(other)

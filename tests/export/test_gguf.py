@@ -280,6 +280,29 @@ def test_our_own_tokenizer(tokenizer):
     assert again.special_tokens == tokenizer.special_tokens
 
 
+def without_eos(tokenizer: Tokenizer, folder: Path) -> Tokenizer:
+    tokenizer.save(folder)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["eos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return Tokenizer.load(folder)
+
+
+def test_the_end_of_a_text_that_the_tokenizer_does_not_name(plain, tokenizer, tmp_path):
+    """The first id of the configuration that the model has; without one, what llama.cpp assumes is said."""
+    nameless = without_eos(tokenizer, tmp_path / "tokenizer")
+    key = "tokenizer.ggml.eos_token_id"
+    written = [tokenizer_to_gguf(nameless, plain.vocab_size, ids) for ids in ([7, 5], [-1, plain.vocab_size, 5], [])]
+    assert [metadata.get(key) for metadata in written] == [7, 5, None]
+    assert tokenizer_to_gguf(tokenizer, plain.vocab_size, [7])[key] == tokenizer.eos_id
+    for ids in ([7], []):
+        params = random_params(plain)
+        result = export_gguf(params, plain, nameless, tmp_path / "out", name="tiny", eos_token_ids=ids)
+        said = "the token that ends a text is left out" in " ".join(result.notes)
+        assert said == (not ids)
+        assert not ids or GgufSource(tmp_path / "out" / result.file).tokenizer().eos_id == 7
+
+
 def changed(tokenizer: Tokenizer, folder: Path, change) -> Tokenizer:
     """A tokenizer with another backend."""
     tokenizer.save(folder)
