@@ -43,6 +43,7 @@ from export.hf import (
     write_companions,
     write_weights,
 )
+from export.hf_code import auto_map, code_of
 
 WORD = 32  # bits
 PACKED_BITS = (2, 4, 8)  # of a code: what divides a word
@@ -170,11 +171,16 @@ def write_quantized(
     config = quantized.config
     content = hf_config(config, tokenizer, DTYPE, layout, imported_config)
     content["quantization_config"] = quantization_config(quantized.quantization)
+    code = {} if layout.in_transformers else code_of(layout, config_only=True)
+    if code:
+        content["auto_map"] = auto_map(layout, config_only=True)
     held = {path for tensor in tensors(layout.names, config) for path in tensor.paths}
     sizes = {path: math.prod(leaf.shape) for path, leaf in flatten(quantized.params).items()}
     with whole_folder(folder) as partial:
         files = write(partial)
         write_companions(partial, content, config, tokenizer, imported_generation_config)
+        for name, text in code.items():
+            write_text(partial / name, text)
         kept = sum(size for path, size in sizes.items() if path in held)
         lines = ["---", "pipeline_tag: text-generation", "---", "", f"# A quantised decoder {MARK}", ""]
         lines += [f"{kept:,} parameters. {describe(quantized.quantization)}.", "", card]

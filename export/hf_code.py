@@ -31,24 +31,35 @@ _NAMES = {
 }
 
 
-def auto_map(layout: Layout) -> dict[str, str]:
-    """The entry `auto_map` of config.json, by which transformers finds the code of a folder."""
+def auto_map(layout: Layout, *, config_only: bool = False) -> dict[str, str]:
+    """The entry `auto_map` of config.json, by which transformers finds the code of a folder.
+
+    Args:
+        layout: of the folder.
+        config_only: without the model's class, for weights that it does not load; others' loaders of those begin with
+            `AutoConfig`.
+    """
     name = layout.architecture.removesuffix("ForCausalLM")
-    return {
-        "AutoConfig": f"configuration_{layout.model_type}.{name}Config",
-        "AutoModelForCausalLM": f"modeling_{layout.model_type}.{layout.architecture}",
-    }
+    config = {"AutoConfig": f"configuration_{layout.model_type}.{name}Config"}
+    if config_only:
+        return config
+    return config | {"AutoModelForCausalLM": f"modeling_{layout.model_type}.{layout.architecture}"}
 
 
-def code_of(layout: Layout) -> dict[str, str]:
-    """The files `configuration_<layout>.py` and `modeling_<layout>.py`, by name."""
+def code_of(layout: Layout, *, config_only: bool = False) -> dict[str, str]:
+    """The files `configuration_<layout>.py` and `modeling_<layout>.py`, by name.
+
+    Args:
+        layout: of the folder.
+        config_only: the first of them alone.
+    """
     name = layout.architecture.removesuffix("ForCausalLM")
     words = {f"{file}_decoder": f"{file}_{layout.model_type}" for file in _FILES}
     words |= {r"export\.hf_modeling\.": ".", 'model_type = "decoder"': f'model_type = "{layout.model_type}"'}
     words |= {r"Decoder(?=[A-Z])": name}
     words |= {rf"\b{ours}\b": theirs for ours, theirs in _NAMES.get(layout.model_type, {}).items()}
     files = {}
-    for file in _FILES:
+    for file in _FILES[:1] if config_only else _FILES:
         text = (_SOURCE / f"{file}_decoder.py").read_text("utf-8")
         for word, replacement in words.items():
             text = re.sub(word, replacement, text)

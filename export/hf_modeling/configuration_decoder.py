@@ -72,6 +72,9 @@ class DecoderConfig(PretrainedConfig):
         self.attention_bias = attention_bias
         rope = rope_parameters or rope_scaling or {}
         self.rope_parameters = {"rope_type": rope.get("type", "default"), "rope_theta": rope_theta} | rope
+        # transformers 5 has these two as other names of the entries; loaders on transformers 4 read them.
+        if not hasattr(type(self), "rope_scaling"):
+            self.rope_theta, self.rope_scaling = self.rope_parameters["rope_theta"], self.rope_parameters
         self.sparse_config = sparse_config
         self.scale_emb = scale_emb
         self.scale_depth = math.sqrt(num_hidden_layers) if scale_depth is None else scale_depth

@@ -1,19 +1,22 @@
 """Packed folders read as the model that they stand for; the unpackers' judges are in the tests of both formats."""
 
 import dataclasses
+import functools
 import json
 
 import numpy as np
 import pytest
 import safetensors.numpy
+import transformers
 
 from cpm_jax.checkpoints.sources import SourceError
+from export.checks import TEXTS, NotMade, compare_runtime, read_export
 from export.folders import ExportError
 from export.gptq import export_gptq
 from export.marlin import export_marlin
 from export.packed_source import PackedSource, check_read_back, is_marlin, is_packed, tensor_types
 from tests.export.quantized_models import ROUNDED, rounded_model
-from tests.export.small_models import MUP, small_tokenizer
+from tests.export.small_models import LONGROPE, MUP, SPARSE, small_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -56,6 +59,27 @@ def test_one_changed_code_is_found(write, tmp_path):
     with pytest.raises(SourceError, match="cannot be read as quantised weights"):
         PackedSource(tmp_path / "packed")
     assert not is_packed(tmp_path)
+
+
+@pytest.mark.parametrize("write", [functools.partial(export_gptq, layout="minicpm"), export_marlin])
+def test_transformers_reads_the_config_of_a_layout_that_it_does_not_know(write, tmp_path):
+    """CPM.cu and vLLM begin with `AutoConfig`; these are the fields that CPM.cu reads. We read the folder as before."""
+    heads = {"num_heads": 8, "num_kv_heads": 4}
+    quantized = rounded_model(**MUP, **heads, rope=LONGROPE, sparse_config=SPARSE)
+    folder = tmp_path / "packed"
+    write(quantized, small_tokenizer(), folder)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    assert type(config).__name__ == "MiniCPMConfig"
+    assert (config.hidden_size, config.num_hidden_layers, config.num_attention_heads) == (128, 2, 8)
+    assert (config.scale_emb, config.scale_depth, config.dim_model_base) == (12.0, 1.4, 16)
+    assert config.sparse_config["topk"] == SPARSE.topk
+    assert config.rope_scaling["rope_type"] == "longrope"
+    assert tuple(config.rope_scaling["long_factor"]) == LONGROPE.long_factor
+    assert tuple(config.rope_scaling["short_factor"]) == LONGROPE.short_factor
+    assert config.quantization_config["bits"] == 4
+    assert not list(folder.glob("modeling_*.py"))
+    found = compare_runtime(read_export(folder), list(TEXTS.values()))
+    assert isinstance(found, NotMade) == is_marlin(folder)
 
 
 def test_files_that_do_not_fit_together(tmp_path):
