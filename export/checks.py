@@ -106,11 +106,26 @@ def read_export(path: Path) -> Exported:
     return Exported(path, exact(config), params, tokenizer, config.sparse_config)
 
 
+def readable_texts(tokenizer: Tokenizer) -> dict[str, str]:
+    """The texts to which a tokenizer gives tokens: one of few scripts may pass over all of a text.
+
+    Raises:
+        ExportError: there is none.
+    """
+    found = {name: text for name, text in TEXTS.items() if tokenizer.encode(text)}
+    if not found:
+        raise ExportError(
+            f"the tokenizer, of {tokenizer.vocab_size:,} tokens, gives none to any of the texts {', '.join(TEXTS)}, by "
+            "which exports are checked; CHECK=False writes without the checks"
+        )
+    return found
+
+
 def record(exported: Exported) -> tuple[RecordedText, ...]:
     """What the model says of each text."""
     used, new = text_lengths(exported.config)
     recorded = []
-    for name, text in TEXTS.items():
+    for name, text in readable_texts(exported.tokenizer).items():
         ids = exported.tokenizer.encode(text)[:used]
         last = logits_of(exported.config, exported.params, ids)[-1]
         top = np.argsort(-last, kind="stable")[:TOP]
@@ -175,16 +190,16 @@ def compare_source(exported: Exported, params: Any, config: ModelConfig, tokeniz
     """What the stored type costs: the export against the model that it was made of, on the texts.
 
     Raises:
-        ExportError: token ids differ, or logits are not finite.
+        ExportError: token ids differ, there are none, or logits are not finite.
     """
     config = exact(config)
     errors, divergences, positions = [0.0], [], 0
     losses: tuple[list[np.ndarray], list[np.ndarray]] = ([], [])
     for name, text in TEXTS.items():
-        ids = tokenizer.encode(text)
-        if ids != exported.tokenizer.encode(text):
+        if tokenizer.encode(text) != exported.tokenizer.encode(text):
             raise ExportError(f"{exported.path}: the tokens of the text {name!r} are not those of the source")
-        ids = ids[: text_lengths(config)[0]]
+    for text in readable_texts(tokenizer).values():
+        ids = tokenizer.encode(text)[: text_lengths(config)[0]]
         theirs, ours = logits_of(exported.config, exported.params, ids), logits_of(config, params, ids)
         for whose, logits in (("the source", ours), (exported.path, theirs)):
             if not np.isfinite(logits).all():
@@ -252,7 +267,7 @@ def check_export(path: Path, weights: Weights, read_back: Callable[[], int]) -> 
     passed = [Check("read_back", {"values": read_back()})]
     exported = read_export(path)
     passed.append(compare_source(exported, weights.params, weights.model, weights.tokenizer))
-    against = compare_runtime(exported, list(TEXTS.values()))
+    against = compare_runtime(exported, list(readable_texts(exported.tokenizer).values()))
     if isinstance(against, NotMade):
         return Checked(tuple(passed), record(exported), {against.name: against.reason})
     return Checked((*passed, against), record(exported))
@@ -363,7 +378,7 @@ def verify_export(folder: Path) -> list[str]:
         )
     else:
         found.append("no texts were recorded, as it was written without checks")
-    texts = [text.text for text in manifest.texts] or list(TEXTS.values())
+    texts = [text.text for text in manifest.texts] or list(readable_texts(exported.tokenizer).values())
     against = compare_runtime(exported, texts)
     found.append(f"{against.name}: {against.reason if isinstance(against, NotMade) else describe(against)}")
     return found + _changed_tools(manifest, tool_versions())

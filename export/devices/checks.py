@@ -19,7 +19,7 @@ from cpm_jax.checkpoints.weights import Weights
 from cpm_jax.data.tokenizer import Tokenizer
 from cpm_jax.modeling.config import ModelConfig
 from cpm_jax.modeling.decoder import Params
-from export.checks import TEXTS, TOLERANCE, TOP, Checked, exact, recorded_error, text_lengths
+from export.checks import TOLERANCE, TOP, Checked, exact, readable_texts, recorded_error, text_lengths
 from export.devices.convert import device_model
 from export.devices.runtimes import RUNTIMES, Job
 from export.folders import ExportError
@@ -72,16 +72,17 @@ def check_device(folder: Path, runtime: str, dtype: str, weights: Weights) -> Ch
     cost.
 
     Raises:
-        ExportError: they differ by more, or the runtime does not run the folder.
+        ExportError: they differ by more, the runtime does not run the folder, or no text has tokens.
     """
     config = exact(device_model(weights.model))
-    texts = list(TEXTS.values())
+    named = readable_texts(weights.tokenizer)
+    texts = list(named.values())
     used, new = text_lengths(config)
     rows = [weights.tokenizer.encode(text)[:used] for text in texts]
     said, tools = ask(folder, runtime, texts, rows, new)
     check = compare(said, rows, weights.params, config, RUNTIMES[runtime].title, exactly=dtype == "float32")
     check = dataclasses.replace(check, figures=check.figures | {"other_ids": other_ids(said, texts, weights.tokenizer)})
-    return Checked((check,), tuple(map(_recorded, TEXTS, texts, rows, said)), tools=tools)
+    return Checked((check,), tuple(map(_recorded, named, texts, rows, said)), tools=tools)
 
 
 def compare(

@@ -4,9 +4,12 @@ import dataclasses
 
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import models
 
+from cpm_jax.data.tokenizer import Tokenizer
 from cpm_jax.modeling.config import RopeConfig
-from export.checks import Exported, compare_source, exact, recorded_error, text_lengths
+from export.checks import Exported, compare_source, exact, record, recorded_error, text_lengths
 from export.folders import ExportError
 from export.manifest import RecordedText
 from tests.export.small_models import LONGROPE, PLAIN, SPARSE, random_params, small_tokenizer
@@ -43,6 +46,21 @@ def test_a_context_of_few_tokens(tmp_path):
         compare_source(Exported(tmp_path, SMALL, damaged, tokenizer), damaged, SMALL, tokenizer)
     with pytest.raises(ExportError, match=f"{tmp_path} gives logits that are not finite"):
         compare_source(Exported(tmp_path, SMALL, damaged, tokenizer), params, SMALL, tokenizer)
+
+
+def test_texts_without_tokens(tmp_path):
+    """A tokenizer of one script has no tokens for the others, and its model is compared on what it can read."""
+
+    def tokenizer_of(letters: str) -> Tokenizer:
+        return Tokenizer(tokenizers.Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, [])), {})
+
+    params, chinese = random_params(SMALL), tokenizer_of("清晨的码头")
+    exported = Exported(tmp_path, SMALL, params, chinese)
+    assert compare_source(exported, params, SMALL, chinese).figures["positions"] == 2
+    assert [text.name for text in record(exported)] == ["other scripts"]
+    none = tokenizer_of("ξψ")
+    with pytest.raises(ExportError, match="of 2 tokens, gives none to any of the texts code, prose, other scripts"):
+        compare_source(Exported(tmp_path, SMALL, params, none), params, SMALL, none)
 
 
 def test_logits_that_were_recorded(tmp_path):
