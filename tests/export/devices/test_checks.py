@@ -1,6 +1,7 @@
 """How what a runtime says is judged: against our decoder, which here plays the runtime too."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -8,9 +9,11 @@ import pytest
 
 from cpm_jax.modeling.decoder import init_params
 from export.checks import exact
-from export.devices.checks import Said, compare
+from export.devices import checks
+from export.devices.checks import Said, compare, verify_device
 from export.folders import ExportError
 from export.hf_check import greedy, logits_of
+from export.manifest import Manifest, RecordedText
 from tests.export.devices.test_convert import PLAIN
 
 ROWS = [[5, 17, 200, 3, 9, 41], [7, 7, 301]]
@@ -63,3 +66,21 @@ def test_what_is_not_passed(model, said):
     # Of a type that is not exact, a token that is not ours is counted.
     figures = compare(changed(said, greedy=[1, 2, 3]), ROWS, params, config, "it", exactly=False).figures
     assert figures["greedy_tokens"] == "0 of 6"
+
+
+def test_a_tie_may_be_decided_otherwise_when_verified(tmp_path, monkeypatch):
+    """As when it was written: the logits of the recorded text say whether it is one."""
+    logits = np.zeros((3, 4), np.float32)
+    logits[1, 2], logits[1, 3], logits[2, 0] = 5, 5 - 1e-4, 5
+    recorded = RecordedText("code", "a", (1, 2), (2, 0), (2, 3), (5.0, 5.0))
+    manifest = Manifest("onnx", "llama", {"float32": 1}, 1, {}, (), (), {}, (recorded,), {}, {}, "", "")
+    monkeypatch.setattr(checks, "RUNTIMES", {"onnx": SimpleNamespace(title="it", missing=lambda: "")})
+    monkeypatch.setattr(checks, "other_ids", lambda *_: 0)
+    monkeypatch.setattr(checks.Tokenizer, "load", lambda _: None)
+    said = [Said([1, 2], logits, [3, 1])]
+    monkeypatch.setattr(checks, "ask", lambda *_: (said, {}))
+    assert "as recorded" in verify_device(tmp_path, manifest)[0][-1]
+    for greedy_text in ([1, 0], [2, 1], [2]):
+        said[0] = Said([1, 2], logits, greedy_text)
+        with pytest.raises(ExportError, match="the text 'code' is continued in another way than was recorded"):
+            verify_device(tmp_path, manifest)
