@@ -33,6 +33,8 @@ from export.packed_source import PackedSource, is_marlin, is_packed
 from export.stablehlo import compare_programs, is_stablehlo, read_model
 
 MAX_TOKENS, GREEDY_TOKENS, TOP, TOLERANCE = 64, 16, 8, 1e-4
+# Nats a token by which a narrower type may change what a model says: beyond, it is another model.
+MAX_DIVERGENCE = 1.0
 
 TEXTS = {
     "code": (
@@ -190,7 +192,7 @@ def compare_source(exported: Exported, params: Any, config: ModelConfig, tokeniz
     """What the stored type costs: the export against the model that it was made of, on the texts.
 
     Raises:
-        ExportError: token ids differ, there are none, or logits are not finite.
+        ExportError: token ids differ, there are none, logits are not finite, or a GGUF file's type ruins the model.
     """
     config = exact(config)
     errors, divergences, positions = [0.0], [], 0
@@ -211,12 +213,20 @@ def compare_source(exported: Exported, params: Any, config: ModelConfig, tokeniz
             loss.append(-log[np.arange(len(ids) - 1), ids[1:]])
         positions += len(ids)
     perplexities = [math.exp(float(np.mean(np.concatenate(loss)))) for loss in losses]
+    divergence = float(np.mean(np.concatenate(divergences)))
+    # What quantised folders cost depends on a method and its data, which were chosen; a type here is all there is.
+    if exported.path.suffix == ".gguf" and not divergence <= MAX_DIVERGENCE:
+        raise ExportError(
+            f"{exported.path} says something else than the source, by {divergence:.3g} nats a token, where "
+            f"{MAX_DIVERGENCE} is the most that a type may cost; choose a wider TYPE. TQ1_0 and TQ2_0 are for weights "
+            "that are ternary"
+        )
     return Check(
         "source",
         {
             "positions": positions,
             "max_error": max(errors),
-            "kl_divergence": max(0.0, float(np.mean(np.concatenate(divergences)))),
+            "kl_divergence": max(0.0, divergence),
             "perplexity": perplexities[0],
             "perplexity_of_source": perplexities[1],
         },

@@ -19,15 +19,22 @@ from cpm_jax.checkpoints.weights import Weights
 from cpm_jax.data.tokenizer import Tokenizer
 from cpm_jax.modeling.config import ModelConfig
 from cpm_jax.modeling.decoder import Params
-from export.checks import TOLERANCE, TOP, Checked, exact, readable_texts, recorded_error, text_lengths
+from export.checks import (
+    MAX_DIVERGENCE,
+    TOLERANCE,
+    TOP,
+    Checked,
+    exact,
+    readable_texts,
+    recorded_error,
+    text_lengths,
+)
 from export.devices.convert import device_model
 from export.devices.runtimes import RUNTIMES, Job
 from export.folders import ExportError
 from export.hf_check import logits_of
 from export.manifest import Check, Manifest, RecordedText
 
-# Nats by which a quantised model may differ from its source: beyond, it is another one.
-MAX_DIVERGENCE = 1.0
 # Integer kernels round activations, and every processor has its own: of the largest logit.
 INTEGER_TOLERANCE = 0.05
 

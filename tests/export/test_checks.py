@@ -9,7 +9,7 @@ from tokenizers import models
 
 from cpm_jax.data.tokenizer import Tokenizer
 from cpm_jax.modeling.config import RopeConfig
-from export.checks import Exported, compare_source, exact, record, recorded_error, text_lengths
+from export.checks import MAX_DIVERGENCE, Exported, compare_source, exact, record, recorded_error, text_lengths
 from export.folders import ExportError
 from export.manifest import RecordedText
 from tests.export.small_models import LONGROPE, PLAIN, SPARSE, random_params, small_tokenizer
@@ -61,6 +61,18 @@ def test_texts_without_tokens(tmp_path):
     none = tokenizer_of("ξψ")
     with pytest.raises(ExportError, match="of 2 tokens, gives none to any of the texts code, prose, other scripts"):
         compare_source(Exported(tmp_path, SMALL, params, none), params, SMALL, none)
+
+
+def test_a_type_that_ruins_a_model(tmp_path):
+    """A GGUF file that says something else is refused; of a quantised folder the cost is stated."""
+    params, ruined, tokenizer = random_params(SMALL), random_params(SMALL), small_tokenizer()
+    ruined["norm"]["scale"] *= -3
+    folder, file = (Exported(tmp_path / name, SMALL, ruined, tokenizer) for name in ("gptq", "tiny-TQ2_0.gguf"))
+    assert compare_source(folder, params, SMALL, tokenizer).figures["kl_divergence"] > MAX_DIVERGENCE
+    with pytest.raises(
+        ExportError, match=r"tiny-TQ2_0.gguf says something else .* by [\d.]+ nats .*choose a wider TYPE"
+    ):
+        compare_source(file, params, SMALL, tokenizer)
 
 
 def test_logits_that_were_recorded(tmp_path):
