@@ -194,7 +194,7 @@ def _sentencepiece(content: Json, tokens: Sequence[str], types: list[int]) -> di
         if len(token) == 6 and token.startswith("<0x") and model.get("byte_fallback"):
             types[index] = BYTE
     if model.get("unk_token") is not None:
-        types[ids[model["unk_token"]]] = UNKNOWN
+        types[_vocabulary(content)[model["unk_token"]]] = UNKNOWN
     return {
         "model": "llama",
         "tokens": list(tokens),
@@ -218,11 +218,16 @@ def _check_all_cuts(ids: Mapping[str, int], ranks: Json, merges: Sequence[Any], 
 # Of both kinds.
 
 
+def _vocabulary(content: Json) -> dict[str, int]:
+    """The ids of all tokens: some may stand among the added ones alone."""
+    return content["model"]["vocab"] | {added["content"]: added["id"] for added in content["added_tokens"]}
+
+
 def _special(tokenizer: Tokenizer, eos_token_ids: Sequence[int]) -> dict[str, Any]:
     """Ids of the special tokens, what is put around a text, and the chat template."""
     ids: dict[str, int | None] = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
     content = tokenizer.to_json()
-    vocab = content["model"]["vocab"] | {added["content"]: added["id"] for added in content["added_tokens"]}
+    vocab = _vocabulary(content)
     ids |= {name: vocab.get(token) for name, token in tokenizer.special_tokens.items()}
     if ids["eos_token"] is None:
         ids["eos_token"] = next(iter(eos_token_ids), None)

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import tokenizers
 from tokenizers import AddedToken, models, normalizers, pre_tokenizers
 
 from benchmarks.pretrained import smollm2_path
 from cpm_jax.checkpoints.gguf import GgufSource
 from cpm_jax.checkpoints.import_params import import_params
 from cpm_jax.common.config import ConfigError
-from cpm_jax.data.gguf_tokenizer import tokenizer_from_gguf
+from cpm_jax.data.gguf_tokenizer import UNKNOWN, tokenizer_from_gguf
 from cpm_jax.data.tokenizer import Tokenizer
 from cpm_jax.modeling.config import ModelConfig, RopeConfig, SparseConfig
 from cpm_jax.modeling.rotary import attention_factor, inverse_frequencies
@@ -265,6 +266,20 @@ def test_sentencepiece_comes_back(prefix):
     again = tokenizer_from_gguf(written, "again.gguf")
     assert again.vocab_size == tokenizer.vocab_size
     assert [again.encode(text) for text in TEXTS] == [tokenizer.encode(text) for text in TEXTS]
+
+
+def test_an_unknown_token_that_is_an_added_one():
+    content = tokenizer_from_gguf(sentencepiece(), "model.gguf").to_json()
+    first, *rest = content["model"]["vocab"]
+    assert first == content["model"]["unk_token"] == "<unk>"
+    content["model"]["vocab"] = {token: index for index, token in enumerate(rest)}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    content["added_tokens"] = [added | {"id": added["id"] - 1} for added in content["added_tokens"]]
+    content["added_tokens"].append({"id": len(rest), "content": "<unk>", "special": True, **flags})
+    content["post_processor"] = None
+    tokenizer = Tokenizer(tokenizers.Tokenizer.from_str(json.dumps(content)), {})
+    written = tokenizer_to_gguf(tokenizer, tokenizer.vocab_size)
+    assert (written["tokenizer.ggml.tokens"][-1], written["tokenizer.ggml.token_type"][-1]) == ("<unk>", UNKNOWN)
 
 
 def test_our_own_tokenizer(tokenizer):
