@@ -82,5 +82,5 @@ def _differing(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> dict[str, 
             return math.isclose(there, here, rel_tol=_TOLERANCE)
         return there == here
 
-    pairs = {name: (theirs.get(name), ours.get(name)) for name in theirs | ours}
+    pairs = {name: (theirs.get(name), ours.get(name)) for name in (*theirs, *ours)}
     return {name: pair for name, pair in pairs.items() if not same(*pair)}
