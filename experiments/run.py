@@ -258,7 +258,8 @@ def recorded(verb: str, workdir: Path, argv: Sequence[str], settings: Any) -> It
         with open(workdir / "command.txt", "a", encoding="utf-8") as log:
             log.write(f"{now}  {shlex.join(['python', '-m', 'experiments.run', *argv])}\n")
         before = {name: (workdir / name).read_text(encoding="utf-8") for name in texts if (workdir / name).exists()}
-        if changes := _changes(before.get("config.gin", ""), texts.get("config.gin", "")) if before else "":
+        goes_on = before and not VERBS[verb].reads_runs
+        if changes := _changes(before.get("config.gin", ""), texts.get("config.gin", "")) if goes_on else "":
             print(f"config.gin differs from that of the last start:\n{changes}")
         for name, text in texts.items():
             files.write_text(workdir / name, text)
