@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, Int
 from benchmarks.pretrained import smollm2_path
 from benchmarks.results import RESULTS_DIR, Benchmark
 from benchmarks.sparse_quality_texts import Excerpt, make_rows
+from cpm_jax.common.progress import Progress
 from cpm_jax.inference.decode_loop import NO_TOKEN, extend, start
 from cpm_jax.inference.generate import decoding_params, unstack_on_cpu
 from cpm_jax.inference.load import LoadedModel, load_model
@@ -164,25 +165,28 @@ def read_rows(
 ) -> dict[str, dict[str, Float[np.ndarray, "rows T"]]]:
     """What `compare` says of each model at every position of rows, whose length is a multiple of `CHUNK` and one."""
     found: dict[str, list[list[dict[str, np.ndarray]]]] = {name: [] for name in models}
-    for row in rows:
-        length = len(row) - 1
-        caches = {name: init_cache(m.config, 1, length, m.variant.cache_dtype) for name, m in models.items()}
-        for chunks in found.values():
-            chunks.append([])
-        for first in range(0, length, CHUNK):
-            targets = row[first + 1 : first + CHUNK + 1]
-            base = None
-            for name, model in models.items():  # the base is the first
-                logits, caches[name] = read(
-                    model.params,
-                    row[first : first + CHUNK],
-                    np.int32(first),
-                    caches[name],
-                    config=model.config,
-                    keys=model.variant.keys,
-                )
-                base = logits if base is None else base
-                found[name][-1].append(jax.tree.map(np.asarray, compare(logits, base, targets)))
+    chunk_count = len(rows) * ((len(rows[0]) - 1) // CHUNK)
+    with Progress("read", chunk_count, unit="chunk", tokens_per_step=CHUNK * len(models)) as bar:
+        for i, row in enumerate(rows):
+            length = len(row) - 1
+            caches = {name: init_cache(m.config, 1, length, m.variant.cache_dtype) for name, m in models.items()}
+            for chunks in found.values():
+                chunks.append([])
+            for first in range(0, length, CHUNK):
+                targets = row[first + 1 : first + CHUNK + 1]
+                base = None
+                for name, model in models.items():  # the base is the first
+                    logits, caches[name] = read(
+                        model.params,
+                        row[first : first + CHUNK],
+                        np.int32(first),
+                        caches[name],
+                        config=model.config,
+                        keys=model.variant.keys,
+                    )
+                    base = logits if base is None else base
+                    found[name][-1].append(jax.tree.map(np.asarray, compare(logits, base, targets)))
+                bar.update((i * length + first) // CHUNK + 1)
     return {
         name: {
             key: np.stack([np.concatenate([chunk[key] for chunk in chunks]) for chunks in by_row])
@@ -219,15 +223,17 @@ def decode_in_turns(
     tokens: dict[str, list[np.ndarray]] = {name: [] for name in models}
     seconds: dict[str, list[float]] = {name: [] for name in models}
     no_end = np.array([NO_TOKEN])
-    for _ in range(turns):
-        for name, model in models.items():
-            jax.block_until_ready(states[name])
-            begin = time.perf_counter()
-            states[name], new = extend(
-                model.params, states[name], no_end, num_tokens=new_tokens, config=model.config, sampling=GREEDY
-            )
-            tokens[name].append(np.asarray(new))
-            seconds[name].append(time.perf_counter() - begin)
+    with Progress("decode", turns * len(models), unit="turn") as bar:
+        for turn in range(turns):
+            for i, (name, model) in enumerate(models.items()):
+                jax.block_until_ready(states[name])
+                begin = time.perf_counter()
+                states[name], new = extend(
+                    model.params, states[name], no_end, num_tokens=new_tokens, config=model.config, sampling=GREEDY
+                )
+                tokens[name].append(np.asarray(new))
+                seconds[name].append(time.perf_counter() - begin)
+                bar.update(turn * len(models) + i + 1)
     return {
         name: (
             np.concatenate(tokens[name], axis=1),
