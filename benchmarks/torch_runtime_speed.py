@@ -15,7 +15,6 @@ import dataclasses
 import importlib.util
 import json
 import multiprocessing
-import resource
 import statistics
 import tempfile
 import time
@@ -106,7 +105,8 @@ def measure(arm: Arm) -> Measured:
     if arm.device.startswith("cuda"):
         memory = torch.cuda.max_memory_allocated(arm.device)
     else:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        # Not ru_maxrss, which begins at the size of the process that started this one.
+        memory = int(Path("/proc/self/status").read_text("utf-8").split("VmHWM:")[1].split()[0]) * 1024
     prefill, decode = (statistics.median(values) for values in zip(*rates, strict=True))
     return Measured(prefill, decode, memory / 2**30)
 

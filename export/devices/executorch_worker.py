@@ -6,7 +6,6 @@ are always rounded where weights are integers: `exact` changes nothing.
 
 import importlib.metadata
 import json
-import resource
 import sys
 import time
 from collections.abc import Sequence
@@ -50,8 +49,9 @@ def say(model: Model, job: dict[str, Any]) -> dict[str, Any]:
             said.append(int(model(said[-1:], len(prompt) + len(said) - 1)[-1].argmax()))
         decode.append(time.perf_counter() - begin)
         out[f"said_{index}"] = np.asarray(said)
-    # Linux counts in KiB.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not ru_maxrss, which begins at the size of the process that started this one.
+    status = Path("/proc/self/status")
+    peak = int(status.read_text("utf-8").split("VmHWM:")[1].split()[0]) * 1024 if status.exists() else 0
     return out | {"prefill_seconds": prefill, "decode_seconds": decode, "peak_bytes": peak}
 
 

@@ -3,12 +3,12 @@
 `python onnx_worker.py JOB OUT`: JOB is `export.devices.runtimes.Job` as JSON; OUT (.npz) gets `versions` (JSON), for
 each text its `ids_<i>`, for each row its `logits_<i>` [T, V], for each prompt its continuation `said_<i>`, and, where
 there are prompts, `load_seconds`, `prefill_seconds` and `decode_seconds` (of each prompt) and `peak_bytes`, the most
-memory that the process held. Logits are computed by onnxruntime alone, text by onnxruntime-genai.
+memory that the process held (0 on other systems than Linux). Logits are computed by onnxruntime alone, text by
+onnxruntime-genai.
 """
 
 import importlib.metadata
 import json
-import resource
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -68,8 +68,9 @@ def say(job: dict[str, Any]) -> dict[str, Any]:
             generator.generate_next_token()
         decode.append(time.perf_counter() - begin)
         out[f"said_{index}"] = np.asarray(generator.get_sequence(0))[len(ids) :]
-    # Linux counts in KiB.
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not ru_maxrss, which begins at the size of the process that started this one.
+    status = Path("/proc/self/status")
+    peak = int(status.read_text("utf-8").split("VmHWM:")[1].split()[0]) * 1024 if status.exists() else 0
     return out | {"prefill_seconds": prefill, "decode_seconds": decode, "peak_bytes": peak}
 
 
