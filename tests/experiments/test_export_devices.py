@@ -5,12 +5,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cpm_jax.common import exit_codes
 from cpm_jax.data.tokenizer import Tokenizer
 from experiments import run
-from export.devices.runtimes import RUNTIMES
+from export.devices.runtimes import RUNTIMES, Job
 from export.manifest import read_manifest
 from tests.checkpoints.published_folders import CONFIGS, V, write
 from tests.experiments.test_convert import TEXT
@@ -104,6 +105,14 @@ def test_what_is_left_out_is_said(exported):
     folder, source, _ = exported
     said = " ".join(read_manifest(folder).left_out)
     assert ("docs/torch_runtime.md" in said) == ("the context ends at 64 of 128" in said) == ("minicpm" in source.name)
+
+
+def test_peak_memory_is_the_runtimes_own(exported):
+    """Not that of the process which starts it."""
+    folder, *_ = exported
+    held = np.ones(3 << 26)  # 1.6 GB
+    said = RUNTIMES[folder.name.split("-")[0]].ask(Job(str(folder), prompts=[[1, 2, 3]], new_tokens=2))
+    assert 1 << 25 < said["peak_bytes"] < held.nbytes
 
 
 def test_verify(exported, capsys):
