@@ -274,7 +274,7 @@ void generate_by_drafts(cpm_model* model, const Arguments& arguments, std::vecto
 // Takes text for what it is where there is a tokenizer.
 void read_text_prompt(Arguments& arguments) {
 #ifdef CPM_TOKENIZERS
-  const auto tokenizer = std::make_shared<TextTokenizer>(arguments.folder);
+  const std::shared_ptr<TextTokenizer> tokenizer = open_tokenizer(arguments.folder);
   arguments.ids = tokenizer->encode(arguments.prompt);
   if (arguments.ids.empty()) throw UsageError("--prompt: the text has no tokens");
   arguments.decode = [tokenizer](int32_t token) { return tokenizer->decode(token); };

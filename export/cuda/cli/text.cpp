@@ -3,112 +3,122 @@
 #include <pytorch/tokenizers/hf_tokenizer.h>
 
 #include <algorithm>
-#include <fstream>
-#include <map>
-#include <nlohmann/json.hpp>
 #include <set>
-#include <stdexcept>
+
+#include "checked.h"
+#include "sentencepiece_text.h"
 
 namespace {
 
-// Copies of values nested deeper, the library's too, would overflow the stack.
-bool check_depth(int depth, nlohmann::json::parse_event_t, nlohmann::json&) {
-  if (depth > 64) throw std::runtime_error("tokenizer.json has values nested in more than 64 others");
-  return true;
-}
+// Byte-level BPE, as PyTorch's library `tokenizers` computes it.
+class ByteLevelText : public TextTokenizer {
+ public:
+  ByteLevelText(const std::string& folder, const cpm::Json& json) : TextTokenizer(json) {
+    if (tokenizer_.load(folder) != tokenizers::Error::Ok) {
+      cpm::fail(std::string("tokenizer.json: its model, pre-tokenizer or decoder is not computed here") + kGiveIds);
+    }
+    check_merges(json.get("model"));
+  }
 
-}  // namespace
+ protected:
+  std::vector<int32_t> ids_of(const std::string& text) const override {
+    const auto found = tokenizer_.encode(text, 0, 0);
+    if (!found.ok()) cpm::fail("the tokenizer has no tokens for this text");
+    std::vector<int32_t> ids;
+    std::string read;
+    for (const uint64_t id : found.get()) {
+      ids.push_back(static_cast<int32_t>(id));
+      read += bytes_of(ids.back());
+    }
+    // The library drops what it has no rule for, such as all that a pattern to split at does not match.
+    if (read != text) cpm::fail(std::string("the tokenizer would lose a part of this text here") + kGiveIds);
+    return ids;
+  }
 
-struct TextTokenizer::Parts {
-  tokenizers::HFTokenizer tokenizer;
-  std::vector<int32_t> before;  // what begins a text
-  struct Added {
-    std::string content;
-    bool special;
-  };
-  std::map<int32_t, Added> added;
-
-  // The bytes of a token, of special ones too. A model may have more ids than its tokenizer has tokens.
-  std::string bytes(int32_t token) const {
-    const auto found = added.find(token);
-    if (found != added.end()) return found->second.content;
-    const auto text = tokenizer.decode(0, static_cast<uint64_t>(token));
+  // A model may have more ids than its tokenizer has tokens.
+  std::string bytes_of(int32_t token) const override {
+    const auto found = added_.find(token);
+    if (found != added_.end()) return found->second.content;
+    const auto text = tokenizer_.decode(0, static_cast<uint64_t>(token));
     return text.ok() ? text.get() : "";
   }
 
+ private:
   // The library takes a piece of a text whole where it is a token, as `ignore_merges` says. Without that a piece is
   // what the merges make of it: the same only where they make every token. Merges of one string, "a b", it passes over.
-  void check_merges(const nlohmann::json& model, const std::string& file) const {
+  void check_merges(const cpm::Json& model) const {
     std::set<std::string> made;
-    for (const auto& merge : model.at("merges")) {
+    const cpm::Json merges = model.get("merges");
+    for (size_t i = 0; i < merges.size(); ++i) {
+      const cpm::Json merge = merges.at(i);
       if (!merge.is_array() || merge.size() != 2) {
-        throw std::runtime_error(file + ": model.merges has " + merge.dump() +
-                                 ": accepted are lists of two tokens, as newer versions of tokenizers save them");
+        merge.refuse("a list of two tokens, as newer versions of tokenizers save them");
       }
-      made.insert(merge[0].get<std::string>() + merge[1].get<std::string>());
+      made.insert(merge.at(0).text() + merge.at(1).text());
     }
-    if (model.value("ignore_merges", false)) return;
-    for (const auto& [token, id] : model.at("vocab").items()) {
+    if (model.has("ignore_merges") && model.get("ignore_merges").flag()) return;
+    const cpm::Json vocabulary = model.get("vocab");
+    for (const std::string& token : vocabulary.names()) {
+      const auto id = static_cast<int32_t>(vocabulary.get(token).whole(0, INT32_MAX));
       const auto length = std::count_if(token.begin(), token.end(), [](char byte) { return (byte & 0xC0) != 0x80; });
-      if (length > 1 && made.count(token) == 0 && added.count(id.get<int32_t>()) == 0) {
-        throw std::runtime_error(file + ": model.ignore_merges = false, and no merge makes the token \"" + token +
-                                 "\": accepted are vocabularies that the merges make; give token ids (--ids)");
+      if (length > 1 && made.count(token) == 0 && added_.count(id) == 0) {
+        cpm::fail(model.where() + ": ignore_merges = false, and no merge makes the token \"" + token +
+                  "\": accepted are vocabularies that the merges make" + kGiveIds);
       }
     }
   }
+
+  tokenizers::HFTokenizer tokenizer_;
 };
 
-TextTokenizer::TextTokenizer(const std::string& folder) : parts_(std::make_unique<Parts>()) {
-  const std::string file = folder + "/tokenizer.json";
-  try {
-    std::ifstream stream(file);
-    const auto json = nlohmann::json::parse(stream, check_depth);
-    for (const auto& token : json.at("added_tokens")) {
-      parts_->added[token.at("id").get<int32_t>()] = {token.at("content"), token.at("special")};
-      if (token.at("content") == "") throw std::runtime_error(file + " has an added token without text");  // endless
-    }
-    // The library has no post-processors. Those of exported folders are templates, or leave the tokens as they are.
-    const auto processor = json.value("post_processor", nlohmann::json());
-    const bool several = processor.is_object() && processor.at("type") == "Sequence";
-    for (const auto& part : several ? processor.at("processors") : nlohmann::json::array({processor})) {
-      if (!part.is_object() || part.at("type") != "TemplateProcessing") continue;
-      const auto& first = part.at("single").at(0);
-      if (first.contains("SpecialToken")) {
-        const auto& token = part.at("special_tokens").at(first.at("SpecialToken").at("id").get<std::string>());
-        parts_->before = token.at("ids").get<std::vector<int32_t>>();
-      }
-    }
-    if (parts_->tokenizer.load(folder) != tokenizers::Error::Ok) {
-      throw std::runtime_error(file +
-                               ": its model, pre-tokenizer or decoder is of a kind that is not computed here; "
-                               "give token ids (--ids)");
-    }
-    parts_->check_merges(json.at("model"), file);
-  } catch (const nlohmann::json::exception& error) {
-    throw std::runtime_error(file + " cannot be read: " + error.what());
+}  // namespace
+
+TextTokenizer::TextTokenizer(const cpm::Json& json) {
+  const cpm::Json tokens = json.get("added_tokens");
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    const cpm::Json token = tokens.at(i);
+    const std::string content = token.get("content").text();
+    if (content.empty()) cpm::fail("tokenizer.json has an added token without text");  // endless
+    added_[static_cast<int32_t>(token.get("id").whole(0, INT32_MAX))] = {content, token.get("special").flag()};
+  }
+  // The libraries have no post-processors. Those of exported folders are templates, or leave the tokens as they are.
+  for (const cpm::Json& step : steps_of(json, "post_processor", "processors")) {
+    if (step.get("type").text() != "TemplateProcessing") continue;
+    const cpm::Json first = step.get("single").at(0);
+    if (!first.has("SpecialToken")) continue;
+    const cpm::Json ids = step.get("special_tokens").get(first.get("SpecialToken").get("id").text()).get("ids");
+    before_.clear();
+    for (size_t i = 0; i < ids.size(); ++i) before_.push_back(static_cast<int32_t>(ids.at(i).whole(0, INT32_MAX)));
   }
 }
 
-TextTokenizer::~TextTokenizer() = default;
-
 std::vector<int32_t> TextTokenizer::encode(const std::string& text) const {
-  std::vector<int32_t> ids = parts_->before;
+  std::vector<int32_t> ids = before_;
   if (text.empty()) return ids;
-  const auto found = parts_->tokenizer.encode(text, 0, 0);
-  if (!found.ok()) throw std::runtime_error("the tokenizer has no tokens for this text");
-  std::string read;
-  for (const uint64_t id : found.get()) {
-    ids.push_back(static_cast<int32_t>(id));
-    read += parts_->bytes(ids.back());
-  }
-  // The library drops what it has no rule for, such as all that a pattern to split at does not match.
-  if (read != text) {
-    throw std::runtime_error("the tokenizer would lose a part of this text here; give token ids (--ids)");
-  }
+  const std::vector<int32_t> found = ids_of(text);
+  ids.insert(ids.end(), found.begin(), found.end());
   return ids;
 }
 
 std::string TextTokenizer::decode(int32_t token) const {
-  const auto found = parts_->added.find(token);
-  return found != parts_->added.end() && found->second.special ? "" : parts_->bytes(token);
+  const auto found = added_.find(token);
+  return found != added_.end() && found->second.special ? "" : bytes_of(token);
+}
+
+std::unique_ptr<TextTokenizer> open_tokenizer(const std::string& folder) {
+  const cpm::Json json = cpm::Json::read(folder + "/tokenizer.json");
+  for (const cpm::Json& step : steps_of(json, "pre_tokenizer", "pretokenizers")) {
+    if (step.get("type").text() == "ByteLevel") return std::make_unique<ByteLevelText>(folder, json);
+  }
+  return sentencepiece_tokenizer(json);
+}
+
+std::vector<cpm::Json> steps_of(const cpm::Json& json, const std::string& part, const std::string& list) {
+  if (!json.has(part)) return {};
+  const cpm::Json step = json.get(part);
+  if (step.get("type").text() != "Sequence") return {step};
+  std::vector<cpm::Json> found;
+  const cpm::Json steps = step.get(list);
+  for (size_t i = 0; i < steps.size(); ++i) found.push_back(steps.at(i));
+  return found;
 }

@@ -10,7 +10,7 @@
 namespace cpm {
 namespace {
 
-constexpr uint64_t kLargestFile = 100'000'000;  // of a JSON file; tokenizers, the largest, are not read here
+constexpr uint64_t kLargestFile = 100'000'000;  // of a JSON file; the largest are tokenizers
 constexpr size_t kShown = 60;                   // characters of a value that an error shows
 constexpr int kDeepest = 32;                    // lists in lists; the parser's printer calls itself for each
 

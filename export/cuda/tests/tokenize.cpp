@@ -24,15 +24,16 @@ int main(int argc, char** argv) {
     return 2;
   }
   try {
-    const TextTokenizer tokenizer(argv[1]);
+    const auto tokenizer = open_tokenizer(argv[1]);
     std::ifstream file(argv[2]);
     for (std::string line; std::getline(file, line);) {
       std::string decoded;
-      for (const int32_t id : tokenizer.encode(replaced(line, "\\n", "\n"))) {
+      for (const int32_t id : tokenizer->encode(replaced(line, "\\n", "\n"))) {
         std::printf("%" PRId32 " ", id);
-        decoded += tokenizer.decode(id);
+        decoded += tokenizer->decode(id);
       }
-      std::printf("\n%s\n", replaced(decoded, "\n", "\\n").c_str());
+      const std::string shown = "\n" + replaced(decoded, "\n", "\\n") + "\n";
+      std::fwrite(shown.data(), 1, shown.size(), stdout);  // a byte of 0 among them
     }
     return 0;
   } catch (const std::exception& error) {

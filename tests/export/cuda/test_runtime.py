@@ -12,10 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-import tokenizers
 
-from benchmarks.pretrained import smollm2_path
-from cpm_jax.checkpoints.gguf import GgufSource
 from cpm_jax.data.tokenizer import Tokenizer
 from cpm_jax.modeling.config import ModelConfig, RopeConfig, SparseConfig
 from cpm_jax.modeling.decoder import bind
@@ -24,7 +21,7 @@ from export.hf import DTYPES, export_hf
 from export.marlin import export_marlin
 from tests.export import small_models
 from tests.export.cuda.damages import DAMAGES
-from tests.export.cuda.native_build import BACKEND, SOURCE, build, skip_without_tokenizers
+from tests.export.cuda.native_build import BACKEND, SOURCE
 from tests.export.mtp_models import drafting_params, mtp_logits
 from tests.export.quantized_models import rounded_model
 from tests.export.small_models import MUP
@@ -57,24 +54,6 @@ CASES = {
         {"sparse_config": dataclasses.replace(SPARSE, use_nope=True, lse_approximation=False, variant="paper")} | MUP,
     ),
 }
-
-
-TEXTS = [
-    "def add(a, b):\n    return a + b  # 12345 + 6\n\n\n\tend",
-    "It's what we'll say: they've 3,000.50 dollars, don't they?  Two  spaces,   three.",
-    "学而时习之，不亦说乎？ 有朋自遠方來",
-    "Ça déjà-vu, naïve façade; Straße, ÆØÅ, Ελληνικά, русский язык, עברית, العربية १२३",
-    "🙂👩‍👩‍👧‍👦🏳️‍🌈 e\u0301 \u00a0 \u3000 x\u200by ½ ² Ⅷ",
-    " leading and trailing ",
-    "x" * 60 + " " + "ab" * 30,
-    "<|im_start|>user\nHello<|im_end|>\n<|endoftext|>",
-    "{\"key\": [1, 2.5e-3], 'b': null}\n\n",
-]
-
-
-@pytest.fixture(scope="module")
-def runtime(tmp_path_factory):
-    return build(tmp_path_factory.mktemp("native"))
 
 
 @pytest.fixture(scope="module")
@@ -413,82 +392,3 @@ def test_no_damage_is_a_crash(runtime, tokenizer, tmp_path):
     counts = [int(number) for number in re.findall(r"\d+", done.stdout)]
     assert len(counts) == 4  # files and folders, accepted and refused
     assert min(counts) > 20
-
-
-@pytest.fixture(scope="module", params=["trained", "SmolLM2"])
-def text_tokenizer(request):
-    if request.param == "trained":
-        return Tokenizer.train(TEXTS, 320)
-    found = GgufSource(smollm2_path()).tokenizer()
-    assert found is not None
-    return found
-
-
-def test_ids_and_text_are_those_of_the_trainer(text_tokenizer, runtime, tmp_path):
-    skip_without_tokenizers(tmp_path)
-    text_tokenizer.save(tmp_path / "folder")
-    (tmp_path / "texts").write_text("\n".join(text.replace("\n", "\\n") for text in TEXTS) + "\n", "utf-8")
-    done = runtime.execute("tokenize", tmp_path / "folder", tmp_path / "texts")
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.split("\n")
-    expected = [text_tokenizer.encode_prompt(text) for text in TEXTS]
-    assert [list(map(int, line.split())) for line in lines[: 2 * len(TEXTS) : 2]] == expected
-    decoded = [line.replace("\\n", "\n") for line in lines[1 : 2 * len(TEXTS) : 2]]
-    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "folder/tokenizer.json"))
-    assert decoded == [theirs.decode(ids, skip_special_tokens=True) for ids in expected]
-
-
-def test_the_token_that_begins_a_text_may_be_one_step_of_several(runtime, tmp_path):
-    """As in Llama 3's tokenizer.json, which also has tokens that no merge makes."""
-    skip_without_tokenizers(tmp_path)
-    Tokenizer.train(TEXTS, 320).save(tmp_path)
-    file = tmp_path / "tokenizer.json"
-    content = json.loads(file.read_text())
-    steps = [{"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False, "use_regex": True}]
-    content["post_processor"] = {"type": "Sequence", "processors": [*steps, content["post_processor"]]}
-    content["model"] |= {"ignore_merges": True, "vocab": content["model"]["vocab"] | {"Zqj": 999}}
-    file.write_text(json.dumps(content))
-    (tmp_path / "texts").write_text("Zqj a\n")
-    done = runtime.execute("tokenize", tmp_path, tmp_path / "texts")
-    expected = tokenizers.Tokenizer.from_file(str(file)).encode("Zqj a").ids
-    assert 999 in expected
-    assert done.stdout.split("\n")[0].split() == list(map(str, expected)), done.stderr
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda file: file.replace('"content": "', '"content": "", "was": "', 1), "has an added token without text"),
-        (lambda file: '{"post_processor": ' + "[" * 10**6 + "]" * 10**6 + "}", "nested in more than 64 others"),
-        (lambda file: file.replace('"vocab": {', '"vocab": {"Zqj": 999,'), 'no merge makes the token "Zqj"'),
-        (lambda file: file.replace('"merges": [', '"merges": ["a b",'), '"a b": accepted are lists of two tokens'),
-    ],
-)
-def test_a_tokenizer_that_is_not_computed_or_would_not_end_is_an_error(change, message, runtime, tmp_path):
-    skip_without_tokenizers(tmp_path)
-    Tokenizer.train(TEXTS, 320).save(tmp_path)
-    file = tmp_path / "tokenizer.json"
-    file.write_text(change(file.read_text()))
-    done = runtime.execute("cpm", tmp_path, "--prompt", "a")
-    assert done.returncode == 1
-    assert message in done.stderr
-
-
-def test_the_program_takes_and_prints_text(runtime, tmp_path):
-    skip_without_tokenizers(tmp_path)
-    tokenizer = Tokenizer.train(TEXTS, 320)
-    export_hf(random_params(PLAIN), PLAIN, tokenizer, tmp_path / "hf", layout="llama")
-    prompt = "def add(a, b):\n"
-    ids = ",".join(map(str, tokenizer.encode_prompt(prompt)))
-    arguments = ["--max-new-tokens", 12, "--capacity", 64, "--ignore-eos"]
-    by_ids = runtime.run(tmp_path / "hf", "--ids", ids, *arguments)
-    command = [runtime.folder / "cpm", tmp_path / "hf", "--prompt", prompt, *arguments]
-    said = subprocess.run(list(map(str, command)), capture_output=True, check=True).stdout
-    theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "hf/tokenizer.json"))
-    assert len(by_ids.ids) == 12
-    # A random model's bytes need not be characters.
-    assert said.decode(errors="replace") == theirs.decode(by_ids.ids, skip_special_tokens=True) + "\n"
-    shutil.copy(tmp_path / "hf" / "config.json", tmp_path)
-    done = runtime.execute("cpm", tmp_path, "--prompt", prompt)
-    assert done.returncode == 1
-    assert "tokenizer.json cannot be read" in done.stderr
