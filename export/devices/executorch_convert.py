@@ -1,32 +1,64 @@
 """Lowers a Hugging Face folder to an ExecuTorch program: run by an interpreter that has executorch.
 
 `python executorch_convert.py SOURCE FOLDER TYPE`: writes FOLDER/model.pte, for the processor by XNNPACK. Its method
-`forward` takes the ids of new tokens [1, T] and their positions [T], and returns logits [1, T, V]; the cache is in the
-program. With the values that it has beside it (the length of the cache, the tokens that begin and end a text),
-ExecuTorch's own runner of language models generates from it.
+`forward` takes the ids of new tokens [1, T], at most CHUNK, and their positions [T], and returns logits [1, T, V]; the
+cache is in the program. Attention and cache are ExecuTorch's operators for language models. With the values that it has
+beside it (the length of the cache, the tokens that begin and end a text), ExecuTorch's own runner of language models
+generates from it.
 """
 
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401 (registers torch.ops.llama)
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchao.quantization import granularity, quant_api, quantize_
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from export.torch_runtime import layers
+from export.torch_runtime.cache import LayerCache
+from export.torch_runtime.config import SparseConfig
 from export.torch_runtime.linear import Linear
 from export.torch_runtime.model import Decoder, load_model
 
 GROUP_SIZE = 32  # of 4-bit weights
+CHUNK = 256  # tokens that are read at once: memory is planned for as many
 COPIED = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("chat_template.jinja", "generation_config.json"),
 )
+
+
+class SlotCache(LayerCache):
+    """Keys and values [B, S, K, H], as ExecuTorch's operators for language models keep them."""
+
+    def write(
+        self,
+        k: Tensor,
+        v: Tensor,
+        selecting: Tensor,
+        positions: Tensor,
+        sparse: SparseConfig | None,
+        write_kernels: Callable[[Tensor, Tensor, Tensor, int, int], None],
+    ) -> None:
+        """Writes new tokens to the slots of their positions, in place."""
+        begin = positions[0].item()
+        torch._check_is_size(begin)
+        torch.ops.llama.update_cache(k, self.keys, begin)
+        torch.ops.llama.update_cache(v, self.values, begin)
+
+
+def attend(q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, scale: float) -> Tensor:
+    """Attends to the slots that are filled, and to no others."""
+    begin = positions[0].item()
+    torch._check_is_size(begin)
+    return torch.ops.llama.custom_sdpa(q, keys, values, begin, None, 0.0, True, scale)
 
 
 class Program(nn.Module):
@@ -38,8 +70,10 @@ class Program(nn.Module):
         self.cache = decoder.init_cache(capacity)
         self.register_buffer("rotary", self.cache.rotary)
         for index, layer in enumerate(self.cache.layers):  # what a program changes has to be a buffer
-            self.register_buffer(f"keys_{index}", layer.keys)
-            self.register_buffer(f"values_{index}", layer.values)
+            mine = SlotCache(layer.keys.transpose(1, 2).contiguous(), layer.values.transpose(1, 2).contiguous())
+            self.cache.layers[index] = mine
+            self.register_buffer(f"keys_{index}", mine.keys)
+            self.register_buffer(f"values_{index}", mine.values)
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Logits [1, T, V] of tokens [1, T] at consecutive positions [T]."""
@@ -79,20 +113,22 @@ def main() -> None:
     capacity = config.max_position_embeddings
     if dtype != "float32":
         quantize(decoder, dtype)
-    count = torch.export.Dim("count", min=1, max=capacity)
+    chunk = min(CHUNK, capacity)
+    count = torch.export.Dim("count", min=1, max=chunk)
     example = (torch.zeros(1, 3, dtype=torch.long), torch.arange(3))
     values = {
-        "get_max_seq_len": capacity,
+        "get_max_seq_len": chunk,
         "get_max_context_len": capacity,
         "get_vocab_size": config.vocab_size,
         "use_kv_cache": True,
         "enable_dynamic_shape": True,
-        "use_sdpa_with_kv_cache": False,
+        "use_sdpa_with_kv_cache": True,
         "get_bos_id": config.bos_token_id if config.bos_token_id is not None else -1,
         "get_eos_ids": list(config.eos_token_ids),
     }
-    # Of all kernels the one whose result lies in memory as that of the operations that it is taken apart into.
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+    operations = layers._operations("torch")._replace(attend_to_all=attend)
+    layers._operations = lambda kernels: operations  # of this process, which does nothing else
+    with torch.no_grad():
         exported = torch.export.export(
             Program(decoder, capacity), example, dynamic_shapes=({1: count}, {0: count}), strict=True
         )

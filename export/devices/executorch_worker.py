@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 import torch
+from executorch.extension.llm.custom_ops import custom_ops  # noqa: F401 (registers attention over a cache)
 from executorch.extension.pybindings import portable_lib
 from executorch.kernels import quantized  # noqa: F401 (registers what packed weights are multiplied by)
 from executorch.runtime import Runtime
@@ -29,11 +30,17 @@ class Model:
         program = Runtime.get().load_program(Path(folder, "model.pte"))
         self._forward = program.load_method("forward")
         self.ends = program.load_method("get_eos_ids").execute([])
+        self._chunk = program.load_method("get_max_seq_len").execute([])[0]
 
     def __call__(self, tokens: Sequence[int], begin: int) -> np.ndarray:
         """Logits [T, V] of tokens at the positions from `begin` on; those before are in the cache."""
-        positions = torch.arange(begin, begin + len(tokens))
-        return self._forward.execute([torch.tensor([list(tokens)]), positions])[0][0].numpy()
+        logits = []
+        for first in range(0, len(tokens), self._chunk):
+            chunk = torch.tensor([tokens[first : first + self._chunk]])
+            positions = begin + first + torch.arange(chunk.shape[1])
+            # A copy, as the program's next step writes to the same memory.
+            logits.append(self._forward.execute([chunk, positions])[0][0].numpy().copy())
+        return np.concatenate(logits)
 
 
 def say(model: Model, job: dict[str, Any]) -> dict[str, Any]:

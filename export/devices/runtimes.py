@@ -171,6 +171,6 @@ RUNTIMES = {
         modules=("executorch", "safetensors", "tokenizers", "torch", "torchao"),
         how_to_install="make executorch",
         beside="executorch",  # it wants packages that nothing else does
-        longest=2048,  # all of the cache is read at every step
+        longest=2048,  # memory for the whole cache is taken at the start
     ),
 }

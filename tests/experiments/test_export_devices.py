@@ -54,6 +54,7 @@ def exported(request, tmp_path_factory):
 
 RUNNER = """
 import json, sys
+from executorch.extension.llm.custom_ops import custom_ops
 from executorch.extension.llm.runner import GenerationConfig, TextLLMRunner
 folder, asked = sys.argv[1], json.loads(sys.argv[2])
 said = []
