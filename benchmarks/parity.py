@@ -145,7 +145,8 @@ class Matrix:
     def _judged(self, row: str, name: str, said: Mapping[str, Any], exported: Exported) -> Cell:
         runtime, checkpoint, judge = RUNTIMES[name], self._checkpoints[row], self._judges[row]
         if runtime.rounds:  # what it was given are not the checkpoint's values, but those in the file
-            judge = Judge(checkpoint.config, read_export(exported.path).params, judge.rows, PROMPT, judge.ends)
+            params = read_export(exported.path).params
+            judge = Judge(checkpoint.config, params, judge.rows, PROMPT, judge.ends, checkpoint.gguf_type)
         status, words, figures = judge_cell(judge, said, rounds=runtime.rounds, modules=runtime.modules)
         if runtime.cannot(checkpoint):
             status, words = "failed", "it was taken to be impossible, and runs: Runtime.cannot is out of date"

@@ -1,7 +1,9 @@
 """What a cell of the parity matrix says: a runtime's logits and tokens beside those of our decoder, and a verdict.
 
 The judge is our full forward pass, without a cache, in float32, of the same values: quantised ones where the format
-quantises. So what a cell may differ by is rounding alone, and the limit is tight in every format.
+quantises. So what a cell may differ by is rounding alone, and the limit is tight in every format. A runtime that rounds
+activations to integers has a judge that rounds them likewise (`parity_rounding.py`); which code a value between two
+becomes goes by the last bit of a sum and decides about single logits, so that perplexity is judged.
 
 Greedy text is judged token by token behind the runtime's own: where it takes another token than ours, both go on from
 its choice. With logits that may be off by a limit, two tokens whose logits are closer than twice that limit are a tie:
@@ -19,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
+from benchmarks.parity_rounding import rounded_logits_of
 from cpm_jax.modeling.config import ModelConfig
 from cpm_jax.modeling.decoder import Params
 from export.hf_check import logits_of
@@ -59,7 +62,7 @@ class Cell:
 def describe_limit(rounds: bool) -> str:
     """What is allowed, in words."""
     if rounds:
-        return f"perplexity within {PERPLEXITY:.1%} of ours, as activations are rounded to fit the weights"
+        return f"perplexity within {PERPLEXITY:.1%} of ours with activations rounded likewise, to fit the weights"
     return f"logits within {LOGITS:g} of the largest; greedy tokens equal up to ties"
 
 
@@ -83,6 +86,7 @@ class Judge:
         rows: Int[np.ndarray, "R S"],
         prompt: int,
         ends: Collection[int | None] = (),
+        rounds_for: str = "",
     ):
         """Takes a model.
 
@@ -92,23 +96,25 @@ class Judge:
             rows: token ids; all as long as the caches, so that what depends on a length is the same.
             prompt: tokens of each row that are continued.
             ends: tokens with which a greedy text may end early.
+            rounds_for: rounds activations as llama.cpp does for weights of this type; "" does not.
         """
         # The next token does not depend on MTP layers.
         self._config, self._prompt = dataclasses.replace(config, num_nextn_predict_layers=0), prompt
         self.rows, self.new, self.ends = rows, rows.shape[1] - prompt, ends
         self._params = {name: jax.tree.map(jnp.asarray, leaf) for name, leaf in params.items() if name != "mtp_layers"}
+        self._logits_of = functools.partial(rounded_logits_of, gguf_type=rounds_for) if rounds_for else logits_of
         # Runtimes that agree say the same text: it is read once.
         self.gaps = functools.lru_cache(maxsize=64)(self._gaps)
         self.logits = functools.lru_cache(maxsize=len(rows))(self._logits)
 
     def _logits(self, row: int) -> Float[np.ndarray, "S V"]:
-        return logits_of(self._config, self._params, self.rows[row].tolist())
+        return self._logits_of(self._config, self._params, self.rows[row].tolist())
 
     def _gaps(self, row: int, said: tuple[int, ...]) -> Float[np.ndarray, " n"]:
         """How far below our best logit each token is that a runtime chose, given those before it."""
         ids = self.rows[row].copy()  # what follows is not seen, and every text is as long
         ids[self._prompt : self._prompt + len(said)] = said
-        found = logits_of(self._config, self._params, ids.tolist())[self._prompt - 1 :][: len(said)]
+        found = self._logits_of(self._config, self._params, ids.tolist())[self._prompt - 1 :][: len(said)]
         return found.max(axis=-1) - found[np.arange(len(said)), list(said)]
 
 

@@ -99,8 +99,8 @@ def _page(cells: Sequence[Cell], rows: Sequence[str], titles: Mapping[str, str],
     marks = [(row, [_mark(found.get((row, runtime))) for runtime in titles]) for row in rows]
     caption = (
         f"Green: logits within {LOGITS:g} of the largest and all greedy tokens equal up to ties. llama.cpp rounds "
-        f"activations to fit packed weights: there the perplexity is judged, within {PERPLEXITY:.1%} of ours. Grey: "
-        "cannot be. Hatched: not installed here."
+        f"activations to fit packed weights: there the perplexity is judged, within {PERPLEXITY:.1%} of ours with "
+        "activations rounded likewise. Grey: cannot be. Hatched: not installed here."
     )
     blocks: list[Block] = [Text(HOW_TO_READ), Grid(("", *titles.values()), marks, caption)]
     sections = [Section("The matrix", blocks)]
