@@ -3,7 +3,7 @@
     python -m benchmarks.bitcpm --gin_file=papers/minicpm4/bitcpm_study.gin --gin.DATA=DATASET [--workdir DIR]
         [--seconds N] [--gin.NAME=VALUE …]
 
-The size of the study is a gin file: `papers/minicpm4/bitcpm_study.gin` (half an hour of two idle cores), `…_3h.gin` and
+The size of the study is a gin file: `papers/minicpm4/bitcpm_study.gin` (ten minutes of two idle cores), `…_3h.gin` and
 `…_gpu.gin`; `papers/minicpm4/bitcpm_groups.gin` asks what the group of 256 costs. DATASET is a folder that `prepare`
 wrote. Cells are kept in the workdir, so that it may run in pieces of `--seconds`, and in several processes; the one
 that ends last writes `results/<name of the gin file>.json`, the cells beside it, and `docs/images/<name>.svg`.
