@@ -70,7 +70,9 @@ class Program(nn.Module):
         self.cache = decoder.init_cache(capacity)
         self.register_buffer("rotary", self.cache.rotary)
         for index, layer in enumerate(self.cache.layers):  # what a program changes has to be a buffer
-            mine = SlotCache(layer.keys.transpose(1, 2).contiguous(), layer.values.transpose(1, 2).contiguous())
+            batch_size, kv_heads, slots, head_dim = layer.keys.shape
+            # Made anew: of one head a transposed tensor counts as contiguous, and its order of dimensions does not.
+            mine = SlotCache(*(torch.zeros(batch_size, slots, kv_heads, head_dim) for _ in range(2)))
             self.cache.layers[index] = mine
             self.register_buffer(f"keys_{index}", mine.keys)
             self.register_buffer(f"values_{index}", mine.values)

@@ -17,11 +17,15 @@ from tests.checkpoints.published_folders import CONFIGS, V, write
 from tests.experiments.test_convert import TEXT
 from tests.export.devices.needs import skip_without
 
-# Both have what a converter does not know: LongRoPE and sparse attention; a linear scaling.
+# Both have what a converter does not know: LongRoPE and sparse attention; a linear scaling, and one key/value head.
 SOURCES = {
     "minicpm": CONFIGS["minicpm"],
     "llama": CONFIGS["llama with biases"]
-    | {"tie_word_embeddings": True, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+    | {
+        "tie_word_embeddings": True,
+        "rope_scaling": {"rope_type": "linear", "factor": 2.0},
+        "num_key_value_heads": 1,
+    },
 }
 
 
