@@ -82,7 +82,7 @@ class Checkpoint:
         tokenizer: its tokenizer.
         dtype: the type that holds the values without loss.
         layout: of Hugging Face folders, its own.
-        gguf_type: the packed type of GGUF that it is also written in.
+        gguf_type: the packed type of GGUF that it is also written in, a key of `parity_rounding.BLOCKS`.
         quantized: codes and scales, where it is quantised to integers.
         packing: format of folders with those: "gptq" or "marlin".
         ternary: how it was trained, where its weights are ternary.
