@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import native_runtime
-from benchmarks.parity_cells import RED, Cell, Judge, judge_cell
+from benchmarks.parity_cells import RED, Cell, Judge, compare, judge_cell
 from benchmarks.parity_checkpoints import (
     CHECKPOINTS,
     FULL,
@@ -144,14 +144,19 @@ class Matrix:
 
     def _judged(self, row: str, name: str, said: Mapping[str, Any], exported: Exported) -> Cell:
         runtime, checkpoint, judge = RUNTIMES[name], self._checkpoints[row], self._judges[row]
+        unrounded = None
         if runtime.rounds:  # what it was given are not the checkpoint's values, but those in the file
             params = read_export(exported.path).params
+            unrounded = Judge(checkpoint.config, params, judge.rows, PROMPT)
             judge = Judge(checkpoint.config, params, judge.rows, PROMPT, judge.ends, checkpoint.gguf_type)
         status, words, figures = judge_cell(judge, said, rounds=runtime.rounds, modules=runtime.modules)
         if runtime.cannot(checkpoint):
             status, words = "failed", "it was taken to be impossible, and runs: Runtime.cannot is out of date"
-        figures |= {name: float(said[name]) for name in ("load_seconds", "tokens_per_second")}
-        figures["megabytes"] = (exported.bytes if runtime.format else checkpoint.bytes) / 1e6
+        if figures:  # none where it gave something else than was asked for
+            if unrounded is not None:
+                figures["unrounded_drift"] = compare(unrounded, said)["drift"]
+            figures |= {name: float(said[name]) for name in ("load_seconds", "tokens_per_second")}
+            figures["megabytes"] = (exported.bytes if runtime.format else checkpoint.bytes) / 1e6
         versions = str(said.get("versions", ""))
         return Cell(row, name, status, words, exported.format, versions, runtime.rounds, figures)
 

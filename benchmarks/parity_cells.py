@@ -46,7 +46,9 @@ class Cell:
         rounds: whether the runtime rounds activations, so that perplexity is judged in place of logits and tokens.
         figures: `error` (largest difference of logits, of the largest logit) and `largest_logit`, `kl` (nats),
             `agreed`, `ties` and `tokens` of the greedy text, `perplexity`, `our_perplexity` and `drift` (how far they
-            are apart, of ours) of held-out text, `megabytes`, `load_seconds`, `tokens_per_second`.
+            are apart, of ours) of held-out text, `megabytes`, `load_seconds`, `tokens_per_second`. Where the runtime
+            rounds activations also `unrounded_drift`: that from our decoder which does not, what the rounding costs; it
+            is not judged.
     """
 
     checkpoint: str

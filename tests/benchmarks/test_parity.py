@@ -318,6 +318,21 @@ def test_only_what_is_known_to_be_impossible_may_refuse(small_matrix, monkeypatc
     assert cells["sparse", "dense"][0] == "failed"
 
 
+def test_a_runtime_that_gives_no_numbers_is_red_in_the_report(small_matrix, monkeypatch):
+    run, *_, results = small_matrix
+    ask = parity.ask
+
+    def not_finite(*arguments):
+        for name, said in ask(*arguments):
+            yield name, said | {"logits_0": np.full_like(said["logits_0"], np.nan)}
+
+    monkeypatch.setattr(parity, "ask", not_finite)
+    code, cells = run("--runtimes", "ours")
+    assert code == 1
+    assert {status for status, _ in cells.values()} == {"failed"}
+    assert "are finite" in (results / "parity.html").read_text()
+
+
 @pytest.mark.slow
 def test_the_reduced_matrix_is_equal_wherever_it_can_be(tmp_path):
     """What is not installed here is a gap, and in CI a failure: REQUIRE_PARITY_RUNTIMES is set there."""
@@ -327,6 +342,8 @@ def test_the_reduced_matrix_is_equal_wherever_it_can_be(tmp_path):
     bad = [cell for cell in cells if cell["status"] in ("differs", "failed", *(["gap"] if strict else []))]
     assert not bad
     assert code == 0
+    # What rounding of activations costs is stated where there is any.
+    assert {"unrounded_drift" in cell["figures"] for cell in cells if cell["rounds"]} == {True}
     status = {(cell["checkpoint"], cell["runtime"]): cell["status"] for cell in cells}
     assert status["MiniCPM, sparse", "jax"] == "equal"
     for runtime in ("llama_cpp", "transformers"):
